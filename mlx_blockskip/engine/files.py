@@ -1,0 +1,259 @@
+"""Files that are whole or absent: temporary names, then rename; safetensors read and written a tensor at a time."""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_blockskip.engine.errors import UserError
+
+DTYPES: dict[str, tuple[int, mx.Dtype]] = {
+    "BOOL": (1, mx.bool_),
+    "U8": (1, mx.uint8),
+    "I8": (1, mx.int8),
+    "U16": (2, mx.uint16),
+    "I16": (2, mx.int16),
+    "F16": (2, mx.float16),
+    "BF16": (2, mx.bfloat16),
+    "U32": (4, mx.uint32),
+    "I32": (4, mx.int32),
+    "F32": (4, mx.float32),
+    "U64": (8, mx.uint64),
+    "I64": (8, mx.int64),
+}
+MAX_HEADER = 100 << 20
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes `path`'s place when the block ends well, else it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary directory beside `path`; it is renamed to `path` when the block ends well, else removed.
+
+    Raises UserError where `path` exists, unless `replace`.
+    """
+    if path.exists() and not replace:
+        raise UserError(f"{path}: already exists; choose another path or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+            path.replace(old)
+            temporary.replace(path)
+            shutil.rmtree(old)
+        else:
+            temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises UserError where it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor of a safetensors file. dtype: safetensors' name; start: its offset in the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    start: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype][0]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says it holds."""
+
+    entries: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """Read and check a safetensors header. Raises UserError for a missing, truncated or malformed file."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            return _parse_header(path, file, size)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({error.strerror})") from None
+
+
+def _parse_header(path: Path, file: BinaryIO, size: int) -> Header:
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > MAX_HEADER or 8 + length > size:
+        raise UserError(f"{path}: not a whole safetensors file (its header is cut off); get it again")
+    try:
+        fields = json.loads(file.read(length))
+        metadata = fields.pop("__metadata__", {})
+        entries = {}
+        for name, field in fields.items():
+            begin, end = field["data_offsets"]
+            entry = TensorEntry(name, tuple(field["shape"]), field["dtype"], 8 + length + begin)
+            if entry.dtype not in DTYPES:
+                raise UserError(f"{path}: {name} has dtype {entry.dtype}, which is not supported")
+            if end - begin != entry.nbytes or begin < 0:
+                raise ValueError(f"{name} has {end - begin} bytes instead of {entry.nbytes}")
+            if 8 + length + end > size:
+                raise UserError(f"{path}: is cut off ({name} ends beyond the file); get it again")
+            entries[name] = entry
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a safetensors file ({error}); get it again") from None
+    return Header(entries, metadata)
+
+
+def mlx_dtype(name: str) -> mx.Dtype:
+    """The MLX dtype of a safetensors dtype name."""
+    return DTYPES[name][1]
+
+
+def dtype_name(dtype: mx.Dtype | np.dtype) -> str:
+    """The safetensors name of a dtype."""
+    if isinstance(dtype, np.dtype):
+        dtype = mx.array(np.zeros((), dtype)).dtype
+    return next(name for name, (_, known) in DTYPES.items() if known == dtype)
+
+
+def raw_bytes(array: mx.array | np.ndarray) -> memoryview:
+    """The array's bytes in row order, without a copy where it is contiguous."""
+    if isinstance(array, np.ndarray):
+        return memoryview(np.ascontiguousarray(array)).cast("B") if array.size else memoryview(b"")
+    if array.size == 0:
+        return memoryview(b"")
+    array = mx.contiguous(array.reshape(-1)).view(mx.uint8)
+    mx.eval(array)
+    return memoryview(array).cast("B")
+
+
+class SafetensorsWriter:
+    """Write a safetensors file one tensor at a time, in any order; the sizes are known ahead, so the header is first.
+
+    Used as a context manager: the file appears under its name when every tensor has been written.
+    Raises ValueError for a tensor that is not as announced, or missing at the end.
+    """
+
+    def __init__(self, path: Path, entries: Sequence[TensorEntry], metadata: Mapping[str, str] | None = None):
+        self.path = path
+        fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        offset = 0
+        for entry in entries:
+            end = offset + entry.nbytes
+            fields[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(fields, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._header = len(text).to_bytes(8, "little") + text
+        self._offsets = {name: f["data_offsets"][0] for name, f in fields.items() if name != "__metadata__"}
+        self._entries = {entry.name: entry for entry in entries}
+        self._size = len(self._header) + offset
+        self._missing = set(self._entries)
+
+    def __enter__(self) -> "SafetensorsWriter":
+        self._atomic = atomic_file(self.path)
+        self._file = self._atomic.__enter__().open("r+b")
+        self._file.write(self._header)
+        self._file.truncate(self._size)
+        return self
+
+    def write(self, name: str, array: mx.array | np.ndarray) -> None:
+        """Put one tensor in its place."""
+        entry = self._entries.get(name)
+        if entry is None or tuple(array.shape) != entry.shape or dtype_name(array.dtype) != entry.dtype:
+            raise ValueError(f"{self.path}: {name} {array.shape} {array.dtype} is not what was announced: {entry}")
+        self._file.seek(len(self._header) + self._offsets[name])
+        self._file.write(raw_bytes(array))
+        self._missing.discard(name)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._file.close()
+        if kind is None and self._missing:
+            kind, error = ValueError, ValueError(f"{self.path}: not written: {', '.join(sorted(self._missing))}")
+            try:
+                self._atomic.__exit__(kind, error, None)
+            except ValueError:
+                raise error from None
+        self._atomic.__exit__(kind, error, trace)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a whole dictionary of tensors as one safetensors file, atomically, one tensor in memory at a time."""
+    entries = [TensorEntry(name, tuple(t.shape), dtype_name(t.dtype)) for name, t in tensors.items()]
+    with SafetensorsWriter(path, entries, metadata) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file. Raises UserError where another process holds it, with its process id."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise UserError(f"{path.parent}: in use by process {holder}; wait for it or stop it") from None
+        file.seek(0)
+        file.truncate()
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

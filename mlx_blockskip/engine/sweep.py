@@ -1,0 +1,222 @@
+"""The sweep: bind one block's weights, apply the block to everything that waits at it, let the weights go, move on.
+
+Forward keeps nothing but the states. Backward keeps each visited block's input, then goes back from the last block to
+the first: recompute the block under `mx.vjp` with respect to its state and its trainable tree, evaluate, hand the
+gradient over, pass the cotangent on. Resident and streamed weights take the same steps, so they give the same bits.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_blockskip.engine.stack import Block, Context, Mask, Modulation, Stack, State, Trainable, Weights, arrays, like
+from mlx_blockskip.engine.weights import BlockReader, Part
+
+Bridge = Callable[[int, int, int, State], State]
+"""`(sample, start, stop, state) -> state`: crosses the blocks start..stop-1 that a path leaves out.
+
+In the backward sweep the gradient passes a bridge as the identity.
+"""
+
+Tap = Callable[[int, State], None]
+"""`(sample, state)`: sees a sample's state at a boundary."""
+
+Loss = Callable[[int, State], mx.array]
+"""`(sample, state at the end) -> scalar`."""
+
+
+@dataclass
+class Sample:
+    """What waits at a block: a micro-batch's state, and what stays the same for it over the pass.
+
+    modulation: gives the modulation of a block by its index; None computes it from the block's own weights.
+    """
+
+    state: State
+    context: Context = None
+    modulation: Callable[[int], Modulation] | None = None
+
+
+def forward(
+    stack: Stack,
+    reader: BlockReader,
+    samples: Sequence[Sample],
+    path: Sequence[int] | None = None,
+    *,
+    trainable: Mapping[int, Trainable] | None = None,
+    masks: Mapping[int, Mask] | None = None,
+    taps: Mapping[int, Tap] | None = None,
+    bridge: Bridge | None = None,
+    on_block: Callable[[int], None] | None = None,
+) -> None:
+    """Carry every sample's state along `path` (by default the whole stack); the states are replaced in place.
+
+    Where the path leaves out blocks, or ends before the last one, `bridge` crosses them. `taps` maps a boundary (b lies
+    before block b; the depth is the end) to a function that sees the states there. `on_block` is told of each block
+    that is done.
+    """
+    trainable, masks, taps = trainable or {}, masks or {}, taps or {}
+    path = range(stack.depth) if path is None else path
+    before = path[0] if path else 0
+    for block, weights in reader.walk(path, _part(samples)):
+        _cross(samples, before, block, bridge)
+        _tap(taps, block, samples)
+        for sample in samples:
+            sample.state = _apply(stack.blocks[block], weights, trainable.get(block, {}), sample, block, masks)
+            mx.eval(sample.state)
+        del weights
+        before = block + 1
+        if on_block is not None:
+            on_block(block)
+    if bridge is not None:
+        _cross(samples, before, stack.depth, bridge)
+    _tap(taps, before if bridge is None else stack.depth, samples)
+
+
+def backward(
+    stack: Stack,
+    reader: BlockReader,
+    samples: Sequence[Sample],
+    path: Sequence[int],
+    *,
+    trainable: Mapping[int, Trainable],
+    loss: Loss,
+    on_grad: Callable[[int, dict[str, mx.array]], None],
+    masks: Mapping[int, Mask] | None = None,
+    bridge: Bridge | None = None,
+) -> list[mx.array]:
+    """Run `path` forward, then back; give each block's gradients, summed over samples, to `on_grad(block, grads)`.
+
+    The cotangent of the loss starts at the end of the stack. Returns the loss of each sample, evaluated. The samples'
+    states are left at the end of the stack.
+    """
+    masks = masks or {}
+    path = list(path)
+    turn = len(path)
+    inputs: list[list[State]] = []
+    losses: list[mx.array] = []
+    cotangents: list[list[mx.array]] = []
+    before = path[0]
+    for step, (block, weights) in enumerate(reader.walk(path + path[::-1], _part(samples))):
+        tree = trainable.get(block, {})
+        if step < turn:
+            _cross(samples, before, block, bridge)
+            inputs.append([sample.state for sample in samples])
+            for sample in samples:
+                sample.state = _apply(stack.blocks[block], weights, tree, sample, block, masks)
+                mx.eval(sample.state)
+            before = block + 1
+            if step == turn - 1:
+                _cross(samples, before, stack.depth, bridge)
+                losses, cotangents = _loss_cotangents(samples, loss)
+        else:
+            position = 2 * turn - 1 - step
+            grads: dict[str, mx.array] = {}
+            for i, (sample, state) in enumerate(zip(samples, inputs.pop(), strict=True)):
+                passed = Sample(state, sample.context, sample.modulation)
+                cotangents[i], own = _pull_back(
+                    stack.blocks[block], weights, tree, passed, block, masks, cotangents[i], wants_state=position > 0
+                )
+                grads = {name: grads[name] + g for name, g in own.items()} if grads else own
+                mx.eval(cotangents[i], grads)
+                del passed, state, own
+            on_grad(block, grads)
+        del weights, tree
+    return losses
+
+
+def modulations(
+    stack: Stack, reader: BlockReader, contexts: Sequence[Context], path: Sequence[int] | None = None
+) -> list[dict[int, Modulation]]:
+    """The modulation of every block on `path` for each context, in one sweep over the modulation weights alone."""
+    found: list[dict[int, Modulation]] = [{} for _ in contexts]
+    blocks = [b for b in (range(stack.depth) if path is None else path) if stack.blocks[b].kind.modulate]
+    for block, weights in reader.walk(blocks, "modulation"):
+        modulate = stack.blocks[block].kind.modulate
+        assert modulate is not None
+        for per_block, context in zip(found, contexts, strict=True):
+            per_block[block] = modulate(weights, context)
+            mx.eval(per_block[block])
+        del weights
+    return found
+
+
+def _part(samples: Sequence[Sample]) -> Part:
+    return "body" if samples and all(sample.modulation is not None for sample in samples) else "all"
+
+
+def _apply(
+    block: Block, weights: Weights, trainable: Trainable, sample: Sample, index: int, masks: Mapping[int, Mask]
+) -> State:
+    return block.kind.apply(
+        weights, trainable, sample.state, sample.context, _modulation(block, weights, sample, index), masks.get(index)
+    )
+
+
+def _modulation(block: Block, weights: Weights, sample: Sample, index: int) -> Modulation:
+    if block.kind.modulate is None:
+        return None
+    return block.kind.modulate(weights, sample.context) if sample.modulation is None else sample.modulation(index)
+
+
+def _pull_back(
+    block: Block,
+    weights: Weights,
+    trainable: Trainable,
+    sample: Sample,
+    index: int,
+    masks: Mapping[int, Mask],
+    cotangent: list[mx.array],
+    wants_state: bool,
+) -> tuple[list[mx.array], dict[str, mx.array]]:
+    """The cotangent of the block's state (empty where it is not wanted) and the gradients of its trainable tree."""
+    names = list(trainable)
+    modulation = _modulation(block, weights, sample, index)
+    own_state = arrays(sample.state)
+    count = len(own_state) if wants_state else 0
+
+    def run(*primals: mx.array) -> list[mx.array]:
+        state = like(sample.state, list(primals[:count])) if wants_state else sample.state
+        tree = dict(zip(names, primals[count:], strict=True))
+        return arrays(block.kind.apply(weights, tree, state, sample.context, modulation, masks.get(index)))
+
+    primals = [*(own_state if wants_state else []), *(trainable[name] for name in names)]
+    if not primals:
+        return [], {}
+    _, pulled = mx.vjp(run, primals, cotangent)
+    return pulled[:count], dict(zip(names, pulled[count:], strict=True))
+
+
+def _loss_cotangents(samples: Sequence[Sample], loss: Loss) -> tuple[list[mx.array], list[list[mx.array]]]:
+    losses: list[mx.array] = []
+    cotangents: list[list[mx.array]] = []
+    for i, sample in enumerate(samples):
+
+        def at_end(*values: mx.array, i: int = i, state: Any = sample.state) -> list[mx.array]:
+            return [loss(i, like(state, list(values)))]
+
+        values = arrays(sample.state)
+        (value,), cotangent = mx.vjp(at_end, values, [mx.array(1.0)])
+        mx.eval(value, cotangent)
+        losses.append(value)
+        cotangents.append(list(cotangent))
+    return losses, cotangents
+
+
+def _cross(samples: Sequence[Sample], start: int, stop: int, bridge: Bridge | None) -> None:
+    if start == stop:
+        return
+    if bridge is None:
+        raise ValueError(f"the path leaves out blocks {start} to {stop - 1}, and no bridge crosses them")
+    for i, sample in enumerate(samples):
+        sample.state = bridge(i, start, stop, sample.state)
+        mx.eval(sample.state)
+
+
+def _tap(taps: Mapping[int, Tap], boundary: int, samples: Sequence[Sample]) -> None:
+    tap = taps.get(boundary)
+    if tap is not None:
+        for i, sample in enumerate(samples):
+            tap(i, sample.state)

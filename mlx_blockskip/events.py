@@ -1,0 +1,73 @@
+"""What a task yields while it works. The CLI draws these; log.jsonl and reports hold the same."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase begins: `total` steps of `unit` (None where the number is not known)."""
+
+    name: str
+    total: int | None = None
+    unit: str = "it"
+
+
+@dataclass(frozen=True)
+class Step:
+    """Progress inside the phase: `done` of its total. Loss and rate only where there is one."""
+
+    phase: str
+    done: int
+    loss: float | None = None
+    learning_rate: float | None = None
+    peak_memory: int | None = None  # bytes, since the phase began
+
+
+@dataclass(frozen=True)
+class PhaseEnd:
+    """A phase is over. peak_memory: bytes of MLX memory, the highest during the phase."""
+
+    phase: str
+    seconds: float
+    peak_memory: int
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image was written."""
+
+    path: Path
+    caption: str
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A file or directory that a user may want was written."""
+
+    path: Path
+    what: str
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something the user should know that is no fault: a default that was chosen, a model that was converted."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Warning:
+    """Something that may not be what the user wants."""
+
+    message: str
+
+
+Event = Phase | Step | PhaseEnd | Image | Saved | Note | Warning
+
+
+def as_record(event: Event) -> dict[str, Any]:
+    """The event as JSON values: its type under `event`, then its fields that are set."""
+    fields = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(event).items()}
+    return {"event": type(event).__name__.lower()} | {k: v for k, v in fields.items() if v is not None}

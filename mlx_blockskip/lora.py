@@ -1,0 +1,134 @@
+"""LoRA: W' = W + scale A B, float32 factors on the linear layers of chosen blocks.
+
+A tree is `{block index: {"attn.to_q.lora_a": (in, r), "attn.to_q.lora_b": (r, out), ...}}`. In files the names are
+mlx-lm's: the module's path, then `.lora_a` or `.lora_b`.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_blockskip.engine import philox
+from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.stack import Context, Mask, Modulation, Stack, State, Trainable, Weights
+from mlx_blockskip.engine.weights import BlockReader
+
+Tree = dict[int, dict[str, mx.array]]
+
+PHILOX_KEY = 0x10A
+"""Keeps the factors' random stream apart from the samples' (which are keyed by their number)."""
+
+
+def targets(choices: Mapping[str, Mapping[str, tuple[str, ...]]], choice: str) -> Mapping[str, tuple[str, ...]]:
+    """The modules of a choice such as "attention" or "all", by block kind. Raises UserError for another."""
+    try:
+        return choices[choice]
+    except KeyError:
+        raise UserError(f"--lora-targets {choice}: is not known; use {' or '.join(sorted(choices))}") from None
+
+
+def init(
+    reader: BlockReader, blocks: Iterable[int], modules: Mapping[str, tuple[str, ...]], rank: int, seed: int
+) -> Tree:
+    """New factors: A uniform in +-1/sqrt(in) (as peft and mlx-lm), B zero. A function of the seed and the place."""
+    tree: Tree = {}
+    for index in blocks:
+        block = reader.stack.blocks[index]
+        tree[index] = {}
+        for number, module in enumerate(modules[block.kind.name]):
+            width_out, width_in = linear_shape(reader, index, module)
+            bound = 1 / math.sqrt(width_in)
+            a = philox.generator(seed, PHILOX_KEY, index, number).uniform(-bound, bound, (width_in, rank))
+            tree[index][f"{module}.lora_a"] = mx.array(a.astype(np.float32))
+            tree[index][f"{module}.lora_b"] = mx.zeros((rank, width_out))
+    return tree
+
+
+def linear_shape(reader: BlockReader, index: int, module: str) -> tuple[int, int]:
+    """(out, in) of a linear layer, quantized or not, from the file's header."""
+    prefix = reader.stack.blocks[index].prefix + module
+    out, packed = reader.shards.shape(f"{prefix}.weight")
+    group_size = reader.shards.group_sizes.get(prefix)
+    if group_size is None:
+        return out, packed
+    return out, reader.shards.shape(f"{prefix}.scales")[1] * group_size
+
+
+def attach(stack: Stack, scale: float) -> Stack:
+    """The stack with the low-rank term multiplied by `scale` (alpha / rank)."""
+    if scale == 1.0:
+        return stack
+    kinds = {}
+    for block in stack.blocks:
+        if block.kind.name not in kinds:
+            inner = block.kind.apply
+
+            def apply(
+                w: Weights, t: Trainable, x: State, c: Context, m: Modulation, mask: Mask, inner=inner  # type: ignore
+            ) -> State:
+                return inner(w, scaled(t, scale), x, c, m, mask)
+
+            kinds[block.kind.name] = replace(block.kind, apply=apply)
+    return Stack(tuple(replace(block, kind=kinds[block.kind.name]) for block in stack.blocks))
+
+
+def scaled(tree: Trainable, scale: float) -> dict[str, mx.array]:
+    """The same factors with the second multiplied by `scale`."""
+    return {name: value * scale if name.endswith(".lora_b") else value for name, value in tree.items()}
+
+
+def combine(trees: Sequence[Tree], scales: Sequence[float]) -> Tree:
+    """One tree that adds up several adapters, each with its scale: their factors side by side (ranks add up)."""
+    found: Tree = {}
+    for tree, scale in zip(trees, scales, strict=True):
+        for index, factors in tree.items():
+            own = found.setdefault(index, {})
+            for name, value in scaled(factors, scale).items():
+                axis = 1 if name.endswith(".lora_a") else 0
+                own[name] = mx.concatenate([own[name], value], axis=axis) if name in own else value
+    return found
+
+
+def flatten(tree: Tree, stack: Stack) -> dict[str, mx.array]:
+    """Full names (`transformer_blocks.0.attn.to_q.lora_a`) for a file."""
+    return {stack.blocks[i].prefix + name: value for i, factors in tree.items() for name, value in factors.items()}
+
+
+def unflatten(tensors: Mapping[str, mx.array], stack: Stack, source: Path) -> Tree:
+    """The inverse of `flatten`. Raises UserError for a name that the model does not have."""
+    prefixes = {block.prefix: index for index, block in enumerate(stack.blocks)}
+    tree: Tree = {}
+    for name, value in tensors.items():
+        prefix = next((p for p in prefixes if name.startswith(p)), None)
+        if prefix is None:
+            raise UserError(f"{source}: {name} belongs to no block of this model; it was made for another one")
+        tree.setdefault(prefixes[prefix], {})[name[len(prefix) :]] = value.astype(mx.float32)
+    return dict(sorted(tree.items()))
+
+
+def check(tree: Tree, reader: BlockReader, source: Path) -> None:
+    """Raise UserError where a factor does not fit the layer it is for."""
+    for index, factors in tree.items():
+        for name, a in factors.items():
+            if not name.endswith(".lora_a"):
+                continue
+            module = name.removesuffix(".lora_a")
+            b = factors.get(f"{module}.lora_b")
+            prefix = reader.stack.blocks[index].prefix
+            if f"{prefix}{module}.weight" not in reader.shards.weight_map:
+                raise UserError(f"{source}: this model has no layer {prefix}{module}; the adapter is for another one")
+            out, width = linear_shape(reader, index, module)
+            if b is None or a.shape[0] != width or b.shape[1] != out or a.shape[1] != b.shape[0]:
+                raise UserError(
+                    f"{source}: the factors of {prefix}{module} do not fit a layer of {width} -> {out}; "
+                    "the adapter is for another model"
+                )
+
+
+def size(tree: Tree) -> int:
+    """Number of parameters."""
+    return sum(value.size for factors in tree.values() for value in factors.values())

@@ -1,0 +1,64 @@
+"""The one attention seam: scaled dot product, rotary positions, the image-to-text mask, exact query chunks."""
+
+import mlx.core as mx
+
+IMAGE_TO_TEXT = "image_to_text"
+"""The mask of DiT-BlockSkip's block selection (section 3.3): image queries do not see text keys."""
+
+SCORE_BYTES = 64 << 20
+"""Scores of one query chunk, in float32. A constant, so that chunks follow from shapes alone."""
+
+
+def attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    bias: mx.array | None = None,
+    text_length: int = 0,
+    mask: str | None = None,
+    query_chunk: int | None = None,
+) -> mx.array:
+    """softmax(scale q k^T + bias) v, computed in chunks of query rows, each exact.
+
+    q: (B, H, Lq, d); k, v: (B, H, Lk, d); bias broadcasts to (B, H, Lq, Lk). Where `mask` is IMAGE_TO_TEXT, the first
+    `text_length` positions of queries and keys are text, and -inf is added at (image query, text key).
+    query_chunk: rows a chunk; by default as many as keep the scores under SCORE_BYTES.
+
+    Raises ValueError for a mask that is not known.
+    """
+    if mask not in (None, IMAGE_TO_TEXT):
+        raise ValueError(f"attention mask {mask!r} is not known; use None or {IMAGE_TO_TEXT!r}")
+    batch, heads, length, _ = q.shape
+    keys = k.shape[2]
+    chunk = query_chunk or max(1, SCORE_BYTES // (4 * batch * heads * keys))
+    if mask == IMAGE_TO_TEXT and text_length:
+        masked = image_to_text_bias(length, keys, text_length, q.dtype)
+        bias = masked if bias is None else bias + masked
+
+    def rows(start: int, stop: int) -> mx.array:
+        part = None if bias is None else bias[..., start:stop, :] if bias.shape[-2] > 1 else bias
+        return mx.fast.scaled_dot_product_attention(q[:, :, start:stop], k, v, scale=scale, mask=part)
+
+    if chunk >= length:
+        return rows(0, length)
+    return mx.concatenate([rows(s, min(s + chunk, length)) for s in range(0, length, chunk)], axis=2)
+
+
+def image_to_text_bias(queries: int, keys: int, text_length: int, dtype: mx.Dtype) -> mx.array:
+    """(Lq, Lk), -inf where the query is an image token and the key a text token, else 0."""
+    image_query = mx.arange(queries)[:, None] >= text_length
+    text_key = mx.arange(keys)[None, :] < text_length
+    return mx.where(image_query & text_key, mx.array(-float("inf"), dtype), mx.array(0, dtype))
+
+
+def apply_rope(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """Rotate neighbouring pairs of the last axis, in float32.
+
+    x: (B, H, L, d); cos, sin: (L, d / 2). Source: diffusers `apply_rotary_emb` with use_real_unbind_dim=-1.
+    """
+    pairs = x.astype(mx.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    turned = mx.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)

@@ -1,0 +1,92 @@
+"""What a model family offers to the rest of the project. Tasks use this and never name a family."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import mlx.core as mx
+
+from mlx_blockskip.engine.stack import Context, Modulation, Stack
+from mlx_blockskip.engine.weights import BlockReader
+
+Prompt = Mapping[str, mx.array]
+"""An encoded prompt: arrays with a leading batch axis, under names that the family chooses."""
+
+Size = tuple[int, int]
+"""Height and width of the latents."""
+
+
+class Tokens(NamedTuple):
+    """What flows through a diffusion transformer, split at every boundary.
+
+    image: (B, image tokens, D); text: (B, text tokens, D) in joint attention, None where text is in the context.
+    """
+
+    image: mx.array
+    text: mx.array | None = None
+
+
+class Encoded(NamedTuple):
+    """Encoded prompts (each with a batch axis of 1), and for each whether the encoder cut it off."""
+
+    prompts: list[Prompt]
+    truncated: list[bool]
+
+
+class DiffusionModel(Protocol):
+    """An opened model directory. Latents are (B, h, w, C), sigma is (B,) in (0, 1], pixels are (B, H, W, 3) in [-1, 1].
+
+    `context` splits into what `restore` can make again: `record` names the arrays that the blocks and the head take
+    from a context besides the modulation, and `prompt_record` those of them that depend on the prompt alone.
+    """
+
+    path: Path
+    identity: str
+    defaults: Mapping[str, Any]
+    stack: Stack
+    reader: BlockReader
+    dtype: mx.Dtype
+    granularity: int
+    scheduler: Mapping[str, Any]
+
+    def encode_prompts(self, prompts: Sequence[str], max_length: int) -> Encoded: ...
+
+    def encode_images(self, pixels: mx.array, noise: mx.array) -> mx.array: ...
+
+    def decode(self, latents: mx.array) -> mx.array: ...
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]: ...
+
+    def token_count(self, size: Size) -> int: ...
+
+    def tokens(self, latents: mx.array, prompt: Prompt) -> Tokens: ...
+
+    def context(self, sigma: mx.array, prompt: Prompt, size: Size, guidance: float | None) -> Context: ...
+
+    def prompt_record(self, prompt: Prompt) -> dict[str, mx.array]: ...
+
+    def record(self, context: Context) -> dict[str, mx.array]: ...
+
+    def restore(self, size: Size, record: Mapping[str, mx.array]) -> Context: ...
+
+    def head_modulation(self, context: Context) -> Modulation: ...
+
+    def head(self, tokens: Tokens, context: Context, modulation: Modulation) -> mx.array: ...
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: how to recognise, open and train it.
+
+    detect: whether a Hugging Face `model_index.json` is of this family.
+    open: `(model directory, budget in bytes of resident weights or None) -> DiffusionModel`.
+    defaults: `(transformer config) -> settings` that a model directory's own `defaults` override.
+    lora_targets: modules by the name of a choice ("attention", "all") and by block kind.
+    """
+
+    name: str
+    detect: Callable[[Mapping[str, Any]], bool]
+    open: Callable[[Path, int | None], DiffusionModel]
+    defaults: Callable[[Mapping[str, Any]], dict[str, Any]]
+    lora_targets: Mapping[str, Mapping[str, tuple[str, ...]]]

@@ -1,0 +1,134 @@
+"""An opened FLUX.1 model directory: the transformer's stack, its text encoders and its VAE, each read when needed."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_blockskip.engine import files
+from mlx_blockskip.engine.stack import Weights
+from mlx_blockskip.engine.weights import BlockReader, Shards
+from mlx_blockskip.models.family import Encoded, Prompt, Size, Tokens
+from mlx_blockskip.models.flux1 import transformer as net
+from mlx_blockskip.models.flux1.transformer import Context
+from mlx_blockskip.models.layers import linear
+from mlx_blockskip.models.text import clip, t5, tokenize
+from mlx_blockskip.models.vae import kl
+
+CLIP_LENGTH = 77
+COMPONENTS = ("transformer", "text_encoder", "text_encoder_2", "vae")
+
+
+class Flux1:
+    """See `mlx_blockskip.models.family.DiffusionModel` for the methods' contract."""
+
+    def __init__(self, path: Path, budget: int | None, defaults: Mapping[str, Any]):
+        self.path = path
+        self.budget = budget
+        self.defaults = defaults
+        self.shards = Shards(path / "transformer")
+        self.config = self.shards.config
+        self.stack = net.stack(self.config)
+        self.reader = BlockReader(self.shards, self.stack, budget)
+        self.scheduler: Mapping[str, Any] = files.read_json(path / "scheduler" / "scheduler_config.json")
+        self.vae = Shards(path / "vae")
+        self.vae_factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        self.granularity = 2 * self.vae_factor
+        self.identity = sha256("".join(Shards(path / name).identity for name in COMPONENTS).encode()).hexdigest()
+        self._rest: dict[str, Weights] = {}
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self.weights("proj_out")["proj_out.weight"].dtype
+
+    def weights(self, *modules: str) -> Weights:
+        """The weights outside the blocks, by module; they stay until `release`."""
+        merged: dict[str, mx.array] = {}
+        for module in modules:
+            if module not in self._rest:
+                self._rest[module] = self.shards.load(self.shards.under(module + "."))
+            merged |= self._rest[module]
+        return merged
+
+    def release(self) -> None:
+        """Let go of the weights outside the blocks and of the blocks that were kept."""
+        self._rest.clear()
+        self.reader.release()
+
+    def encode_prompts(self, prompts: Sequence[str], max_length: int) -> Encoded:
+        """`prompt_embeds` (1, max_length, T5 width) and `pooled` (1, CLIP width) for each prompt.
+
+        The token length is part of the model: FLUX.1 attends to padding.
+        """
+        clip_ids, _ = tokenize.clip_ids(self.path / "tokenizer", prompts, CLIP_LENGTH)
+        t5_ids, truncated = tokenize.t5_ids(self.path / "tokenizer_2", prompts, max_length)
+        pooled = self._sweep_text(clip.pooled, "text_encoder", clip_ids)
+        embeds = self._sweep_text(t5.hidden, "text_encoder_2", t5_ids)
+        found: list[Prompt] = [
+            {"prompt_embeds": e.astype(self.dtype), "pooled": p.astype(self.dtype)} for e, p in zip(embeds, pooled)
+        ]
+        return Encoded(found, list(truncated))
+
+    def _sweep_text(self, encode: Any, component: str, ids: Any) -> list[mx.array]:
+        """One sweep for all prompts, each a sample of its own, so that its features do not depend on the others."""
+        return encode(Shards(self.path / component), [row[None] for row in ids], self.budget)
+
+    def encode_images(self, pixels: mx.array, noise: mx.array) -> mx.array:
+        """A sample of the posterior, scaled: (B, H, W, 3) in [-1, 1] and noise (B, h, w, C) -> (B, h, w, C)."""
+        weights = self._vae_weights(("encoder.", "quant_conv."))
+        mean, logvar = kl.encode(weights, self.vae.config, pixels.astype(_dtype_of(weights)))
+        z = mean.astype(mx.float32) + mx.exp(0.5 * logvar.astype(mx.float32)) * noise.astype(mx.float32)
+        return kl.scale(z, self.vae.config)
+
+    def decode(self, latents: mx.array) -> mx.array:
+        """(B, h, w, C) -> pixels (B, H, W, 3) in about [-1, 1], float32."""
+        weights = self._vae_weights(("decoder.", "post_quant_conv."))
+        z = kl.unscale(latents.astype(mx.float32), self.vae.config)
+        return kl.decode(weights, self.vae.config, z.astype(_dtype_of(weights))).astype(mx.float32)
+
+    def _vae_weights(self, prefixes: Iterable[str]) -> Weights:
+        return self.vae.load([name for prefix in prefixes for name in self.vae.under(prefix)])
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        return height // self.vae_factor, width // self.vae_factor, self.vae.config["latent_channels"]
+
+    def token_count(self, size: Size) -> int:
+        return size[0] * size[1] // 4
+
+    def tokens(self, latents: mx.array, prompt: Prompt) -> Tokens:
+        w = self.weights("x_embedder", "context_embedder")
+        image = linear(w, "x_embedder", net.pack(latents).astype(self.dtype))
+        return Tokens(image, linear(w, "context_embedder", prompt["prompt_embeds"]))
+
+    def context(self, sigma: mx.array, prompt: Prompt, size: Size, guidance: float | None) -> Context:
+        scale = None
+        if self.config["guidance_embeds"]:
+            scale = mx.full(sigma.shape, 1.0 if guidance is None else guidance, mx.float32)
+        temb = net.time_text_embedding(self.weights("time_text_embed"), sigma, prompt["pooled"], scale)
+        return self._context(prompt["prompt_embeds"].shape[1], size, temb)
+
+    def _context(self, text_length: int, size: Size, temb: mx.array | None) -> Context:
+        cos, sin = net.rope_tables(tuple(self.config["axes_dims_rope"]), text_length, tuple(size))
+        return Context(mx.array(cos), mx.array(sin), temb, size)
+
+    def prompt_record(self, prompt: Prompt) -> dict[str, mx.array]:
+        return {"text_length": mx.array([prompt["prompt_embeds"].shape[1]])}
+
+    def record(self, context: Context) -> dict[str, mx.array]:
+        return {}
+
+    def restore(self, size: Size, record: Mapping[str, mx.array]) -> Context:
+        return self._context(int(record["text_length"][0]), size, None)
+
+    def head_modulation(self, context: Context) -> tuple[mx.array, mx.array]:
+        assert context.temb is not None
+        return net.output_modulation(self.weights("norm_out"), context.temb)
+
+    def head(self, tokens: Tokens, context: Context, modulation: tuple[mx.array, mx.array]) -> mx.array:
+        return net.unpack(net.output(self.weights("proj_out"), tokens.image, modulation), context.size)
+
+
+def _dtype_of(weights: Weights) -> mx.Dtype:
+    return next(array.dtype for name, array in weights.items() if name.endswith("conv_in.weight"))

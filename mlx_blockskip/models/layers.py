@@ -1,0 +1,76 @@
+"""Layers as functions of a flat dictionary of weights, shared by every network of the project.
+
+Weights carry diffusers' module paths: `linear(w, "attn.to_q", x)` reads `attn.to_q.weight` and, where they exist,
+`.bias`, `.scales` and `.biases` (quantized by `mx.quantize`; bits and group size follow from the shapes).
+"""
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+
+Weights = Mapping[str, mx.array]
+
+
+def linear(w: Weights, name: str, x: mx.array, trainable: Weights | None = None) -> mx.array:
+    """y = x W^T + b, plus (x A) B where `trainable` has `{name}.lora_a` (in, r) and `{name}.lora_b` (r, out).
+
+    x: (..., in). The low-rank factors are cast to x's dtype.
+    """
+    weight = w[f"{name}.weight"]
+    bias = w.get(f"{name}.bias")
+    scales = w.get(f"{name}.scales")
+    if scales is not None:
+        group_size = x.shape[-1] // scales.shape[-1]
+        bits = weight.shape[-1] * 32 // x.shape[-1]
+        y = mx.quantized_matmul(
+            x, weight, scales, w[f"{name}.biases"], transpose=True, group_size=group_size, bits=bits
+        )
+        if bias is not None:
+            y = y + bias
+    elif bias is not None:
+        y = mx.addmm(bias, x, weight.T)
+    else:
+        y = x @ weight.T
+    if trainable and (a := trainable.get(f"{name}.lora_a")) is not None:
+        b = trainable[f"{name}.lora_b"]
+        y = y + (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
+    return y
+
+
+def layer_norm(x: mx.array, eps: float, w: Weights | None = None, name: str = "") -> mx.array:
+    """LayerNorm over the last axis; affine where `w` is given."""
+    if w is None:
+        return mx.fast.layer_norm(x, None, None, eps)
+    return mx.fast.layer_norm(x, w[f"{name}.weight"], w.get(f"{name}.bias"), eps)
+
+
+def rms_norm(w: Weights, name: str, x: mx.array, eps: float) -> mx.array:
+    """RMSNorm over the last axis with a learned scale."""
+    return mx.fast.rms_norm(x, w[f"{name}.weight"], eps)
+
+
+def silu(x: mx.array) -> mx.array:
+    """x sigmoid(x)."""
+    return x * mx.sigmoid(x)
+
+
+def gelu_tanh(x: mx.array) -> mx.array:
+    """The tanh approximation of GELU (`gelu-approximate` in diffusers, `gelu_new` in transformers)."""
+    return 0.5 * x * (1 + mx.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+
+
+def quick_gelu(x: mx.array) -> mx.array:
+    """x sigmoid(1.702 x), CLIP's activation."""
+    return x * mx.sigmoid(1.702 * x)
+
+
+def split_heads(x: mx.array, heads: int) -> mx.array:
+    """(B, L, heads * d) -> (B, heads, L, d)."""
+    batch, length, width = x.shape
+    return x.reshape(batch, length, heads, width // heads).transpose(0, 2, 1, 3)
+
+
+def merge_heads(x: mx.array) -> mx.array:
+    """(B, heads, L, d) -> (B, L, heads * d)."""
+    batch, heads, length, width = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(batch, length, heads * width)

@@ -1,0 +1,111 @@
+"""AutoencoderKL, layer by layer, channels last. Source: diffusers AutoencoderKL.
+
+Weights are a flat dictionary with diffusers' names; convolutions are OHWI, the 1x1 quant convs are linear layers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.models.attention import attention
+from mlx_blockskip.models.layers import Weights, linear, silu
+from mlx_blockskip.models.vae.strips import conv2d, group_norm, scale_of
+
+EPS = 1e-6
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Raise UserError for options of AutoencoderKL that are not implemented, by name."""
+    for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        for name in config.get(key, ()):
+            if name != kind:
+                raise UserError(f"AutoencoderKL: {key} {name!r} is not implemented; only {kind} is")
+    for key, wanted in (("act_fn", "silu"), ("latents_mean", None), ("latents_std", None)):
+        if config.get(key, wanted) != wanted:
+            raise UserError(f"AutoencoderKL: {key}={config[key]!r} is not implemented; only {wanted} is")
+
+
+def scale(z: mx.array, config: Mapping[str, Any]) -> mx.array:
+    """Latents as the transformer sees them: (z - shift) x scale."""
+    return (z - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
+
+
+def unscale(latents: mx.array, config: Mapping[str, Any]) -> mx.array:
+    """The inverse of `scale`."""
+    return latents / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
+
+
+def encode(
+    w: Weights, config: Mapping[str, Any], pixels: mx.array, rows: int | None = None
+) -> tuple[mx.array, mx.array]:
+    """Pixels (B, H, W, 3) in [-1, 1] -> mean and log variance, each (B, h, w, C), not scaled. rows: see strips."""
+    check(config)
+    groups = config["norm_num_groups"]
+    x = _done(conv2d(w, "encoder.conv_in", pixels, rows=rows))
+    levels = len(config["block_out_channels"])
+    for i in range(levels):
+        for j in range(config["layers_per_block"]):
+            x = _resnet(w, f"encoder.down_blocks.{i}.resnets.{j}", x, groups, rows)
+        if i < levels - 1:
+            name = f"encoder.down_blocks.{i}.downsamplers.0.conv"
+            x = _done(conv2d(w, name, x, stride=2, padding=(0, 1), rows=rows))
+    x = _middle(w, "encoder.mid_block", x, config, rows)
+    x = silu(group_norm(w, "encoder.conv_norm_out", x, groups, EPS, rows))
+    x = _done(conv2d(w, "encoder.conv_out", x, rows=rows))
+    if config.get("use_quant_conv", True):
+        x = linear(w, "quant_conv", x)
+    mean, logvar = mx.split(x, 2, axis=-1)
+    return mean, mx.clip(logvar, -30.0, 20.0)
+
+
+def decode(w: Weights, config: Mapping[str, Any], z: mx.array, rows: int | None = None) -> mx.array:
+    """Latents (B, h, w, C), not scaled -> pixels (B, H, W, 3)."""
+    check(config)
+    groups = config["norm_num_groups"]
+    if config.get("use_post_quant_conv", True):
+        z = linear(w, "post_quant_conv", z)
+    x = _done(conv2d(w, "decoder.conv_in", z, rows=rows))
+    x = _middle(w, "decoder.mid_block", x, config, rows)
+    levels = len(config["block_out_channels"])
+    for i in range(levels):
+        for j in range(config["layers_per_block"] + 1):
+            x = _resnet(w, f"decoder.up_blocks.{i}.resnets.{j}", x, groups, rows)
+        if i < levels - 1:
+            x = _done(conv2d(w, f"decoder.up_blocks.{i}.upsamplers.0.conv", x, upsample=2, rows=rows))
+    x = silu(group_norm(w, "decoder.conv_norm_out", x, groups, EPS, rows))
+    return _done(conv2d(w, "decoder.conv_out", x, rows=rows))
+
+
+def _resnet(w: Weights, name: str, x: mx.array, groups: int, rows: int | None) -> mx.array:
+    y = silu(group_norm(w, f"{name}.norm1", x, groups, EPS, rows))
+    y = _done(conv2d(w, f"{name}.conv1", y, rows=rows))
+    y = silu(group_norm(w, f"{name}.norm2", y, groups, EPS, rows))
+    y = conv2d(w, f"{name}.conv2", y, rows=rows)
+    if f"{name}.conv_shortcut.weight" in w:
+        x = conv2d(w, f"{name}.conv_shortcut", x, padding=(0, 0), rows=rows)
+    return _done(x + y)
+
+
+def _middle(w: Weights, name: str, x: mx.array, config: Mapping[str, Any], rows: int | None) -> mx.array:
+    groups = config["norm_num_groups"]
+    x = _resnet(w, f"{name}.resnets.0", x, groups, rows)
+    if config.get("mid_block_add_attention", True):
+        x = _attention(w, f"{name}.attentions.0", x, groups, rows)
+    return _resnet(w, f"{name}.resnets.1", x, groups, rows)
+
+
+def _attention(w: Weights, name: str, x: mx.array, groups: int, rows: int | None) -> mx.array:
+    """One head over all positions, in chunks of query rows."""
+    b, h, width, c = x.shape
+    normed = group_norm(w, f"{name}.group_norm", x, groups, EPS, rows).reshape(b, 1, h * width, c)
+    q, k, v = (linear(w, f"{name}.to_{part}", normed) for part in "qkv")
+    attended = attention(q, k, v, scale=scale_of(c), query_chunk=None if rows is None else rows * width)
+    return _done(x + linear(w, f"{name}.to_out.0", attended).reshape(b, h, width, c))
+
+
+def _done(x: mx.array) -> mx.array:
+    """Evaluate here, so that no more than one layer's maps are in memory."""
+    mx.eval(x)
+    return x
