@@ -1,0 +1,118 @@
+"""Rows of the networks that families share: CLIP's text tower, the T5 encoder, AutoencoderKL."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from mlx_blockskip.converters.table import Component, Row, conv, linear, norm
+
+NEVER_FLOAT16 = {"float16": "bfloat16"}
+"""T5 and the VAE overflow in float16."""
+
+
+def block_of(pattern: str, name: str) -> str | None:
+    """The part of `name` that `pattern` matches, as a block's prefix."""
+    match = re.match(pattern, name)
+    return match.group(0) if match else None
+
+
+def clip_text(folder: str, config: Mapping[str, Any]) -> Component:
+    """transformers CLIPTextModel; checkpoints before transformers 5 put `text_model.` before every name."""
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    rows = [
+        Row("embeddings.token_embedding.weight", (config["vocab_size"], width)),
+        Row("embeddings.position_embedding.weight", (config["max_position_embeddings"], width)),
+        *norm("final_layer_norm", width),
+    ]
+    for i in range(config["num_hidden_layers"]):
+        layer = f"encoder.layers.{i}"
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            rows += linear(f"{layer}.self_attn.{part}", width, width)
+        rows += norm(f"{layer}.layer_norm1", width) + norm(f"{layer}.layer_norm2", width)
+        rows += linear(f"{layer}.mlp.fc1", inner, width) + linear(f"{layer}.mlp.fc2", width, inner)
+    return Component(
+        folder,
+        tuple(replace(row, aliases=(f"text_model.{row.name}",)) for row in rows),
+        block=lambda name: block_of(r"encoder\.layers\.\d+\.", name),
+        ignored=lambda name: name.endswith("position_ids") or name == "text_projection.weight",
+    )
+
+
+def t5_encoder(folder: str, config: Mapping[str, Any]) -> Component:
+    """transformers T5EncoderModel; the embedding may be stored under either of its two names, or both."""
+    width, inner, heads = config["d_model"], config["d_ff"], config["num_heads"]
+    attention = heads * config["d_kv"]
+    gated = config.get("feed_forward_proj", "relu").startswith("gated")
+    rows = [
+        Row("shared.weight", (config["vocab_size"], width), aliases=("encoder.embed_tokens.weight",)),
+        *norm("encoder.final_layer_norm", width, bias=False),
+        Row(
+            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+            (config["relative_attention_num_buckets"], heads),
+        ),
+    ]
+    for i in range(config["num_layers"]):
+        layer = f"encoder.block.{i}.layer"
+        for part in "qkv":
+            rows += linear(f"{layer}.0.SelfAttention.{part}", attention, width, bias=False)
+        rows += linear(f"{layer}.0.SelfAttention.o", width, attention, bias=False)
+        for part in ("wi_0", "wi_1") if gated else ("wi",):
+            rows += linear(f"{layer}.1.DenseReluDense.{part}", inner, width, bias=False)
+        rows += linear(f"{layer}.1.DenseReluDense.wo", width, inner, bias=False)
+        rows += norm(f"{layer}.0.layer_norm", width, bias=False) + norm(f"{layer}.1.layer_norm", width, bias=False)
+    return Component(
+        folder,
+        tuple(rows),
+        block=lambda name: None if "relative" in name else block_of(r"encoder\.block\.\d+\.", name),
+        ignored=lambda name: name == "encoder.embed_tokens.weight",
+        dtypes=NEVER_FLOAT16,
+    )
+
+
+def autoencoder_kl(folder: str, config: Mapping[str, Any]) -> Component:
+    """diffusers AutoencoderKL; older checkpoints name the attention's layers query, key, value, proj_attn."""
+    widths, per_level, latent = config["block_out_channels"], config["layers_per_block"], config["latent_channels"]
+    attends, top = config.get("mid_block_add_attention", True), widths[-1]
+    rows = conv("encoder.conv_in", widths[0], config["in_channels"], 3)
+    before = widths[0]
+    for i, width in enumerate(widths):
+        for j in range(per_level):
+            rows += _resnet(f"encoder.down_blocks.{i}.resnets.{j}", before if j == 0 else width, width)
+        if i < len(widths) - 1:
+            rows += conv(f"encoder.down_blocks.{i}.downsamplers.0.conv", width, width, 3)
+        before = width
+    rows += _middle("encoder.mid_block", top, attends) + norm("encoder.conv_norm_out", top)
+    rows += conv("encoder.conv_out", 2 * latent, top, 3)
+    rows += conv("decoder.conv_in", top, latent, 3) + _middle("decoder.mid_block", top, attends)
+    before = top
+    for i, width in enumerate(reversed(widths)):
+        for j in range(per_level + 1):
+            rows += _resnet(f"decoder.up_blocks.{i}.resnets.{j}", before if j == 0 else width, width)
+        if i < len(widths) - 1:
+            rows += conv(f"decoder.up_blocks.{i}.upsamplers.0.conv", width, width, 3)
+        before = width
+    rows += norm("decoder.conv_norm_out", widths[0]) + conv("decoder.conv_out", config["out_channels"], widths[0], 3)
+    if config.get("use_quant_conv", True):
+        rows += linear("quant_conv", 2 * latent, 2 * latent, role="plain", fix="pointwise")
+    if config.get("use_post_quant_conv", True):
+        rows += linear("post_quant_conv", latent, latent, role="plain", fix="pointwise")
+    return Component(folder, tuple(rows), block=lambda name: None, dtypes=NEVER_FLOAT16)
+
+
+def _resnet(name: str, before: int, width: int) -> list[Row]:
+    rows = norm(f"{name}.norm1", before) + conv(f"{name}.conv1", width, before, 3)
+    rows += norm(f"{name}.norm2", width) + conv(f"{name}.conv2", width, width, 3)
+    return rows if before == width else rows + conv(f"{name}.conv_shortcut", width, before, 1)
+
+
+def _middle(name: str, width: int, attends: bool) -> list[Row]:
+    rows = _resnet(f"{name}.resnets.0", width, width) + _resnet(f"{name}.resnets.1", width, width)
+    if attends:
+        attention = f"{name}.attentions.0"
+        rows += norm(f"{attention}.group_norm", width)
+        old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        for new, legacy in old.items():
+            aliases = (f"{attention}.{legacy}",)
+            rows += linear(f"{attention}.{new}", width, width, role="plain", fix="pointwise", aliases=aliases)
+    return rows

@@ -1,0 +1,222 @@
+"""Convert a checkpoint in Hugging Face layout to an MLX model directory, one tensor in memory at a time."""
+
+import importlib
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_blockskip.converters.source import FLOATS, Source, open_source
+from mlx_blockskip.converters.table import Component, Row
+from mlx_blockskip.engine import files
+from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.weights import INDEX
+
+DTYPES = ("float32", "bfloat16", "float16")
+GROUP_SIZES = (128, 64, 32)
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What is stored: dtype of what is not quantized; bits 0 leaves all layers whole; modulation_bits likewise."""
+
+    dtype: str
+    bits: int = 0
+    group_size: int = 64
+    modulation_bits: int = 0
+
+    def bits_for(self, row: Row) -> int:
+        return {"linear": self.bits, "modulation": self.modulation_bits, "plain": 0}[row.role]
+
+    def group_for(self, row: Row) -> int:
+        """The group size that divides the layer's inputs: the wanted one, else 32, else 0 (not quantized)."""
+        width = row.shape[-1]
+        for size in (self.group_size, *(g for g in GROUP_SIZES if g < self.group_size)):
+            if width % size == 0:
+                return size
+        return 0
+
+
+@dataclass
+class Shard:
+    """One file to write: rows with the group size of each that is quantized."""
+
+    file: str
+    rows: list[Row] = field(default_factory=list)
+    groups: dict[str, int] = field(default_factory=dict)
+
+
+def load_table(family: str) -> ModuleType:
+    """The converter module of a family. Raises UserError where there is none."""
+    try:
+        return importlib.import_module(f"mlx_blockskip.converters.{family}")
+    except ModuleNotFoundError as error:
+        raise UserError(f"no converter for the family {family!r} is installed ({error})") from error
+
+
+def default_dtype() -> str:
+    """bfloat16 on Metal; float32 on a CPU, whose bfloat16 products are slow."""
+    return "bfloat16" if mx.metal.is_available() else "float32"
+
+
+def open_checkpoint(source: Path, family: str) -> list[tuple[Component, Source]]:
+    """Every component with its tensors, checked to be complete and of the right shapes. Raises UserError."""
+    table = load_table(family)
+    configs = {folder: files.read_json(source / folder / "config.json") for folder in table.FOLDERS}
+    try:
+        components = table.components(configs)
+    except KeyError as error:
+        raise UserError(f"{source}: a config.json lacks {error}; download the checkpoint again") from error
+    found = []
+    for component in components:
+        opened = open_source(source / component.folder)
+        check_rows(component, opened)
+        found.append((component, opened))
+    return found
+
+
+def check_rows(component: Component, source: Source) -> None:
+    """Raise UserError naming tensors that are missing, unexpected or of another shape than the config says."""
+    expected: set[str] = set()
+    missing, misfit = [], []
+    for row in component.rows:
+        name = their_name(row, source)
+        if name is None:
+            missing.append(row.name)
+            continue
+        expected.add(name)
+        entry = source.tensors[name][1]
+        if not row.fits(entry.shape) or entry.dtype not in FLOATS:
+            misfit.append(f"{name} {list(entry.shape)} {entry.dtype}")
+    extra = [name for name in source.tensors if name not in expected and not component.ignored(_bare(name))]
+    for problem, names in (("lacks", missing), ("has unexpected", extra), ("has wrongly shaped", misfit)):
+        if names:
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            raise UserError(
+                f"{source.folder}: {problem} {', '.join(names[:SHOWN])}{more}; its config.json is for other weights"
+            )
+
+
+def their_name(row: Row, source: Source) -> str | None:
+    """The name under which the checkpoint has this row's tensor."""
+    return next((name for name in (row.name, *row.aliases) if name in source.tensors), None)
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("text_model.")
+
+
+def write_component(component: Component, source: Source, target: Path, precision: Precision) -> Iterator[str]:
+    """Write one component's shards and index; yields each shard's name when it is done."""
+    dtype = (component.dtypes or {}).get(precision.dtype, precision.dtype)
+    weight_map: dict[str, str] = {}
+    checksums: dict[str, str] = {}
+    groups: dict[str, int] = {}
+    total = 0
+    for shard in plan_shards(component, precision):
+        entries = [entry for row in shard.rows for entry in _entries(row, shard, precision, dtype)]
+        with files.SafetensorsWriter(target / shard.file, entries, {"format": "mlx"}) as writer:
+            for row in shard.rows:
+                name = their_name(row, source)
+                assert name is not None
+                _write_row(writer, row, source.read(name), shard, precision, dtype)
+        weight_map |= {entry.name: shard.file for entry in entries}
+        total += sum(entry.nbytes for entry in entries)
+        checksums[shard.file] = files.sha256(target / shard.file)
+        groups |= {name.removesuffix(".weight"): size for name, size in shard.groups.items()}
+        yield shard.file
+    metadata: dict[str, Any] = {"total_size": total, "sha256": checksums}
+    if groups:
+        metadata["group_sizes"] = groups
+    files.write_json(target / INDEX, {"metadata": metadata, "weight_map": weight_map})
+    shutil.copyfile(source.folder / "config.json", target / "config.json")
+
+
+def plan_shards(component: Component, precision: Precision) -> list[Shard]:
+    """One shard a block in the order of the rows, and one for the rest."""
+    shards: dict[str | None, Shard] = {}
+    for row in component.rows:
+        block = component.block(row.name)
+        if block not in shards:
+            count = sum(key is not None for key in shards)
+            shards[block] = Shard("rest.safetensors" if block is None else f"block-{count:03d}.safetensors")
+        shards[block].rows.append(row)
+        if precision.bits_for(row) and (size := precision.group_for(row)):
+            shards[block].groups[row.name] = size
+    return list(shards.values())
+
+
+def _entries(row: Row, shard: Shard, precision: Precision, dtype: str) -> list[files.TensorEntry]:
+    name = files.dtype_name(getattr(mx, dtype))
+    group = shard.groups.get(row.name)
+    if group is None:
+        return [files.TensorEntry(row.name, row.shape, name)]
+    out, width = row.shape
+    module = row.name.removesuffix(".weight")
+    return [
+        files.TensorEntry(row.name, (out, width * precision.bits_for(row) // 32), "U32"),
+        files.TensorEntry(f"{module}.scales", (out, width // group), name),
+        files.TensorEntry(f"{module}.biases", (out, width // group), name),
+    ]
+
+
+def _write_row(
+    writer: files.SafetensorsWriter, row: Row, theirs: mx.array, shard: Shard, precision: Precision, dtype: str
+) -> None:
+    tensor = row.read(theirs).astype(getattr(mx, dtype))
+    group = shard.groups.get(row.name)
+    if group is None:
+        writer.write(row.name, tensor)
+        return
+    module = row.name.removesuffix(".weight")
+    packed, scales, biases = mx.quantize(tensor, group_size=group, bits=precision.bits_for(row))
+    for name, part in ((row.name, packed), (f"{module}.scales", scales), (f"{module}.biases", biases)):
+        writer.write(name, part)
+
+
+def write_model(
+    source: Path, target: Path, family: str, precision: Precision, opened: list[tuple[Component, Source]], origin: str
+) -> Iterator[tuple[str, str]]:
+    """Fill the (temporary) directory `target`; yields (component, shard) as they are done."""
+    table = load_table(family)
+    for component, tensors in opened:
+        folder = target / component.folder
+        folder.mkdir()
+        for shard in write_component(component, tensors, folder, precision):
+            yield component.folder, shard
+    for name in table.COPIED:
+        if not (source / name).is_dir():
+            raise UserError(f"{source / name}: this part of the checkpoint is missing; download it again")
+        shutil.copytree(source / name, target / name)
+    for path in source.iterdir():
+        if path.is_file() and (path.name == "model_index.json" or path.name.upper().startswith(("LICENSE", "README"))):
+            shutil.copyfile(path, target / path.name)
+    files.write_json(target / "config.json", model_config(source, family, precision, opened, origin))
+
+
+def model_config(
+    source: Path, family: str, precision: Precision, opened: list[tuple[Component, Source]], origin: str
+) -> Mapping[str, Any]:
+    """config.json of the MLX model directory."""
+    quantization = None
+    if precision.bits or precision.modulation_bits:
+        quantization = {
+            "bits": precision.bits,
+            "group_size": precision.group_size,
+            "modulation_bits": precision.modulation_bits,
+        }
+    own = source / "defaults.json"
+    return {
+        "format": 1,
+        "family": family,
+        "components": [component.folder for component, _ in opened],
+        "dtype": precision.dtype,
+        "quantization": quantization,
+        "defaults": files.read_json(own) if own.is_file() else {},
+        "source": origin,
+    }

@@ -1,0 +1,81 @@
+"""The rows that a converter is made of: a tensor here, its name and layout there, and what may be done to it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import mlx.core as mx
+
+Role = Literal["linear", "modulation", "plain"]
+Fix = Literal["none", "conv", "pointwise"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor.
+
+    name: ours, which is that of the current reference class. shape: ours. aliases: names that older checkpoints use.
+    role: "linear" may be quantized, "modulation" on request, "plain" never. fix: how the reference's layout becomes
+    ours: "conv" OIHW -> OHWI, "pointwise" (O, I, 1, 1) -> (O, I).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role = "plain"
+    fix: Fix = "none"
+    aliases: tuple[str, ...] = ()
+
+    def fits(self, theirs: tuple[int, ...]) -> bool:
+        """Whether a tensor of this shape in the checkpoint is this row's."""
+        if self.fix == "conv":
+            o, h, w, i = self.shape
+            return theirs == (o, i, h, w)
+        return theirs == self.shape or (self.fix == "pointwise" and theirs == (*self.shape, 1, 1))
+
+    def read(self, theirs: mx.array) -> mx.array:
+        """The checkpoint's tensor in our layout."""
+        if self.fix == "conv":
+            return theirs.transpose(0, 2, 3, 1)
+        return theirs.reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Component:
+    """One folder of a checkpoint.
+
+    rows: every tensor it must have. block: the prefix of the block that a name belongs to, or None for the rest.
+    ignored: names that may be there and are not needed. dtypes: replaces a requested dtype for this component.
+    """
+
+    folder: str
+    rows: tuple[Row, ...]
+    block: Callable[[str], str | None]
+    ignored: Callable[[str], bool] = lambda name: False
+    dtypes: Mapping[str, str] | None = None
+
+
+def linear(name: str, out: int, width: int, *, bias: bool = True, role: Role = "linear", **more: Any) -> list[Row]:
+    """The rows of a linear layer."""
+    rows = [Row(f"{name}.weight", (out, width), role, **_suffixed(more, "weight"))]
+    if bias:
+        rows.append(Row(f"{name}.bias", (out,), **_suffixed(more, "bias", fix=False)))
+    return rows
+
+
+def conv(name: str, out: int, width: int, kernel: int) -> list[Row]:
+    """The rows of a convolution."""
+    return [Row(f"{name}.weight", (out, kernel, kernel, width), fix="conv"), Row(f"{name}.bias", (out,))]
+
+
+def norm(name: str, width: int, *, bias: bool = True, aliases: tuple[str, ...] = ()) -> list[Row]:
+    """The rows of an affine norm."""
+    names = ("weight", "bias") if bias else ("weight",)
+    return [Row(f"{name}.{n}", (width,), aliases=tuple(f"{a}.{n}" for a in aliases)) for n in names]
+
+
+def _suffixed(more: dict[str, Any], suffix: str, fix: bool = True) -> dict[str, Any]:
+    """Aliases are given a module at a time; a bias needs no fix-up of its layout."""
+    found = {key: value for key, value in more.items() if key != "fix" or fix}
+    if "aliases" in found:
+        found["aliases"] = tuple(f"{alias}.{suffix}" for alias in found["aliases"])
+    return found
