@@ -74,6 +74,8 @@ class DiffusionModel(Protocol):
 
     def head(self, tokens: Tokens, context: Context, modulation: Modulation) -> mx.array: ...
 
+    def release(self) -> None: ...
+
 
 @dataclass(frozen=True)
 class Family:

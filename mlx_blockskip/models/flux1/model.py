@@ -38,6 +38,7 @@ class Flux1:
         self.granularity = 2 * self.vae_factor
         self.identity = sha256("".join(Shards(path / name).identity for name in COMPONENTS).encode()).hexdigest()
         self._rest: dict[str, Weights] = {}
+        self._rope: dict[tuple[int, Size], tuple[mx.array, mx.array]] = {}
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -110,8 +111,11 @@ class Flux1:
         return self._context(prompt["prompt_embeds"].shape[1], size, temb)
 
     def _context(self, text_length: int, size: Size, temb: mx.array | None) -> Context:
-        cos, sin = net.rope_tables(tuple(self.config["axes_dims_rope"]), text_length, tuple(size))
-        return Context(mx.array(cos), mx.array(sin), temb, size)
+        key = text_length, tuple(size)
+        if key not in self._rope:
+            cos, sin = net.rope_tables(tuple(self.config["axes_dims_rope"]), *key)
+            self._rope = {key: (mx.array(cos), mx.array(sin))}
+        return Context(*self._rope[key], temb, size)
 
     def prompt_record(self, prompt: Prompt) -> dict[str, mx.array]:
         return {"text_length": mx.array([prompt["prompt_embeds"].shape[1]])}

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -166,7 +165,6 @@ def sinusoid(t: mx.array, width: int = 256) -> mx.array:
     return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
 
 
-@lru_cache(maxsize=8)
 def rope_tables(axes: tuple[int, ...], text_length: int, size: Size) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin, each (text + image tokens, sum(axes) / 2) in float32, computed in float64 as the reference does.
 

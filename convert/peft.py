@@ -1,0 +1,76 @@
+"""Names and layouts of LoRA files: ours (mlx-lm's) and diffusers' with PEFT.
+
+Ours: `{module}.lora_a` (in, r), `{module}.lora_b` (r, out), one scale in adapter_config.json.
+Theirs: `{prefix}{module}.lora_A.weight` (r, in), `.lora_B.weight` (out, r), and alpha, either as `.alpha` tensors or
+in the file's metadata; the strength is alpha / r.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_blockskip.engine.errors import UserError
+
+METADATA = "lora_adapter_metadata"
+
+
+def to_peft(tensors: Mapping[str, mx.array], scale: float, prefix: str) -> dict[str, mx.array]:
+    """Our tensors in their layout. Where scale is not 1, alpha is written once, as `.alpha` beside each module."""
+    found: dict[str, mx.array] = {}
+    for name, value in tensors.items():
+        module, kind = name.rsplit(".", 1)
+        letter = {"lora_a": "A", "lora_b": "B"}[kind]
+        found[f"{prefix}{module}.lora_{letter}.weight"] = mx.contiguous(value.T)
+        if letter == "A" and scale != 1.0:
+            found[f"{prefix}{module}.alpha"] = mx.array(scale * value.shape[1], mx.float32)
+    return found
+
+
+def from_peft(
+    tensors: Mapping[str, mx.array], metadata: Mapping[str, str], prefix: str, source: Path
+) -> tuple[dict[str, mx.array], list[str]]:
+    """Their tensors in our layout with alpha / r multiplied into the second factor, and the names that were left out.
+
+    Raises UserError where the file is in neither layout, or lacks one factor of a pair.
+    """
+    config = _config(metadata, prefix, source)
+    found: dict[str, mx.array] = {}
+    others = []
+    for name, value in tensors.items():
+        match = re.fullmatch(re.escape(prefix) + r"(.+)\.lora_(A|B)(?:\.default)?\.weight", name)
+        if match is None:
+            if not name.endswith(".alpha"):
+                others.append(name)
+            continue
+        module, letter = match.groups()
+        value = value.astype(mx.float32).T
+        if letter == "B":
+            value = value * (_alpha(tensors, config, prefix + module, module, value.shape[0]) / value.shape[0])
+        found[f"{module}.lora_{letter.lower()}"] = mx.contiguous(value)
+    if not found:
+        example = next(iter(tensors), "nothing")
+        raise UserError(f"{source}: not a LoRA of diffusers or of this tool (it holds {example}); export it for diffusers")
+    return found, others
+
+
+def _config(metadata: Mapping[str, str], prefix: str, source: Path) -> dict[str, object]:
+    try:
+        config = json.loads(metadata.get(METADATA, "{}"))
+    except ValueError as error:
+        raise UserError(f"{source}: its metadata {METADATA} is not JSON ({error}); export it again") from None
+    return {key.removeprefix(prefix): value for key, value in config.items()}
+
+
+def _alpha(tensors: Mapping[str, mx.array], config: Mapping[str, object], path: str, module: str, rank: int) -> float:
+    if f"{path}.alpha" in tensors:
+        return float(tensors[f"{path}.alpha"].item())
+    pattern = config.get("alpha_pattern")
+    if isinstance(pattern, dict):
+        for key, value in pattern.items():
+            if module == key or module.endswith("." + key):
+                return float(value)
+    alpha = config.get("lora_alpha", rank)
+    return float(alpha) if isinstance(alpha, (int, float)) else float(rank)

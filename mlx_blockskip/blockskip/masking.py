@@ -1,0 +1,14 @@
+"""Masking attention from image queries to text keys in chosen blocks (DiT-BlockSkip, section 3.3).
+
+In joint attention -inf is added at (image query, text key); where text comes by cross-attention, that block's
+cross-attention output is dropped. Text queries still see everything.
+"""
+
+from collections.abc import Iterable
+
+from mlx_blockskip.models.attention import IMAGE_TO_TEXT
+
+
+def image_to_text(blocks: Iterable[int]) -> dict[int, str]:
+    """The `masks` argument of a sweep for these blocks; none at all leaves every bit as it is."""
+    return dict.fromkeys(blocks, IMAGE_TO_TEXT)

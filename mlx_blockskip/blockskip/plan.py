@@ -1,0 +1,142 @@
+"""Which blocks are skipped while training.
+
+k = n + m is the skip budget: of L blocks the first n and the last m are skipped, and k = floor(ratio x L + 0.5)
+(DiT-BlockSkip, section 3.2). A plan may also skip inner runs.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_blockskip.engine import files
+from mlx_blockskip.engine.errors import UserError
+
+Run = tuple[int, int]
+"""start, stop: blocks start .. stop - 1."""
+
+
+@dataclass(frozen=True)
+class SkipPlan:
+    """depth: L. runs: the skipped runs, sorted and apart. source: where the plan came from, for the record.
+
+    Raises UserError for runs outside the stack or overlapping, and where no block is retained.
+    """
+
+    depth: int
+    runs: tuple[Run, ...]
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        merged: list[Run] = []
+        for start, stop in sorted(self.runs):
+            if not 0 <= start <= stop <= self.depth:
+                raise UserError(f"skip plan: blocks {start} to {stop} are not within the model's {self.depth} blocks")
+            if start == stop:
+                continue
+            if merged and start < merged[-1][1]:
+                raise UserError(f"skip plan: the runs {list(merged[-1])} and {[start, stop]} overlap")
+            if merged and start == merged[-1][1]:
+                merged[-1] = (merged[-1][0], stop)
+            else:
+                merged.append((start, stop))
+        if sum(stop - start for start, stop in merged) >= self.depth:
+            raise UserError(f"skip plan: all {self.depth} blocks are skipped; at least one must be left to train")
+        object.__setattr__(self, "runs", tuple(merged))
+
+    @staticmethod
+    def ends(n: int, m: int, depth: int, source: str = "given") -> "SkipPlan":
+        """The paper's case: the first n and the last m blocks."""
+        if n < 0 or m < 0 or n + m >= depth:
+            raise UserError(f"skip plan: n = {n} and m = {m} do not leave a block of {depth} to train")
+        return SkipPlan(depth, ((0, n), (depth - m, depth)), source)
+
+    @staticmethod
+    def from_ratio(ratio: float, depth: int) -> "SkipPlan":
+        """An even split: n = ceil(k / 2), m = k - n."""
+        if not 0 <= ratio < 1:
+            raise UserError(f"--skip-ratio {ratio}: must be at least 0 and below 1")
+        k = math.floor(ratio * depth + 0.5)
+        n = math.ceil(k / 2)
+        return SkipPlan.ends(n, k - n, depth, f"even split of ratio {ratio:g}")
+
+    @property
+    def retained(self) -> tuple[int, ...]:
+        """The blocks that train."""
+        skipped = {block for start, stop in self.runs for block in range(start, stop)}
+        return tuple(block for block in range(self.depth) if block not in skipped)
+
+    @property
+    def n(self) -> int:
+        """Length of the leading run."""
+        return self.runs[0][1] if self.runs and self.runs[0][0] == 0 else 0
+
+    @property
+    def m(self) -> int:
+        """Length of the trailing run."""
+        return self.depth - self.runs[-1][0] if self.runs and self.runs[-1][1] == self.depth else 0
+
+    @property
+    def later(self) -> tuple[Run, ...]:
+        """The skipped runs that need residual features: all but the leading one."""
+        return self.runs[1:] if self.n else self.runs
+
+    @property
+    def k(self) -> int:
+        """Number of skipped blocks."""
+        return sum(stop - start for start, stop in self.runs)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"depth": self.depth, "runs": [list(run) for run in self.runs], "source": self.source}
+
+    def __str__(self) -> str:
+        if not self.runs:
+            return f"none of {self.depth} blocks skipped"
+        runs = ", ".join(f"{start}-{stop - 1}" for start, stop in self.runs)
+        return f"{self.k} of {self.depth} blocks skipped ({runs}; n = {self.n}, m = {self.m})"
+
+
+def from_json(value: Any, depth: int, source: Path | str) -> SkipPlan:
+    """A plan from `{"depth", "runs"}` or `{"n", "m"}`. Raises UserError where it is not one, or of another depth."""
+    try:
+        if "n" in value:
+            return SkipPlan.ends(int(value["n"]), int(value["m"]), int(value.get("depth", depth)), str(source))
+        plan = SkipPlan(int(value["depth"]), tuple((int(a), int(b)) for a, b in value["runs"]), str(source))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f'{source}: not a skip plan; write {{"depth": {depth}, "runs": [[start, stop], ...]}}') from None
+    if plan.depth != depth:
+        raise UserError(f"{source}: is for a model of {plan.depth} blocks, and this one has {depth}")
+    return plan
+
+
+def choose(
+    depth: int,
+    *,
+    ratio: float | None = None,
+    first: int | None = None,
+    last: int | None = None,
+    file: str | None = None,
+    recorded: Mapping[str, Any] | None = None,
+    default_ratio: float = 0.5,
+) -> SkipPlan:
+    """The plan that the settings ask for. `recorded`: the model's plans by ratio (its defaults' `plans`).
+
+    Raises UserError where two ways of giving a plan are used at once.
+    """
+    given = [name for name, value in _named(ratio, first, last, file) if value]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: give only one of them")
+    if file is not None:
+        return from_json(files.read_json(Path(file).expanduser()), depth, file)
+    if first is not None or last is not None:
+        return SkipPlan.ends(first or 0, last or 0, depth)
+    ratio = default_ratio if ratio is None else ratio
+    plan = (recorded or {}).get(f"{ratio:g}")
+    return SkipPlan.from_ratio(ratio, depth) if plan is None else from_json(plan, depth, f"the model's plan for {ratio:g}")
+
+
+def _named(ratio: float | None, first: int | None, last: int | None, file: str | None) -> Iterable[tuple[str, bool]]:
+    yield "--skip-ratio", ratio is not None
+    yield "--skip-first/--skip-last", first is not None or last is not None
+    yield "--plan", file is not None

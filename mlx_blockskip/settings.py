@@ -1,0 +1,205 @@
+"""One dataclass a task. Its fields carry type, default and help; command line options, YAML keys, adapter_config.json
+and the Python API are all made from them. None means: the model's own default, then its family's.
+"""
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from mlx_blockskip.engine.errors import UserError
+
+S = TypeVar("S")
+
+
+def option(default: Any, help: str, *, short: str = "", choices: tuple = (), group: str = "Options") -> Any:
+    """A settings field: what the command line needs to know stands beside the default."""
+    metadata = {"help": help, "short": short, "choices": choices, "group": group}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ConvertSettings:
+    """Convert a Hugging Face checkpoint to an MLX model directory."""
+
+    hf_path: str = option("", "Hugging Face directory or repo id.")
+    mlx_path: str = option("mlx_model", "Directory to write.")
+    quantize: bool = option(False, "Quantize the linear layers of the blocks.", short="-q")
+    q_bits: int = option(4, "Bits a weight.", choices=(4, 6, 8))
+    q_group_size: int = option(64, "Weights that share a scale.", choices=(32, 64, 128))
+    q_modulation: str = option("none", "Bits of the modulation layers.", choices=("none", "8"))
+    dtype: str | None = option(
+        None, "Type of what is not quantized (bfloat16 on Metal, float32 elsewhere).", choices=("float32", "bfloat16", "float16")
+    )
+    revision: str | None = option(None, "Branch, tag or commit of the repo.")
+
+
+DATA, METHOD, LORA, OPTIMIZER, RUN = "Data", "Block skipping", "LoRA", "Optimizer", "Run"
+
+
+@dataclass
+class TrainSettings:
+    """Learn a subject from a few photos: a LoRA on the retained blocks."""
+
+    model: str = option("tiny-flux", "MLX model directory, Hugging Face directory, repo id, or tiny-flux.")
+    data: str = option("", "Directory of images, with captions beside them or not.", group=DATA)
+    prompt: str | None = option(None, 'Caption of images that have none, e.g. "a photo of sks dog".', group=DATA)
+    adapter_path: str = option("adapters", "Adapter directory to write.", group=RUN)
+    skip_ratio: float | None = option(None, "Share of blocks to skip; 0 is plain LoRA.", group=METHOD)
+    skip_first: int | None = option(None, "Blocks to skip at the start (n).", group=METHOD)
+    skip_last: int | None = option(None, "Blocks to skip at the end (m).", group=METHOD)
+    plan: str | None = option(None, "JSON file with a skip plan.", group=METHOD)
+    residuals: str = option("base", "Features of skipped blocks.", choices=("base", "fresh", "none"), group=METHOD)
+    patch_mode: str | None = option(
+        None, "How patches are cut.", choices=("dynamic", "high-to-low", "random", "resize", "none"), group=METHOD
+    )
+    resolution: int | None = option(None, "Shorter side of a resized image, and largest crop (s_max).", group=METHOD)
+    train_resolution: int | None = option(None, "Side of a training patch (s_min).", group=METHOD)
+    max_sequence_length: int | None = option(None, "Text tokens, padding included.", group=METHOD)
+    guidance: float | None = option(None, "Guidance that a distilled model trains with.", group=METHOD)
+    timestep_mean: float = option(0.0, "Mean of the logit-normal noise level.", group=METHOD)
+    timestep_std: float = option(1.0, "Deviation of the logit-normal noise level.", group=METHOD)
+    rank: int | None = option(None, "Rank.", group=LORA)
+    scale: float = option(1.0, "alpha / rank.", group=LORA)
+    lora_targets: str = option("all", "Layers of the retained blocks.", choices=("attention", "all"), group=LORA)
+    learning_rate: float | None = option(None, "Learning rate.", group=OPTIMIZER)
+    lr_schedule: str = option("constant", "Learning rate over the run.", choices=("constant", "linear", "cosine"), group=OPTIMIZER)
+    warmup: int = option(0, "Steps over which the learning rate rises.", group=OPTIMIZER)
+    weight_decay: float = option(0.01, "AdamW's weight decay.", group=OPTIMIZER)
+    clip: float = option(1.0, "Largest global norm of the gradients; 0 for none.", group=OPTIMIZER)
+    iters: int | None = option(None, "Optimizer steps.", group=RUN)
+    batch_size: int | None = option(None, "Images a micro-batch.", group=RUN)
+    grad_accumulation: int = option(1, "Micro-batches an optimizer step; all wait in one sweep.", group=RUN)
+    seed: int = option(0, "Seed of everything random.", group=RUN)
+    cache_limit: str = option("8GB", "Largest residual cache on disk.", group=RUN)
+    memory_budget: str | None = option(None, "Memory for weights that stay loaded, e.g. 2GB; all by default.", group=RUN)
+    steps_per_save: int = option(100, "Steps between checkpoints; 0 for none.", group=RUN)
+    steps_per_sample: int = option(0, "Steps between sample images; 0 for none.", group=RUN)
+    sample_prompt: list[str] = option([], "Prompt of sample images; repeatable.", group=RUN)
+    resume: bool = option(False, "Go on from the last checkpoint in the adapter directory.", group=RUN)
+
+
+@dataclass
+class GenerateSettings:
+    """Generate images."""
+
+    model: str = option("tiny-flux", "MLX model directory, Hugging Face directory, repo id, or tiny-flux.")
+    prompt: list[str] = option([], "What to show; repeatable.")
+    prompt_file: str | None = option(None, "Text file with a prompt a line.")
+    negative_prompt: str = option("", "What not to show (where cfg-scale is above 1).")
+    adapter_path: list[str] = option([], "Adapter directory, or LoRA file of diffusers; repeatable.", group=LORA)
+    lora_scale: list[float] = option([], "Strength of each adapter; 1 by default.", group=LORA)
+    cfg_scale: float | None = option(None, "Classifier-free guidance; 1 is none.")
+    guidance: float | None = option(None, "Guidance of a distilled model.")
+    steps: int | None = option(None, "Steps from noise to image.")
+    seed: int = option(0, "Seed of the first image; the others follow.")
+    n_images: int = option(1, "Images a prompt.")
+    width: int | None = option(None, "Pixels.")
+    height: int | None = option(None, "Pixels.")
+    max_sequence_length: int | None = option(None, "Text tokens, padding included.")
+    noise: str | None = option(None, "safetensors file with `noise` (B x C x h x w) to start from, instead of a seed.")
+    memory_budget: str | None = option(None, "Memory for weights that stay loaded, e.g. 2GB; all by default.")
+    from_image: str | None = option(None, "PNG made by this tool, whose settings are taken.")
+    output: str = option("out.png", "File to write; numbered where there are several images.")
+
+
+@dataclass
+class ExportSettings:
+    """Write an adapter in the format of another tool."""
+
+    adapter_path: str = option("adapters", "Adapter directory.")
+    format: str = option("diffusers", "Format.", choices=("diffusers",))
+    output: str = option("pytorch_lora_weights.safetensors", "File to write.")
+
+
+def from_mapping(cls: type[S], mapping: Mapping[str, Any]) -> S:
+    """Settings from keys in snake_case or kebab-case. Raises UserError for unknown keys and wrong values."""
+    hints = get_type_hints(cls)
+    values = {}
+    for key, value in mapping.items():
+        name = str(key).replace("-", "_")
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            raise UserError(f"{key}: is not a setting" + (f"; did you mean {near[0]}?" if near else ""))
+        values[name] = _checked(name, value, hints[name])
+    for known in fields(cls):  # type: ignore[arg-type]
+        choices = known.metadata["choices"]
+        value = values.get(known.name)
+        if choices and value is not None and value not in choices:
+            raise UserError(f"{known.name}: {value!r} is not one of {', '.join(map(str, choices))}")
+    return cls(**values)
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    if get_origin(hint) in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        hint = next(part for part in get_args(hint) if part is not type(None))
+    if get_origin(hint) is list:
+        (inner,) = get_args(hint)
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return [_checked(name, item, inner) for item in values]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML reads 1e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is str and isinstance(value, (Path, int, float)) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise UserError(f"{name}: {value!r} is not {'a number' if hint in (int, float) else f'a {hint.__name__}'}")
+    return value
+
+
+def merge(cls: type[S], config: str | None, overrides: Mapping[str, Any]) -> S:
+    """Settings from a YAML file and from what the command line gave, which wins."""
+    return from_mapping(cls, {**(read_yaml(config) if config else {}), **overrides})
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The keys of a YAML file in snake_case. Raises UserError where it cannot be read."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: should hold `setting: value` lines")
+    return {str(key).replace("-", "_"): item for key, item in value.items()}
+
+
+def to_mapping(settings: Any) -> dict[str, Any]:
+    """The settings as JSON values."""
+    return asdict(settings)
+
+
+def defaults_of(cls: type) -> dict[str, Any]:
+    """Each field's default."""
+    return {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(cls)}  # type: ignore
+
+
+UNITS = {"": 1, "B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
+
+
+def parse_size(text: str | int | None, name: str) -> int | None:
+    """Bytes of "2GB", "512MB", "1.5GiB" or a number (units are powers of 1024). Raises UserError."""
+    if text is None or isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)I?(B?)\s*", text.upper())
+    try:
+        if match is None:
+            raise ValueError
+        return int(float(match[1]) * UNITS[match[2] + "B" if match[2] else ""])
+    except ValueError:
+        raise UserError(f"{name}: {text!r} is not a size; write it as 2GB or 512MB") from None

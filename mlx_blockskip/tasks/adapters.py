@@ -1,0 +1,82 @@
+"""Adapters on disk: our directory, and the LoRA files of diffusers; one tree that adds them up."""
+
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_blockskip import lora
+from mlx_blockskip.converters.peft import from_peft, to_peft
+from mlx_blockskip.converters.run import load_table
+from mlx_blockskip.engine import files
+from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.events import Event, Saved, Warning
+from mlx_blockskip.models.family import DiffusionModel
+from mlx_blockskip.models.registry import read_config
+from mlx_blockskip.settings import ExportSettings
+
+TENSORS = "adapters.safetensors"
+CONFIG = "adapter_config.json"
+PEFT_FILE = "pytorch_lora_weights.safetensors"
+
+
+def load_adapters(
+    model: DiffusionModel, paths: Sequence[str], scales: Sequence[float]
+) -> Generator[Event, None, lora.Tree]:
+    """One tree for the given adapters, each with its strength (1 where `scales` is shorter). Raises UserError."""
+    if len(scales) > len(paths):
+        raise UserError(f"--lora-scale is given {len(scales)} times for {len(paths)} adapters; give one for each")
+    trees, strengths = [], []
+    for i, path in enumerate(paths):
+        tree, scale = yield from load_adapter(model, Path(path).expanduser())
+        trees.append(tree)
+        strengths.append(scale * (scales[i] if i < len(scales) else 1.0))
+    return lora.combine(trees, strengths)
+
+
+def load_adapter(model: DiffusionModel, path: Path) -> Generator[Event, None, tuple[lora.Tree, float]]:
+    """An adapter's factors and its own scale, checked against the model's layers."""
+    if (path / CONFIG).is_file():
+        file, scale = path / TENSORS, float(files.read_json(path / CONFIG).get("scale", 1.0))
+        tensors = read_tensors(file)
+    else:
+        file, scale = (path / PEFT_FILE if path.is_dir() else path), 1.0
+        theirs = read_tensors(file)
+        prefix = load_table(read_config(model.path)["family"]).ADAPTER_PREFIX
+        tensors, others = from_peft(theirs, files.read_header(file).metadata, prefix, file)
+        if others:
+            yield Warning(f"{file}: {len(others)} tensors are not used ({others[0]} ...)")
+    tree = lora.unflatten(tensors, model.stack, file)
+    lora.check(tree, model.reader, file)
+    return tree, scale
+
+
+def read_tensors(file: Path) -> dict[str, mx.array]:
+    """Every tensor of a file, checked to be whole."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such adapter; give an adapter directory or a LoRA safetensors file")
+    files.read_header(file)
+    tensors = mx.load(str(file))
+    mx.eval(tensors)
+    return tensors
+
+
+def save_adapter(directory: Path, tree: lora.Tree, model: DiffusionModel, config: dict[str, Any]) -> None:
+    """Write the factors and their description."""
+    files.save_tensors(directory / TENSORS, lora.flatten(tree, model.stack), {"format": "mlx"})
+    files.write_json(directory / CONFIG, config)
+
+
+def export(settings: ExportSettings) -> Generator[Event, None, Path]:
+    """Write an adapter directory as a LoRA file that `pipe.load_lora_weights` of diffusers reads."""
+    source = Path(settings.adapter_path).expanduser()
+    config = files.read_json(source / CONFIG)
+    table = load_table(config["family"])
+    target = Path(settings.output).expanduser()
+    if target.exists():
+        raise UserError(f"{target}: already exists; choose another --output or remove it")
+    tensors = to_peft(read_tensors(source / TENSORS), float(config["scale"]), table.ADAPTER_PREFIX)
+    files.save_tensors(target, tensors, {"format": "pt"})
+    yield Saved(target, "LoRA for diffusers")
+    return target

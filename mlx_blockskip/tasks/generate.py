@@ -1,0 +1,163 @@
+"""`generate`: prompts become images."""
+
+import json
+from collections.abc import Generator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from PIL import Image as PillowImage
+from PIL import PngImagePlugin
+
+from mlx_blockskip.engine import files
+from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.events import Event, Image, Warning
+from mlx_blockskip.models.family import DiffusionModel, Encoded
+from mlx_blockskip.settings import GenerateSettings, defaults_of, from_mapping, parse_size, to_mapping
+from mlx_blockskip.tasks.adapters import load_adapters
+from mlx_blockskip.tasks.phases import phase
+from mlx_blockskip.tasks.resolve import open_named
+from mlx_blockskip.tasks.sampling import Request, check_size, sample, seeded_noise, to_images
+
+PNG_KEY = "mlx-blockskip"
+FROM_MODEL = ("steps", "cfg_scale", "guidance", "width", "height", "max_sequence_length")
+
+
+def generate(settings: GenerateSettings) -> Generator[Event, None, list[Path]]:
+    """Generate `n_images` for every prompt; returns the paths of the PNG files, in that order."""
+    if settings.from_image:
+        settings = recall(settings)
+    prompts = read_prompts(settings)
+    model = yield from open_named(settings.model, parse_size(settings.memory_budget, "--memory-budget"))
+    settings = complete(settings, model)
+    assert settings.width and settings.height and settings.steps and settings.cfg_scale is not None
+    check_size(model, settings.width, settings.height)
+    targets = output_paths(Path(settings.output).expanduser(), len(prompts) * settings.n_images)
+    tree = yield from load_adapters(model, settings.adapter_path, settings.lora_scale)
+
+    encoded, negative = yield from encode(model, prompts, settings)
+    noises = read_noise(settings, model, len(targets))
+    requests = [
+        Request(encoded.prompts[i // settings.n_images], negative, noise) for i, noise in enumerate(noises)
+    ]
+    with phase("generate", settings.steps, "step") as track:
+        yield track.begin
+        latents = [r.noise for r in requests]
+        steps = sample(
+            model,
+            requests,
+            steps=settings.steps,
+            cfg_scale=settings.cfg_scale,
+            guidance=settings.guidance,
+            trainable=tree,
+        )
+        for done, latents in enumerate(steps, 1):
+            yield track.step(done)
+    yield track.end
+    del steps
+    model.release()
+    with phase("decode", len(latents), "image") as track:
+        yield track.begin
+        for i, (latent, target) in enumerate(zip(latents, targets, strict=True)):
+            prompt = prompts[i // settings.n_images]
+            (image,) = to_images(model.decode(latent))
+            write_png(target, image, record(settings, prompt, settings.seed + i))
+            yield track.step(i + 1)
+            yield Image(target, prompt)
+    yield track.end
+    return targets
+
+
+def read_prompts(settings: GenerateSettings) -> list[str]:
+    """The prompts of the command line and of the prompt file. Raises UserError where there is none."""
+    prompts = list(settings.prompt)
+    if settings.prompt_file:
+        try:
+            lines = Path(settings.prompt_file).expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{settings.prompt_file}: not readable as text ({error})") from None
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError("--prompt: say what to show")
+    if settings.n_images < 1:
+        raise UserError(f"--n-images {settings.n_images}: at least one image is needed")
+    return prompts
+
+
+def complete(settings: GenerateSettings, model: DiffusionModel) -> GenerateSettings:
+    """Fill what was left open from the model's defaults."""
+    open_fields = {name: model.defaults.get(name) for name in FROM_MODEL if getattr(settings, name) is None}
+    return replace(settings, **open_fields)
+
+
+def encode(
+    model: DiffusionModel, prompts: list[str], settings: GenerateSettings
+) -> Generator[Event, None, tuple[Encoded, Any]]:
+    """Encode all prompts in one sweep; the negative prompt too where CFG is on."""
+    assert settings.cfg_scale is not None and settings.max_sequence_length is not None
+    guided = settings.cfg_scale > 1
+    texts = [*prompts, settings.negative_prompt] if guided else prompts
+    with phase("encode prompts", len(texts), "prompt") as track:
+        yield track.begin
+        encoded = model.encode_prompts(texts, settings.max_sequence_length)
+        yield track.step(len(texts))
+    yield track.end
+    for text, cut in zip(texts, encoded.truncated, strict=True):
+        if cut:
+            yield Warning(f"the prompt is longer than {settings.max_sequence_length} tokens and was cut: {text}")
+    return encoded, encoded.prompts[-1] if guided else None
+
+
+def read_noise(settings: GenerateSettings, model: DiffusionModel, count: int) -> list[mx.array]:
+    """Noise (1, h, w, C) for each image, from the seeds or from the file. Raises UserError where it does not fit."""
+    assert settings.width and settings.height
+    if settings.noise is None:
+        return [seeded_noise(model, settings.seed + i, settings.width, settings.height) for i in range(count)]
+    path = Path(settings.noise).expanduser()
+    entry = files.read_header(path).entries.get("noise")
+    h, w, c = model.latent_shape(settings.width, settings.height)
+    if entry is None or entry.shape != (count, c, h, w):
+        found = "no tensor `noise`" if entry is None else f"noise {list(entry.shape)}"
+        raise UserError(f"{path}: has {found}, and {[count, c, h, w]} is needed for {count} images of this size")
+    noise = mx.load(str(path))["noise"].astype(mx.float32).transpose(0, 2, 3, 1)
+    return [noise[i : i + 1] for i in range(count)]
+
+
+def output_paths(output: Path, count: int) -> list[Path]:
+    """The file itself for one image; numbered files for several."""
+    if output.suffix.lower() != ".png":
+        raise UserError(f"{output}: images are written as PNG; let --output end in .png")
+    if count == 1:
+        return [output]
+    return [output.with_name(f"{output.stem}-{i:02d}{output.suffix}") for i in range(1, count + 1)]
+
+
+def record(settings: GenerateSettings, prompt: str, seed: int) -> dict[str, Any]:
+    """What makes this one image again."""
+    kept = to_mapping(replace(settings, prompt=[prompt], seed=seed, n_images=1, prompt_file=None, from_image=None))
+    return {k: v for k, v in kept.items() if k not in ("output", "memory_budget", "from_image", "prompt_file")}
+
+
+def write_png(path: Path, image: PillowImage.Image, record: dict[str, Any]) -> None:
+    """Write a PNG whose text chunk holds the settings."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(PNG_KEY, json.dumps(record, ensure_ascii=False))
+    with files.atomic_file(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+def recall(settings: GenerateSettings) -> GenerateSettings:
+    """The settings in a PNG, with those that were given on top. Raises UserError where it holds none."""
+    path = Path(settings.from_image or "").expanduser()
+    try:
+        with PillowImage.open(path) as image:
+            text = getattr(image, "text", {}).get(PNG_KEY)
+    except OSError as error:
+        raise UserError(f"{path}: not an image that Pillow can read ({error})") from None
+    if text is None:
+        raise UserError(f"{path}: holds no settings; only PNG files made by mlx-blockskip do")
+    defaults = defaults_of(GenerateSettings)
+    given = {k: v for k, v in to_mapping(settings).items() if v != defaults[k]}
+    return from_mapping(GenerateSettings, {**json.loads(text), **given, "from_image": None})
+

@@ -1,0 +1,86 @@
+"""From noise to images: every image and both CFG branches wait in one sweep a step. Used by generate and by train."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_blockskip import data, flow
+from mlx_blockskip.engine import philox
+from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.stack import Mask, Trainable
+from mlx_blockskip.engine.sweep import Sample, forward, modulations
+from mlx_blockskip.models.family import DiffusionModel, Prompt, Size
+
+NOISE = 0x501
+"""Keeps the noise of images apart from other random streams of the same seed."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image: its encoded prompt, its negative prompt (None without CFG), and its noise (1, h, w, C)."""
+
+    prompt: Prompt
+    negative: Prompt | None
+    noise: mx.array
+
+
+def check_size(model: DiffusionModel, width: int, height: int) -> None:
+    """Raise UserError, with the nearest size, where the model cannot take this one."""
+    g = model.granularity
+    if width % g or height % g or width < g or height < g:
+        near = " x ".join(str(max(g, round(side / g) * g)) for side in (width, height))
+        raise UserError(f"{width} x {height}: the sides must be multiples of {g}; the nearest is {near}")
+
+
+def seeded_noise(model: DiffusionModel, seed: int, width: int, height: int) -> mx.array:
+    """(1, h, w, C) standard normal, float32, a function of the seed and the size."""
+    return mx.array(philox.normal(seed, NOISE, shape=(1, *model.latent_shape(width, height))))
+
+
+def sample(
+    model: DiffusionModel,
+    requests: Sequence[Request],
+    *,
+    steps: int,
+    cfg_scale: float,
+    guidance: float | None,
+    trainable: Mapping[int, Trainable] | None = None,
+    masks: Mapping[int, Mask] | None = None,
+) -> Iterator[list[mx.array]]:
+    """Yield the latents of all requests (each (1, h, w, C), float32) after every step.
+
+    Modulation for all steps is computed ahead, in one sweep over its weights.
+    """
+    size: Size = (requests[0].noise.shape[1], requests[0].noise.shape[2])
+    samplers = [flow.sampler(model.scheduler, steps, model.token_count(size)) for _ in requests]
+    branches = [(i, p) for i, r in enumerate(requests) for p in (r.prompt, r.negative) if p is not None]
+    distinct = list({id(p): p for _, p in branches}.values())
+    sigmas = samplers[0].sigmas
+    keys = [(id(p), step) for p in distinct for step in range(steps)]
+    contexts = [model.context(mx.array(sigmas[s : s + 1]), p, size, guidance) for p in distinct for s in range(steps)]
+    ahead = dict(zip(keys, zip(contexts, modulations(model.stack, model.reader, contexts), strict=True), strict=True))
+    heads = {key: model.head_modulation(context) for key, (context, _) in ahead.items()}
+    mx.eval(list(heads.values()))
+
+    latents = [r.noise.astype(mx.float32) for r in requests]
+    for step in range(steps):
+        waiting = []
+        for i, prompt in branches:
+            context, modulation = ahead[id(prompt), step]
+            waiting.append(Sample(model.tokens(latents[i], prompt), context, modulation.__getitem__))
+        forward(model.stack, model.reader, waiting, trainable=trainable, masks=masks)
+        velocities: list[list[mx.array]] = [[] for _ in requests]
+        for (i, prompt), done in zip(branches, waiting, strict=True):
+            velocities[i].append(model.head(done.state, done.context, heads[id(prompt), step]).astype(mx.float32))
+        for i, found in enumerate(velocities):
+            v = found[0] if len(found) == 1 else found[1] + cfg_scale * (found[0] - found[1])
+            latents[i] = samplers[i].step(step, v, latents[i])
+        mx.eval(latents)
+        yield latents
+
+
+def to_images(pixels: mx.array) -> list:
+    """(B, H, W, 3) in [-1, 1] -> Pillow images."""
+    return [data.to_image(np.array(p)) for p in pixels.astype(mx.float32)]
