@@ -4,6 +4,7 @@ A tree is `{block index: {"attn.to_q.lora_a": (in, r), "attn.to_q.lora_b": (r, o
 mlx-lm's: the module's path, then `.lora_a` or `.lora_b`.
 """
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_blockskip.engine import philox
+from mlx_blockskip.engine import files, philox
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.stack import Context, Mask, Modulation, Stack, State, Trainable, Weights
 from mlx_blockskip.engine.weights import BlockReader
@@ -132,3 +133,13 @@ def check(tree: Tree, reader: BlockReader, source: Path) -> None:
 def size(tree: Tree) -> int:
     """Number of parameters."""
     return sum(value.size for factors in tree.values() for value in factors.values())
+
+
+def checksum(tree: Tree) -> str:
+    """A checksum of all factors, in order."""
+    state = hashlib.sha256()
+    for index, factors in sorted(tree.items()):
+        for name, value in factors.items():
+            state.update(f"{index} {name} {value.shape}".encode())
+            state.update(files.raw_bytes(value))
+    return state.hexdigest()

@@ -248,6 +248,30 @@ def save_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[
             writer.write(name, tensor)
 
 
+class MappedTensors:
+    """A safetensors file read through a memory map: what is asked for is copied, one tensor at a time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.header = read_header(path)
+        self._bytes = np.memmap(path, mode="r", dtype=np.uint8)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.header.entries
+
+    def read(self, name: str) -> mx.array:
+        """A copy of one tensor. Raises UserError where the file has none of this name."""
+        entry = self.header.entries.get(name)
+        if entry is None:
+            raise UserError(f"{self.path}: has no tensor {name}; remove the file, and it is made again")
+        data = mx.array(self._bytes[entry.start : entry.start + entry.nbytes])
+        return data.view(mlx_dtype(entry.dtype)).reshape(entry.shape)
+
+    def under(self, prefix: str) -> list[str]:
+        """The names that start with `prefix`, in the file's order."""
+        return [name for name in self.header.entries if name.startswith(prefix)]
+
+
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a file. Raises UserError where another process holds it, with its process id."""

@@ -50,12 +50,13 @@ def forward(
     taps: Mapping[int, Tap] | None = None,
     bridge: Bridge | None = None,
     on_block: Callable[[int], None] | None = None,
+    on_modulation: Callable[[int, int, Modulation], None] | None = None,
 ) -> None:
     """Carry every sample's state along `path` (by default the whole stack); the states are replaced in place.
 
     Where the path leaves out blocks, or ends before the last one, `bridge` crosses them. `taps` maps a boundary (b lies
     before block b; the depth is the end) to a function that sees the states there. `on_block` is told of each block
-    that is done.
+    that is done, `on_modulation` of each `(sample, block, modulation)`.
     """
     trainable, masks, taps = trainable or {}, masks or {}, taps or {}
     path = range(stack.depth) if path is None else path
@@ -63,9 +64,15 @@ def forward(
     for block, weights in reader.walk(path, _part(samples)):
         _cross(samples, before, block, bridge)
         _tap(taps, block, samples)
-        for sample in samples:
-            sample.state = _apply(stack.blocks[block], weights, trainable.get(block, {}), sample, block, masks)
+        kind = stack.blocks[block].kind
+        for i, sample in enumerate(samples):
+            modulation = _modulation(stack.blocks[block], weights, sample, block)
+            if on_modulation is not None:
+                on_modulation(i, block, modulation)
+            tree = trainable.get(block, {})
+            sample.state = kind.apply(weights, tree, sample.state, sample.context, modulation, masks.get(block))
             mx.eval(sample.state)
+            del modulation
         del weights
         before = block + 1
         if on_block is not None:
@@ -105,7 +112,9 @@ def backward(
             _cross(samples, before, block, bridge)
             inputs.append([sample.state for sample in samples])
             for sample in samples:
-                sample.state = _apply(stack.blocks[block], weights, tree, sample, block, masks)
+                modulation = _modulation(stack.blocks[block], weights, sample, block)
+                apply = stack.blocks[block].kind.apply
+                sample.state = apply(weights, tree, sample.state, sample.context, modulation, masks.get(block))
                 mx.eval(sample.state)
             before = block + 1
             if step == turn - 1:
@@ -145,14 +154,6 @@ def modulations(
 
 def _part(samples: Sequence[Sample]) -> Part:
     return "body" if samples and all(sample.modulation is not None for sample in samples) else "all"
-
-
-def _apply(
-    block: Block, weights: Weights, trainable: Trainable, sample: Sample, index: int, masks: Mapping[int, Mask]
-) -> State:
-    return block.kind.apply(
-        weights, trainable, sample.state, sample.context, _modulation(block, weights, sample, index), masks.get(index)
-    )
 
 
 def _modulation(block: Block, weights: Weights, sample: Sample, index: int) -> Modulation:

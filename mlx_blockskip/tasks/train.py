@@ -1,0 +1,359 @@
+"""`train`: learn a subject. For each chunk of samples precompute records, then train the retained blocks on them."""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_blockskip import lora
+from mlx_blockskip.blockskip import plan as plans
+from mlx_blockskip.blockskip import residuals
+from mlx_blockskip.blockskip.patches import PatchSettings, coverage
+from mlx_blockskip.blockskip.plan import SkipPlan
+from mlx_blockskip.blockskip.residuals import Chunk
+from mlx_blockskip.data import load_dataset
+from mlx_blockskip.engine import files, sweep
+from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.sweep import Sample
+from mlx_blockskip.events import Event, Note, Saved, Warning, as_record
+from mlx_blockskip.models.family import DiffusionModel, Tokens
+from mlx_blockskip.models.registry import family_named, read_config
+from mlx_blockskip.settings import TrainSettings, parse_size, to_mapping
+from mlx_blockskip.tasks import checkpoints, optimizer
+from mlx_blockskip.tasks.adapters import TENSORS, save_adapter
+from mlx_blockskip.tasks.checkpoints import State
+from mlx_blockskip.tasks.phases import phase
+from mlx_blockskip.tasks.precompute import Recipe, compute_chunk, layout
+from mlx_blockskip.tasks.resolve import open_named
+from mlx_blockskip.tasks.samples import write_samples
+
+FALLBACK: dict[str, Any] = {
+    "skip_ratio": 0.5,
+    "patch_mode": "dynamic",
+    "rank": 16,
+    "learning_rate": 1e-4,
+    "iters": 1000,
+    "batch_size": 1,
+}
+"""Where neither the model nor its family records a default."""
+
+FRESH_STEPS = 50
+"""With fresh residuals a chunk holds at most this many optimizer steps, so that residuals do not go stale."""
+
+PATIENCE = 10
+"""Steps in a row without a finite loss before the run stops."""
+
+FREE_TO_CHANGE = (
+    *("model", "data", "adapter_path", "resume", "memory_budget", "cache_limit", "plan", "skip_ratio", "skip_first"),
+    *("skip_last", "steps_per_save", "steps_per_sample", "sample_prompt"),
+)
+"""Settings that a resumed run may give differently; those that matter are in the fingerprint by what they mean."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where the adapter is, the steps done, those that were skipped, and the mean loss of the last steps."""
+
+    adapter_path: Path
+    steps: int
+    skipped: int
+    loss: float
+
+
+@dataclass
+class Job:
+    """A run under way."""
+
+    settings: TrainSettings
+    directory: Path
+    model: DiffusionModel
+    recipe: Recipe
+    chunk_length: int  # micro-batches
+    identity: dict[str, Any]
+
+
+def train(settings: TrainSettings) -> Generator[Event, None, TrainResult]:
+    """Train a LoRA on the images in `data` and write the adapter directory. See `TrainSettings` for the options."""
+    if not settings.data:
+        raise UserError("--data: give a directory of images")
+    directory = Path(settings.adapter_path).expanduser()
+    if not settings.resume and (directory / TENSORS).exists():
+        raise UserError(f"{directory}: already holds an adapter; choose another --adapter-path, or go on with --resume")
+    dataset = load_dataset(Path(settings.data).expanduser(), settings.prompt)
+    model = yield from open_named(settings.model, parse_size(settings.memory_budget, "--memory-budget"))
+    settings = complete(settings, model)
+    plan = choose_plan(settings, model)
+    with files.lock(directory / ".lock"):
+        job = yield from prepare(settings, directory, model, dataset, plan)
+        state = yield from first_state(job)
+        yield from describe(job)
+        log = (directory / "log.jsonl").open("a", encoding="utf-8")
+        with log:
+            task = run(job, state)
+            while True:
+                try:
+                    event = next(task)
+                except StopIteration as done:
+                    result: TrainResult = done.value
+                    break
+                log.write(json.dumps({"time": round(time.time(), 3), **as_record(event)}) + "\n")
+                log.flush()
+                try:
+                    yield event
+                except KeyboardInterrupt as stop:
+                    task.throw(stop)
+        shutil.rmtree(directory / "cache", ignore_errors=True)
+    (directory / ".lock").unlink(missing_ok=True)
+    return result
+
+
+def complete(settings: TrainSettings, model: DiffusionModel) -> TrainSettings:
+    """Fill what was left open: from the model, then the family, then FALLBACK. Raises UserError for wrong values."""
+    known = {**FALLBACK, **model.defaults}
+    known["guidance"] = model.defaults.get("train_guidance")
+    names = [name for name, value in to_mapping(settings).items() if value is None and name in known]
+    ratio_left_open = settings.plan or settings.skip_first is not None or settings.skip_last is not None
+    filled = replace(settings, **{n: known[n] for n in names if n != "skip_ratio" or not ratio_left_open})
+    least = {"iters": 1, "batch_size": 1, "grad_accumulation": 1, "rank": 1, "warmup": 0, "steps_per_save": 0}
+    for name, value in {**least, "steps_per_sample": 0, "seed": 0}.items():
+        if getattr(filled, name) < value:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(filled, name)}: must be at least {value}")
+    return filled
+
+
+def choose_plan(settings: TrainSettings, model: DiffusionModel) -> SkipPlan:
+    """The skip plan of the settings, or the one that the model records for the ratio."""
+    return plans.choose(
+        model.stack.depth,
+        ratio=settings.skip_ratio,
+        first=settings.skip_first,
+        last=settings.skip_last,
+        file=settings.plan,
+        recorded=model.defaults.get("plans"),
+    )
+
+
+def prepare(
+    settings: TrainSettings, directory: Path, model: DiffusionModel, dataset: Any, plan: SkipPlan
+) -> Generator[Event, None, Job]:
+    """Encode the captions and set up what the records are made from."""
+    assert settings.resolution and settings.train_resolution and settings.max_sequence_length
+    assert settings.batch_size and settings.patch_mode
+    patch = PatchSettings(settings.patch_mode, settings.train_resolution, settings.resolution, model.granularity)
+    captions = list(dict.fromkeys(example.caption for example in dataset.examples))
+    with phase("encode prompts", len(captions), "prompt") as track:
+        yield track.begin
+        encoded = model.encode_prompts(captions, settings.max_sequence_length)
+        store = directory / "cache" / "prompts.safetensors"
+        named = {f"{i}.{key}": v for i, prompt in enumerate(encoded.prompts) for key, v in prompt.items()}
+        files.save_tensors(store, named)
+        yield track.step(len(captions))
+    yield track.end
+    for caption, cut in zip(captions, encoded.truncated, strict=True):
+        if cut:
+            yield Warning(f"the caption is longer than {settings.max_sequence_length} tokens and was cut: {caption}")
+    del encoded, named
+    recipe = Recipe(
+        model=model,
+        stack=lora.attach(model.stack, settings.scale),
+        plan=plan,
+        dataset=dataset,
+        patch=patch,
+        mode=settings.residuals,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        mean=settings.timestep_mean,
+        std=settings.timestep_std,
+        guidance=settings.guidance,
+        prompts=files.MappedTensors(store),
+        prompt_of=[captions.index(example.caption) for example in dataset.examples],
+        _images={},
+    )
+    kept = {k: v for k, v in to_mapping(settings).items() if k not in FREE_TO_CHANGE}
+    if settings.lr_schedule == "constant":
+        kept.pop("iters")
+    identity = {**kept, "model": model.identity, "data": dataset.identity, "plan": plan.to_json()["runs"]}
+    job = Job(settings, directory, model, recipe, chunk_length(settings, recipe), identity)
+    job.identity["chunk_length"] = job.chunk_length
+    return job
+
+
+def chunk_length(settings: TrainSettings, recipe: Recipe) -> int:
+    """Micro-batches a chunk: as many whole optimizer steps as the cache limit holds. Raises UserError for none."""
+    limit = parse_size(settings.cache_limit, "--cache-limit")
+    assert limit is not None
+    step = layout(recipe).nbytes * settings.grad_accumulation
+    steps = limit // step
+    if steps < 1:
+        raise UserError(f"--cache-limit {settings.cache_limit}: one step's records take {step / 2**20:.0f} MiB; raise it")
+    if settings.residuals == "fresh":
+        steps = min(steps, FRESH_STEPS)
+    return int(steps * settings.grad_accumulation)
+
+
+def first_state(job: Job) -> Generator[Event, None, State]:
+    """The last checkpoint where the run goes on, else new factors."""
+    settings, model = job.settings, job.model
+    if settings.resume:
+        saved = checkpoints.found(job.directory)
+        if not saved:
+            raise UserError(f"{job.directory}: has no checkpoint to go on from; run without --resume")
+        yield Note(f"Going on from {saved[-1].name}")
+        return checkpoints.load(saved[-1], model.stack, job.identity)
+    assert settings.rank
+    modules = lora.targets(family_named(read_config(model.path)["family"]).lora_targets, settings.lora_targets)
+    tree = lora.init(model.reader, job.recipe.plan.retained, modules, settings.rank, settings.seed)
+    return State(tree, {}, at_chunk=tree)
+
+
+def describe(job: Job) -> Generator[Event, None, None]:
+    """Say what is trained, and how much of the images the crops cover."""
+    recipe, settings = job.recipe, job.settings
+    assert settings.iters
+    count = settings.iters * settings.grad_accumulation * recipe.batch_size
+    draws = [recipe.draw(k) for k in range(min(count, 200))]
+    sizes = [recipe.image(draw.image).size for draw in draws]
+    share = sum(coverage([d.patch], size) for d, size in zip(draws, sizes, strict=True)) / len(draws)
+    yield Note(f"{recipe.plan}; {recipe.plan.source or 'given'}")
+    yield Note(f"{len(recipe.dataset.examples)} images; a crop covers {share:.0%} of its image on average")
+
+
+def run(job: Job, state: State) -> Generator[Event, None, TrainResult]:
+    """Chunk after chunk until `iters`. Ctrl-C saves and says how to go on."""
+    settings = job.settings
+    assert settings.iters
+    losses: list[float] = []
+    failures = 0
+    try:
+        while state.step < settings.iters:
+            numbers, chunk = yield from next_chunk(job, state)
+            last = min(settings.iters, numbers.stop // settings.grad_accumulation)
+            with phase("train", settings.iters, "step") as track:
+                yield track.begin
+                while state.step < last:
+                    state, loss = train_step(job, chunk, state)
+                    finite = math.isfinite(loss)
+                    failures = 0 if finite else failures + 1
+                    losses = [*losses[-49:], loss] if finite else losses
+                    if failures == PATIENCE:
+                        raise UserError(
+                            f"the loss was not finite {PATIENCE} steps in a row; "
+                            f"lower --learning-rate (now {settings.learning_rate:g})"
+                        )
+                    yield track.step(state.step, loss, optimizer.learning_rate(settings, state.step - 1))
+                    yield from after_step(job, state)
+            yield track.end
+            job.model.release()
+    except KeyboardInterrupt:
+        if state.step:
+            path = checkpoints.save(job.directory, state, job.model.stack, job.identity)
+            yield Note(f"Stopped; {path} is saved. Go on with the same command and --resume")
+        raise
+    finish(job, state)
+    if state.skipped:
+        yield Warning(f"{state.skipped} steps had no finite loss and were skipped")
+    yield Saved(job.directory, "adapter")
+    return TrainResult(job.directory, state.step, state.skipped, sum(losses) / max(1, len(losses)))
+
+
+def next_chunk(job: Job, state: State) -> Generator[Event, None, tuple[range, Chunk]]:
+    """The micro-batches of the chunk that the next step is in, and their records. The chunk before it is removed."""
+    settings = job.settings
+    assert settings.iters
+    position = state.step * settings.grad_accumulation
+    index = position // job.chunk_length
+    start = index * job.chunk_length
+    stop = min(start + job.chunk_length, settings.iters * settings.grad_accumulation)
+    if position == start:
+        state.at_chunk = state.tree
+    fresh = settings.residuals == "fresh"
+    adapter = state.at_chunk if fresh else {}
+    parts = {**job.identity, "chunk": [start, stop], "adapter": lora.checksum(adapter)}
+    path = job.directory / "cache" / f"chunk-{index:04d}.safetensors"
+    for old in path.parent.glob("chunk-*.safetensors"):
+        if old != path:
+            old.unlink()
+    shape = layout(job.recipe)
+    chunk = yield from compute_chunk(
+        job.recipe, shape, range(start, stop), path, residuals.fingerprint(parts), adapter
+    )
+    return range(start, stop), chunk
+
+
+def train_step(job: Job, chunk: Chunk, state: State) -> tuple[State, float]:
+    """One optimizer step: all its micro-batches wait in one sweep there and back."""
+    settings, recipe, model = job.settings, job.recipe, job.model
+    count = settings.grad_accumulation
+    numbers = range(state.step * count, (state.step + 1) * count)
+    side = recipe.patch.output_side
+    size = model.latent_shape(side, side)[:2]
+    samples = []
+    for number in numbers:
+        prompts = [recipe.prompt_of[image] for image in recipe.images(number)]
+        context = model.restore(size, chunk.context(number, prompts))
+        samples.append(Sample(chunk.tokens(number, "entry"), context, chunk.modulation(number)))
+
+    def loss(i: int, tokens: Tokens) -> mx.array:
+        velocity = model.head(tokens, samples[i].context, chunk.head_modulation(numbers[i]))
+        error = velocity.astype(mx.float32) - chunk.target(numbers[i])
+        return mx.mean(mx.square(error)) / count
+
+    grads: dict[str, mx.array] = {}
+
+    def on_grad(block: int, found: dict[str, mx.array]) -> None:
+        grads.update({f"{block}/{name}": value for name, value in found.items()})
+
+    losses = sweep.backward(
+        recipe.stack,
+        model.reader,
+        samples,
+        recipe.plan.retained,
+        trainable=state.tree,
+        loss=loss,
+        on_grad=on_grad,
+        bridge=residuals.bridge(chunk, numbers, recipe.mode),
+    )
+    value = sum(float(loss) for loss in losses)
+    norm = optimizer.global_norm(grads)
+    if math.isfinite(value) and math.isfinite(norm):
+        state = optimizer.update(state, grads, settings, norm)
+    else:
+        state, value = replace(state, skipped=state.skipped + 1), math.nan
+    return replace(state, step=state.step + 1), value
+
+
+def after_step(job: Job, state: State) -> Generator[Event, None, None]:
+    """Checkpoint and sample images, where it is time."""
+    settings = job.settings
+    if settings.steps_per_save and state.step % settings.steps_per_save == 0 and state.step < (settings.iters or 0):
+        checkpoints.save(job.directory, state, job.model.stack, job.identity)
+    if settings.steps_per_sample and state.step % settings.steps_per_sample == 0:
+        prompts = settings.sample_prompt or [job.recipe.dataset.examples[0].caption]
+        tree = lora.combine([state.tree], [settings.scale])
+        yield from write_samples(job.model, prompts, tree, job.directory / "samples", state.step, settings.seed)
+
+
+def finish(job: Job, state: State) -> None:
+    """Write the adapter."""
+    settings = to_mapping(job.settings)
+    config = {
+        "format": 1,
+        "family": read_config(job.model.path)["family"],
+        "base_model": job.settings.model,
+        "base_model_identity": job.model.identity,
+        "rank": job.settings.rank,
+        "scale": job.settings.scale,
+        "targets": job.settings.lora_targets,
+        "plan": job.recipe.plan.to_json(),
+        "steps": state.step,
+        "skipped_steps": state.skipped,
+        "settings": settings,
+    }
+    checkpoints.save(job.directory, state, job.model.stack, job.identity)
+    save_adapter(job.directory, state.tree, job.model, config)
