@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_blockskip.engine.errors import UserError
 
@@ -52,7 +53,9 @@ def from_peft(
         found[f"{module}.lora_{letter.lower()}"] = mx.contiguous(value)
     if not found:
         example = next(iter(tensors), "nothing")
-        raise UserError(f"{source}: not a LoRA of diffusers or of this tool (it holds {example}); export it for diffusers")
+        raise UserError(
+            f"{source}: not a LoRA of diffusers or of this tool (it holds {example}); export it for diffusers"
+        )
     return found, others
 
 
@@ -66,7 +69,7 @@ def _config(metadata: Mapping[str, str], prefix: str, source: Path) -> dict[str,
 
 def _alpha(tensors: Mapping[str, mx.array], config: Mapping[str, object], path: str, module: str, rank: int) -> float:
     if f"{path}.alpha" in tensors:
-        return float(tensors[f"{path}.alpha"].item())
+        return float(np.array(tensors[f"{path}.alpha"], np.float32))
     pattern = config.get("alpha_pattern")
     if isinstance(pattern, dict):
         for key, value in pattern.items():

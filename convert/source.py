@@ -23,7 +23,7 @@ class Source:
     def read(self, name: str) -> mx.array:
         """One tensor, evaluated; nothing else is read and no file stays open."""
         path, _ = self.tensors[name]
-        array = mx.load(str(path))[name]
+        array = files.load_lazily(path)[name]
         mx.eval(array)
         return array
 
@@ -52,7 +52,9 @@ def open_source(folder: Path) -> Source:
     for path in shards:
         for name, entry in files.read_header(path).entries.items():
             if name in tensors:
-                raise UserError(f"{folder}: {name} is in {tensors[name][0].name} and in {path.name}; remove one of them")
+                raise UserError(
+                    f"{folder}: {name} is in {tensors[name][0].name} and in {path.name}; remove one of them"
+                )
             tensors[name] = path, entry
     return Source(folder, tensors)
 

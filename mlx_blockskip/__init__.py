@@ -1,7 +1,25 @@
-"""Personalise large diffusion transformers on a Mac, in the memory of a small laptop (DiT-BlockSkip on MLX)."""
+"""Personalise large diffusion transformers on a Mac, in the memory of a small laptop (DiT-BlockSkip on MLX).
+
+from mlx_blockskip import convert, train, generate, export, load
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from mlx_blockskip.engine.blas import preload
 
+if TYPE_CHECKING:
+    from mlx_blockskip.api import convert, export, generate, load, train
+
+__all__ = ["convert", "export", "generate", "load", "train"]
+__version__ = "0.1.0"
+
 preload()
 
-__version__ = "0.1.0"
+
+def __getattr__(name: str) -> Any:
+    """The API is imported when it is first used: `mlx-blockskip --help` needs none of it."""
+    if name in __all__:
+        from mlx_blockskip import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

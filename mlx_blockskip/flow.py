@@ -53,7 +53,9 @@ def sampler(scheduler: Mapping[str, Any], steps: int, image_tokens: int) -> Samp
         raise UserError(f"scheduler {name} is not implemented; use a checkpoint with {EULER}")
     for option in REFUSED:
         if scheduler.get(option):
-            raise UserError(f"scheduler option {option}={scheduler[option]} is not implemented; set it to false or null")
+            raise UserError(
+                f"scheduler option {option}={scheduler[option]} is not implemented; set it to false or null"
+            )
     if steps < 1:
         raise UserError(f"--steps {steps}: at least one step is needed")
     return Euler(euler_sigmas(scheduler, steps, image_tokens))
@@ -71,7 +73,7 @@ class Euler:
 
 
 def euler_sigmas(scheduler: Mapping[str, Any], steps: int, image_tokens: int) -> np.ndarray:
-    """(steps + 1,) float32: 1 ... 1/steps, shifted, then 0. Source: FluxPipeline and FlowMatchEulerDiscreteScheduler."""
+    """(steps + 1,) float32: 1 ... 1/steps, shifted, then 0. Source: FluxPipeline, FlowMatchEulerDiscreteScheduler."""
     sigmas = np.linspace(1.0, 1 / steps, steps)
     if scheduler.get("use_dynamic_shifting"):
         sigmas = _dynamic(scheduler, sigmas, image_tokens)

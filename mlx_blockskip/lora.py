@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_blockskip.engine import files, philox
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.stack import Context, Mask, Modulation, Stack, State, Trainable, Weights
+from mlx_blockskip.engine.stack import Apply, Context, Mask, Modulation, Stack, State, Trainable, Weights
 from mlx_blockskip.engine.weights import BlockReader
 
 Tree = dict[int, dict[str, mx.array]]
@@ -66,15 +66,15 @@ def attach(stack: Stack, scale: float) -> Stack:
     kinds = {}
     for block in stack.blocks:
         if block.kind.name not in kinds:
-            inner = block.kind.apply
-
-            def apply(
-                w: Weights, t: Trainable, x: State, c: Context, m: Modulation, mask: Mask, inner=inner  # type: ignore
-            ) -> State:
-                return inner(w, scaled(t, scale), x, c, m, mask)
-
-            kinds[block.kind.name] = replace(block.kind, apply=apply)
+            kinds[block.kind.name] = replace(block.kind, apply=_with_scale(block.kind.apply, scale))
     return Stack(tuple(replace(block, kind=kinds[block.kind.name]) for block in stack.blocks))
+
+
+def _with_scale(inner: Apply, scale: float) -> Apply:
+    def apply(w: Weights, t: Trainable, x: State, c: Context, m: Modulation, mask: Mask) -> State:
+        return inner(w, scaled(t, scale), x, c, m, mask)
+
+    return apply
 
 
 def scaled(tree: Trainable, scale: float) -> dict[str, mx.array]:

@@ -35,7 +35,9 @@ class ConvertSettings:
     q_group_size: int = option(64, "Weights that share a scale.", choices=(32, 64, 128))
     q_modulation: str = option("none", "Bits of the modulation layers.", choices=("none", "8"))
     dtype: str | None = option(
-        None, "Type of what is not quantized (bfloat16 on Metal, float32 elsewhere).", choices=("float32", "bfloat16", "float16")
+        None,
+        "Type of what is not quantized (bfloat16 on Metal, float32 elsewhere).",
+        choices=("float32", "bfloat16", "float16"),
     )
     revision: str | None = option(None, "Branch, tag or commit of the repo.")
 
@@ -69,7 +71,9 @@ class TrainSettings:
     scale: float = option(1.0, "alpha / rank.", group=LORA)
     lora_targets: str = option("all", "Layers of the retained blocks.", choices=("attention", "all"), group=LORA)
     learning_rate: float | None = option(None, "Learning rate.", group=OPTIMIZER)
-    lr_schedule: str = option("constant", "Learning rate over the run.", choices=("constant", "linear", "cosine"), group=OPTIMIZER)
+    lr_schedule: str = option(
+        "constant", "Learning rate over the run.", choices=("constant", "linear", "cosine"), group=OPTIMIZER
+    )
     warmup: int = option(0, "Steps over which the learning rate rises.", group=OPTIMIZER)
     weight_decay: float = option(0.01, "AdamW's weight decay.", group=OPTIMIZER)
     clip: float = option(1.0, "Largest global norm of the gradients; 0 for none.", group=OPTIMIZER)
@@ -78,7 +82,9 @@ class TrainSettings:
     grad_accumulation: int = option(1, "Micro-batches an optimizer step; all wait in one sweep.", group=RUN)
     seed: int = option(0, "Seed of everything random.", group=RUN)
     cache_limit: str = option("8GB", "Largest residual cache on disk.", group=RUN)
-    memory_budget: str | None = option(None, "Memory for weights that stay loaded, e.g. 2GB; all by default.", group=RUN)
+    memory_budget: str | None = option(
+        None, "Memory for weights that stay loaded, e.g. 2GB; all by default.", group=RUN
+    )
     steps_per_save: int = option(100, "Steps between checkpoints; 0 for none.", group=RUN)
     steps_per_sample: int = option(0, "Steps between sample images; 0 for none.", group=RUN)
     sample_prompt: list[str] = option([], "Prompt of sample images; repeatable.", group=RUN)
@@ -187,6 +193,14 @@ def to_mapping(settings: Any) -> dict[str, Any]:
 def defaults_of(cls: type) -> dict[str, Any]:
     """Each field's default."""
     return {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(cls)}  # type: ignore
+
+
+def required(settings: Any, *names: str) -> tuple[int, ...]:
+    """Whole-number settings that must be known by now. Raises UserError for one that neither user nor model gave."""
+    for name in names:
+        if getattr(settings, name) is None:
+            raise UserError(f"--{name.replace('_', '-')}: the model records no default; give it")
+    return tuple(getattr(settings, name) for name in names)
 
 
 UNITS = {"": 1, "B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}

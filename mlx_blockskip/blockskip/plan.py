@@ -104,7 +104,9 @@ def from_json(value: Any, depth: int, source: Path | str) -> SkipPlan:
             return SkipPlan.ends(int(value["n"]), int(value["m"]), int(value.get("depth", depth)), str(source))
         plan = SkipPlan(int(value["depth"]), tuple((int(a), int(b)) for a, b in value["runs"]), str(source))
     except (KeyError, TypeError, ValueError):
-        raise UserError(f'{source}: not a skip plan; write {{"depth": {depth}, "runs": [[start, stop], ...]}}') from None
+        raise UserError(
+            f'{source}: not a skip plan; write {{"depth": {depth}, "runs": [[start, stop], ...]}}'
+        ) from None
     if plan.depth != depth:
         raise UserError(f"{source}: is for a model of {plan.depth} blocks, and this one has {depth}")
     return plan
@@ -133,7 +135,9 @@ def choose(
         return SkipPlan.ends(first or 0, last or 0, depth)
     ratio = default_ratio if ratio is None else ratio
     plan = (recorded or {}).get(f"{ratio:g}")
-    return SkipPlan.from_ratio(ratio, depth) if plan is None else from_json(plan, depth, f"the model's plan for {ratio:g}")
+    return (
+        SkipPlan.from_ratio(ratio, depth) if plan is None else from_json(plan, depth, f"the model's plan for {ratio:g}")
+    )
 
 
 def _named(ratio: float | None, first: int | None, last: int | None, file: str | None) -> Iterable[tuple[str, bool]]:

@@ -37,7 +37,7 @@ def cross(at_start: Tokens, at_stop: Tokens, own: Tokens) -> Tokens:
     it after the run; then the own text passes as it is.
     """
     text = own.text
-    if text is not None and at_stop.text is not None:
+    if text is not None and at_start.text is not None and at_stop.text is not None:
         text = at_stop.text + (text - at_start.text)
     return Tokens(at_stop.image + (own.image - at_start.image), text)
 

@@ -182,12 +182,12 @@ def dtype_name(dtype: mx.Dtype | np.dtype) -> str:
 def raw_bytes(array: mx.array | np.ndarray) -> memoryview:
     """The array's bytes in row order, without a copy where it is contiguous."""
     if isinstance(array, np.ndarray):
-        return memoryview(np.ascontiguousarray(array)).cast("B") if array.size else memoryview(b"")
+        return np.ascontiguousarray(array).data.cast("B") if array.size else memoryview(b"")
     if array.size == 0:
         return memoryview(b"")
     array = mx.contiguous(array.reshape(-1)).view(mx.uint8)
     mx.eval(array)
-    return memoryview(array).cast("B")
+    return memoryview(array).cast("B")  # type: ignore[arg-type]
 
 
 class SafetensorsWriter:
@@ -246,6 +246,13 @@ def save_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[
     with SafetensorsWriter(path, entries, metadata) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
+
+
+def load_lazily(path: Path) -> dict[str, mx.array]:
+    """The tensors of a safetensors file, each read when it is evaluated; until then the file stays open."""
+    tensors = mx.load(str(path))
+    assert isinstance(tensors, dict)
+    return tensors
 
 
 class MappedTensors:

@@ -69,7 +69,7 @@ class Shards:
         for file, wanted in by_file.items():
             self._verify(file)
             try:
-                lazy = mx.load(str(self.path / file))
+                lazy = files.load_lazily(self.path / file)
                 part = {name: lazy[name] for name in wanted}
                 del lazy
                 mx.eval(part)

@@ -46,9 +46,11 @@ class DiffusionModel(Protocol):
     defaults: Mapping[str, Any]
     stack: Stack
     reader: BlockReader
-    dtype: mx.Dtype
     granularity: int
     scheduler: Mapping[str, Any]
+
+    @property
+    def dtype(self) -> mx.Dtype: ...
 
     def encode_prompts(self, prompts: Sequence[str], max_length: int) -> Encoded: ...
 

@@ -57,7 +57,7 @@ def read_tensors(file: Path) -> dict[str, mx.array]:
     if not file.is_file():
         raise UserError(f"{file}: no such adapter; give an adapter directory or a LoRA safetensors file")
     files.read_header(file)
-    tensors = mx.load(str(file))
+    tensors = files.load_lazily(file)
     mx.eval(tensors)
     return tensors
 

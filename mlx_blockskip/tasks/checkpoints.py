@@ -62,6 +62,7 @@ def load(path: Path, stack: Stack, settings: dict[str, Any]) -> State:
         kind, name = key.split("/", 1)
         moments.setdefault(name, {})[kind] = value
     trees = [
-        lora.unflatten(read_tensors(path / f"{name}.safetensors"), stack, path) for name in ("adapters", "chunk_adapters")
+        lora.unflatten(read_tensors(path / f"{name}.safetensors"), stack, path)
+        for name in ("adapters", "chunk_adapters")
     ]
     return State(trees[0], moments, saved["step"], saved["updates"], saved["skipped"], trees[1])

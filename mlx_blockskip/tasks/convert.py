@@ -51,7 +51,13 @@ def convert_directory(source: Path, target: Path, precision: Precision, origin: 
     need = need * width // 2 if precision.bits == 0 else need
     if need > files.free_space(target):
         raise UserError(f"{target}: about {need / 2**30:.1f} GiB are needed and not free; choose another disk")
-    plain = [row.name for plan in plans for s in plan for row in s.rows if precision.bits_for(row) and row.name not in s.groups]
+    plain = [
+        row.name
+        for plan in plans
+        for s in plan
+        for row in s.rows
+        if precision.bits_for(row) and row.name not in s.groups
+    ]
     if plain:
         yield Note(f"{len(plain)} layers have inputs that no group size divides, and stay whole: {plain[0]} ...")
     with phase("convert", sum(map(len, plans)), "shards") as track:

@@ -14,7 +14,7 @@ from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Event, Image, Warning
 from mlx_blockskip.models.family import DiffusionModel, Encoded
-from mlx_blockskip.settings import GenerateSettings, defaults_of, from_mapping, parse_size, to_mapping
+from mlx_blockskip.settings import GenerateSettings, defaults_of, from_mapping, parse_size, required, to_mapping
 from mlx_blockskip.tasks.adapters import load_adapters
 from mlx_blockskip.tasks.phases import phase
 from mlx_blockskip.tasks.resolve import open_named
@@ -31,31 +31,31 @@ def generate(settings: GenerateSettings) -> Generator[Event, None, list[Path]]:
     prompts = read_prompts(settings)
     model = yield from open_named(settings.model, parse_size(settings.memory_budget, "--memory-budget"))
     settings = complete(settings, model)
-    assert settings.width and settings.height and settings.steps and settings.cfg_scale is not None
-    check_size(model, settings.width, settings.height)
+    width, height, count = required(settings, "width", "height", "steps")
+    cfg_scale = settings.cfg_scale if settings.cfg_scale is not None else 1.0
+    check_size(model, width, height)
     targets = output_paths(Path(settings.output).expanduser(), len(prompts) * settings.n_images)
     tree = yield from load_adapters(model, settings.adapter_path, settings.lora_scale)
 
     encoded, negative = yield from encode(model, prompts, settings)
     noises = read_noise(settings, model, len(targets))
-    requests = [
-        Request(encoded.prompts[i // settings.n_images], negative, noise) for i, noise in enumerate(noises)
-    ]
-    with phase("generate", settings.steps, "step") as track:
+    requests = [Request(encoded.prompts[i // settings.n_images], negative, noise) for i, noise in enumerate(noises)]
+    with phase("generate", count, "step") as track:
         yield track.begin
         latents = [r.noise for r in requests]
         steps = sample(
             model,
             requests,
-            steps=settings.steps,
-            cfg_scale=settings.cfg_scale,
+            steps=count,
+            cfg_scale=cfg_scale,
             guidance=settings.guidance,
             trainable=tree,
         )
-        for done, latents in enumerate(steps, 1):
+        for done, latest in enumerate(steps, 1):
+            latents = latest
             yield track.step(done)
     yield track.end
-    del steps
+    del steps, latest
     model.release()
     with phase("decode", len(latents), "image") as track:
         yield track.begin
@@ -87,7 +87,9 @@ def read_prompts(settings: GenerateSettings) -> list[str]:
 
 def complete(settings: GenerateSettings, model: DiffusionModel) -> GenerateSettings:
     """Fill what was left open from the model's defaults."""
-    open_fields = {name: model.defaults.get(name) for name in FROM_MODEL if getattr(settings, name) is None}
+    open_fields: dict[str, Any] = {
+        name: model.defaults.get(name) for name in FROM_MODEL if getattr(settings, name) is None
+    }
     return replace(settings, **open_fields)
 
 
@@ -95,32 +97,32 @@ def encode(
     model: DiffusionModel, prompts: list[str], settings: GenerateSettings
 ) -> Generator[Event, None, tuple[Encoded, Any]]:
     """Encode all prompts in one sweep; the negative prompt too where CFG is on."""
-    assert settings.cfg_scale is not None and settings.max_sequence_length is not None
-    guided = settings.cfg_scale > 1
+    (length,) = required(settings, "max_sequence_length")
+    guided = (settings.cfg_scale or 1.0) > 1
     texts = [*prompts, settings.negative_prompt] if guided else prompts
     with phase("encode prompts", len(texts), "prompt") as track:
         yield track.begin
-        encoded = model.encode_prompts(texts, settings.max_sequence_length)
+        encoded = model.encode_prompts(texts, length)
         yield track.step(len(texts))
     yield track.end
     for text, cut in zip(texts, encoded.truncated, strict=True):
         if cut:
-            yield Warning(f"the prompt is longer than {settings.max_sequence_length} tokens and was cut: {text}")
+            yield Warning(f"the prompt is longer than {length} tokens and was cut: {text}")
     return encoded, encoded.prompts[-1] if guided else None
 
 
 def read_noise(settings: GenerateSettings, model: DiffusionModel, count: int) -> list[mx.array]:
     """Noise (1, h, w, C) for each image, from the seeds or from the file. Raises UserError where it does not fit."""
-    assert settings.width and settings.height
+    width, height = required(settings, "width", "height")
     if settings.noise is None:
-        return [seeded_noise(model, settings.seed + i, settings.width, settings.height) for i in range(count)]
+        return [seeded_noise(model, settings.seed + i, width, height) for i in range(count)]
     path = Path(settings.noise).expanduser()
     entry = files.read_header(path).entries.get("noise")
-    h, w, c = model.latent_shape(settings.width, settings.height)
+    h, w, c = model.latent_shape(width, height)
     if entry is None or entry.shape != (count, c, h, w):
         found = "no tensor `noise`" if entry is None else f"noise {list(entry.shape)}"
         raise UserError(f"{path}: has {found}, and {[count, c, h, w]} is needed for {count} images of this size")
-    noise = mx.load(str(path))["noise"].astype(mx.float32).transpose(0, 2, 3, 1)
+    noise = files.load_lazily(path)["noise"].astype(mx.float32).transpose(0, 2, 3, 1)
     return [noise[i : i + 1] for i in range(count)]
 
 
@@ -160,4 +162,3 @@ def recall(settings: GenerateSettings) -> GenerateSettings:
     defaults = defaults_of(GenerateSettings)
     given = {k: v for k, v in to_mapping(settings).items() if v != defaults[k]}
     return from_mapping(GenerateSettings, {**json.loads(text), **given, "from_image": None})
-

@@ -14,7 +14,16 @@ PATTERNS = [
     *("model_index.json", "defaults.json", "LICENSE*", "README.md", "*/config.json", "*/*.safetensors.index.json"),
     *("*/*.safetensors", "tokenizer*/*", "scheduler/*"),
 ]
-IGNORED = ["*.bin", "*.fp16.*", "*.bf16.*", "*.non_ema.*", "*.onnx*", "*.msgpack", "safety_checker/*", "feature_extractor/*"]
+IGNORED = [
+    "*.bin",
+    "*.fp16.*",
+    "*.bf16.*",
+    "*.non_ema.*",
+    "*.onnx*",
+    "*.msgpack",
+    "safety_checker/*",
+    "feature_extractor/*",
+]
 
 
 def looks_like_repo(name: str) -> bool:

@@ -2,23 +2,25 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
 
 from mlx_blockskip import lora
-from mlx_blockskip.settings import TrainSettings
+from mlx_blockskip.settings import TrainSettings, required
 from mlx_blockskip.tasks.checkpoints import State
 
 
 def learning_rate(settings: TrainSettings, step: int) -> float:
     """The rate of step 0, 1, ...: warm-up, then constant, or down to zero along a line or a cosine."""
-    assert settings.learning_rate is not None and settings.iters is not None
+    (iters,) = required(settings, "iters")
+    top = settings.learning_rate or 0.0
     if step < settings.warmup:
-        return settings.learning_rate * (step + 1) / settings.warmup
-    share = (step - settings.warmup) / max(1, settings.iters - settings.warmup)
+        return top * (step + 1) / settings.warmup
+    share = (step - settings.warmup) / max(1, iters - settings.warmup)
     falling = {"constant": 1.0, "linear": 1 - share, "cosine": 0.5 * (1 + math.cos(math.pi * share))}
-    return settings.learning_rate * falling[settings.lr_schedule]
+    return top * falling[settings.lr_schedule]
 
 
 def flat(tree: lora.Tree) -> dict[str, mx.array]:
@@ -46,13 +48,13 @@ def update(state: State, grads: dict[str, mx.array], settings: TrainSettings, no
     adam = optim.AdamW(
         learning_rate=learning_rate(settings, state.step), weight_decay=settings.weight_decay, bias_correction=True
     )
-    parameters = flat(state.tree)
+    parameters: dict[str, Any] = flat(state.tree)
     adam.init(parameters)
     adam.state["step"] = mx.array(state.updates, mx.uint64)
-    for name, moments in state.moments.items():
-        adam.state[name] = dict(moments)
+    for name, both in state.moments.items():
+        adam.state[name] = dict(both)
     scaled = {name: g * factor for name, g in grads.items()} if factor < 1 else grads
     updated = adam.apply_gradients({name: scaled[name] for name in parameters}, parameters)
-    moments = {name: dict(adam.state[name]) for name in parameters}
+    moments: dict[str, Any] = {name: dict(adam.state[name]) for name in parameters}
     mx.eval(updated, moments)
     return State(nested(updated), moments, state.step, state.updates + 1, state.skipped, state.at_chunk)

@@ -183,7 +183,7 @@ def compute_chunk(
 def _prompt_records(recipe: Recipe, numbers: range) -> dict[str, mx.array]:
     """What depends on the prompt alone, once a prompt."""
     used = {recipe.prompt_of[image] for number in numbers for image in recipe.images(number)}
-    found = {}
+    found: dict[str, mx.array] = {}
     for number in sorted(used):
         keys = [name.split(".", 1)[1] for name in recipe.prompts.under(f"{number}.")]
         record = recipe.model.prompt_record({key: recipe.prompts.read(f"{number}.{key}") for key in keys})

@@ -3,8 +3,6 @@
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
-import mlx.core as mx
-
 from mlx_blockskip import lora
 from mlx_blockskip.engine import files
 from mlx_blockskip.events import Event, Image
@@ -22,11 +20,8 @@ def write_samples(
     negative = encoded[-1] if cfg > 1 else None
     noise = seeded_noise(model, seed, d["width"], d["height"])
     requests = [Request(prompt, negative, noise) for prompt in encoded[:-1]]
-    latents: list[mx.array] = []
-    for latents in sample(
-        model, requests, steps=d["steps"], cfg_scale=cfg, guidance=d.get("guidance"), trainable=tree
-    ):
-        pass
+    steps = sample(model, requests, steps=d["steps"], cfg_scale=cfg, guidance=d.get("guidance"), trainable=tree)
+    *_, latents = steps
     for i, (latent, prompt) in enumerate(zip(latents, prompts, strict=True), 1):
         path = directory / f"step-{step:06d}-{i}.png"
         with files.atomic_file(path) as temporary:

@@ -24,7 +24,7 @@ from mlx_blockskip.engine.sweep import Sample
 from mlx_blockskip.events import Event, Note, Saved, Warning, as_record
 from mlx_blockskip.models.family import DiffusionModel, Tokens
 from mlx_blockskip.models.registry import family_named, read_config
-from mlx_blockskip.settings import TrainSettings, parse_size, to_mapping
+from mlx_blockskip.settings import TrainSettings, parse_size, required, to_mapping
 from mlx_blockskip.tasks import checkpoints, optimizer
 from mlx_blockskip.tasks.adapters import TENSORS, save_adapter
 from mlx_blockskip.tasks.checkpoints import State
@@ -143,13 +143,14 @@ def prepare(
     settings: TrainSettings, directory: Path, model: DiffusionModel, dataset: Any, plan: SkipPlan
 ) -> Generator[Event, None, Job]:
     """Encode the captions and set up what the records are made from."""
-    assert settings.resolution and settings.train_resolution and settings.max_sequence_length
-    assert settings.batch_size and settings.patch_mode
-    patch = PatchSettings(settings.patch_mode, settings.train_resolution, settings.resolution, model.granularity)
+    s_max, s_min, length, batch_size = required(
+        settings, "resolution", "train_resolution", "max_sequence_length", "batch_size"
+    )
+    patch = PatchSettings(settings.patch_mode or "dynamic", s_min, s_max, model.granularity)
     captions = list(dict.fromkeys(example.caption for example in dataset.examples))
     with phase("encode prompts", len(captions), "prompt") as track:
         yield track.begin
-        encoded = model.encode_prompts(captions, settings.max_sequence_length)
+        encoded = model.encode_prompts(captions, length)
         store = directory / "cache" / "prompts.safetensors"
         named = {f"{i}.{key}": v for i, prompt in enumerate(encoded.prompts) for key, v in prompt.items()}
         files.save_tensors(store, named)
@@ -157,7 +158,7 @@ def prepare(
     yield track.end
     for caption, cut in zip(captions, encoded.truncated, strict=True):
         if cut:
-            yield Warning(f"the caption is longer than {settings.max_sequence_length} tokens and was cut: {caption}")
+            yield Warning(f"the caption is longer than {length} tokens and was cut: {caption}")
     del encoded, named
     recipe = Recipe(
         model=model,
@@ -167,7 +168,7 @@ def prepare(
         patch=patch,
         mode=settings.residuals,
         seed=settings.seed,
-        batch_size=settings.batch_size,
+        batch_size=batch_size,
         mean=settings.timestep_mean,
         std=settings.timestep_std,
         guidance=settings.guidance,
@@ -191,7 +192,9 @@ def chunk_length(settings: TrainSettings, recipe: Recipe) -> int:
     step = layout(recipe).nbytes * settings.grad_accumulation
     steps = limit // step
     if steps < 1:
-        raise UserError(f"--cache-limit {settings.cache_limit}: one step's records take {step / 2**20:.0f} MiB; raise it")
+        raise UserError(
+            f"--cache-limit {settings.cache_limit}: one step's records take {step / 2**20:.0f} MiB; raise it"
+        )
     if settings.residuals == "fresh":
         steps = min(steps, FRESH_STEPS)
     return int(steps * settings.grad_accumulation)
@@ -280,9 +283,7 @@ def next_chunk(job: Job, state: State) -> Generator[Event, None, tuple[range, Ch
         if old != path:
             old.unlink()
     shape = layout(job.recipe)
-    chunk = yield from compute_chunk(
-        job.recipe, shape, range(start, stop), path, residuals.fingerprint(parts), adapter
-    )
+    chunk = yield from compute_chunk(job.recipe, shape, range(start, stop), path, residuals.fingerprint(parts), adapter)
     return range(start, stop), chunk
 
 

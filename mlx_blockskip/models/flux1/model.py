@@ -111,9 +111,9 @@ class Flux1:
         return self._context(prompt["prompt_embeds"].shape[1], size, temb)
 
     def _context(self, text_length: int, size: Size, temb: mx.array | None) -> Context:
-        key = text_length, tuple(size)
+        key = text_length, (size[0], size[1])
         if key not in self._rope:
-            cos, sin = net.rope_tables(tuple(self.config["axes_dims_rope"]), *key)
+            cos, sin = net.rope_tables(tuple(self.config["axes_dims_rope"]), text_length, key[1])
             self._rope = {key: (mx.array(cos), mx.array(sin))}
         return Context(*self._rope[key], temb, size)
 

@@ -58,7 +58,8 @@ def _slow(path: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)._tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        return Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     except Exception as error:  # transformers raises many kinds here
         raise UserError(f"{path}: not a tokenizer that transformers can read ({error})") from error
 

@@ -1,0 +1,5 @@
+"""`python -m mlx_blockskip`."""
+
+from mlx_blockskip.cli import main
+
+main()

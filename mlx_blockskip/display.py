@@ -1,0 +1,121 @@
+"""Draw a task's events as plain lines or as JSON. Bars for terminals are in display_rich."""
+
+import json
+import sys
+import time
+from collections.abc import Generator
+from typing import Any, Protocol, TypeVar
+
+from mlx_blockskip.events import Event, Image, Note, Phase, PhaseEnd, Saved, Step, Warning, as_record
+
+R = TypeVar("R")
+SECONDS_BETWEEN = 5.0
+SHARE_BETWEEN = 0.1
+
+
+class Drawer(Protocol):
+    """Shows events; `close` leaves the terminal as it was."""
+
+    def draw(self, event: Event) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def draw_to(drawer: Drawer, task: Generator[Event, None, R]) -> R:
+    """Run a task to its end and draw what it yields. A Ctrl-C while drawing is handed to the task, so that it saves."""
+    try:
+        event = next(task)
+        while True:
+            try:
+                drawer.draw(event)
+            except KeyboardInterrupt as stop:
+                event = task.throw(stop)
+                continue
+            event = next(task)
+    except StopIteration as done:
+        return done.value
+    finally:
+        drawer.close()
+
+
+def memory(count: int) -> str:
+    """Bytes for a person: 812 MiB, 1.24 GiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a person: 4.2 s, 3:07, 1:02:33."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def message(event: Event) -> str | None:
+    """The line for an event that is not progress."""
+    match event:
+        case Image(path, caption):
+            return f"{path}: {caption}"
+        case Saved(path, what):
+            return f"{what}: {path}"
+        case Note(text):
+            return text
+        case Warning(text):
+            return f"warning: {text}"
+        case PhaseEnd(name, seconds, peak):
+            return f"{name}: {duration(seconds)}, peak {memory(peak)}"
+    return None
+
+
+class Plain:
+    """Lines for a file or a pipe: a line a few seconds apart, or each tenth of a phase."""
+
+    def __init__(self) -> None:
+        self.phase = Phase("")
+        self.started = self.last_time = time.monotonic()
+        self.first_done = self.last_done = 0
+
+    def draw(self, event: Event) -> None:
+        if isinstance(event, Phase):
+            self.phase, self.started = event, time.monotonic()
+            self.last_time, self.first_done, self.last_done = self.started, -1, 0
+        elif isinstance(event, Step):
+            self._step(event)
+        elif (text := message(event)) is not None:
+            print(text, file=sys.stderr if isinstance(event, Warning) else sys.stdout, flush=True)
+
+    def _step(self, event: Step) -> None:
+        now = time.monotonic()
+        if self.first_done < 0:
+            self.first_done = event.done - 1
+        total = self.phase.total or 0
+        due = now - self.last_time >= SECONDS_BETWEEN
+        if total and event.done - self.last_done >= SHARE_BETWEEN * total and now - self.last_time > 0.5:
+            due = True
+        if not due:
+            return
+        self.last_time, self.last_done = now, event.done
+        rate = (event.done - self.first_done) / max(1e-9, now - self.started)
+        parts = [f"{event.phase}: {event.done}/{total or '?'}", f"{rate:.2f} {self.phase.unit}/s"]
+        if event.loss is not None:
+            parts.append(f"loss {event.loss:.4f}")
+        if total:
+            parts.append(f"{duration((total - event.done) / max(rate, 1e-9))} left")
+        if event.peak_memory:
+            parts.append(f"peak {memory(event.peak_memory)}")
+        print(", ".join(parts), flush=True)
+
+    def close(self) -> None:
+        sys.stdout.flush()
+
+
+class Json:
+    """Every event as one line of JSON."""
+
+    def draw(self, event: Event) -> None:
+        record: dict[str, Any] = as_record(event)
+        print(json.dumps(record), flush=True)
+
+    def close(self) -> None:
+        sys.stdout.flush()
