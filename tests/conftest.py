@@ -1,1 +1,34 @@
+import pytest
+from support.models import assets, convert
+from support.toy import make_toy
+
 import mlx_blockskip  # noqa: F401  (preloads OpenBLAS before anything imports mlx.core)
+from mlx_blockskip.models.registry import open_model
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """Models that tests convert go into a cache of the test session."""
+    monkeypatch.setenv("MLX_BLOCKSKIP_CACHE", str(tmp_path_factory.getbasetemp() / "models"))
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory):
+    """The bundled model, converted to float32."""
+    return convert(assets() / "tiny-flux", tmp_path_factory.mktemp("flux") / "tiny-flux")
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    return make_toy(tmp_path_factory.mktemp("toy") / "toy")
+
+
+@pytest.fixture(scope="session", params=["flux1", "toy"])
+def family_model(request, tiny_flux, toy):
+    """A model directory of every family that has a small model; contract tests run over all of them."""
+    return {"flux1": tiny_flux, "toy": toy}[request.param]
+
+
+@pytest.fixture
+def open_family(family_model):
+    return lambda budget=None: open_model(family_model, budget)

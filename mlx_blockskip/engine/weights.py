@@ -135,6 +135,7 @@ class BlockReader:
         self.bytes_read = 0
         self._kept: dict[tuple[int, Part], dict[str, mx.array]] = {}
         self._kept_bytes = 0
+        self._room = 0
         self._names: dict[str, list[str]] = {block.prefix: [] for block in stack.blocks}
         prefixes = tuple(self._names)
         for name in shards.names:
@@ -161,6 +162,9 @@ class BlockReader:
         The caller lets the weights go (`del`) before it asks for the next block; then at most two are in memory.
         """
         order = list(blocks)
+        if self.budget is not None:
+            largest = max((self.nbytes(index, part) for index in set(order)), default=0)
+            self._room = self.budget - (2 if self.prefetch else 1) * largest
         if not self.prefetch:
             for index in order:
                 yield index, self._get(index, part)
@@ -199,14 +203,10 @@ class BlockReader:
         weights = {name[len(prefix) :]: array for name, array in self.shards.load(names).items()}
         size = self.shards.nbytes(names)
         self.bytes_read += size
-        if self.budget is None or self._kept_bytes + size <= self.budget - self._in_flight(part):
+        if self.budget is None or self._kept_bytes + size <= self._room:
             self._kept[index, part] = dict(weights)
             self._kept_bytes += size
         return weights
-
-    def _in_flight(self, part: Part) -> int:
-        largest = max(self.nbytes(index, part) for index in range(self.stack.depth))
-        return (2 if self.prefetch else 1) * largest
 
 
 def _handed_over(weights: dict[str, mx.array]) -> dict[str, mx.array]:

@@ -1,0 +1,101 @@
+"""AutoencoderKL against diffusers, and strips against none."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_blockskip.converters import run
+from mlx_blockskip.converters.encoders import autoencoder_kl
+from mlx_blockskip.converters.source import open_source
+from support.compare import relative_error
+from support.golden import GOLDEN
+
+from mlx_blockskip.engine import files
+from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.weights import Shards
+from mlx_blockskip.models.registry import open_model
+from mlx_blockskip.models.vae import kl
+
+BOUND = 1e-4
+SMALL = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+}
+
+
+def small(tmp_path, **changes):
+    torch = pytest.importorskip("torch")
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    model = AutoencoderKL(**{**SMALL, **changes}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "hf")
+    config = files.read_json(tmp_path / "hf" / "config.json")
+    made, source = autoencoder_kl("hf", config), open_source(tmp_path / "hf")
+    run.check_rows(made, source)
+    (tmp_path / "mlx").mkdir()
+    list(run.write_component(made, source, tmp_path / "mlx", run.Precision("float32")))
+    shards = Shards(tmp_path / "mlx")
+    return torch, model, shards.load(shards.names), config
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_quant_conv": False, "use_post_quant_conv": False, "latent_channels": 16, "shift_factor": 0.1},
+        {"layers_per_block": 2, "block_out_channels": (8, 8, 16), "down_block_types": ("DownEncoderBlock2D",) * 3,
+         "up_block_types": ("UpDecoderBlock2D",) * 3},
+        {"mid_block_add_attention": False},
+    ],
+)  # fmt: skip
+def test_equals_diffusers_on_random_configs(tmp_path, changes):
+    torch, model, weights, config = small(tmp_path, **changes)
+    pixels = np.random.default_rng(0).uniform(-1, 1, (2, 24, 40, 3)).astype(np.float32)
+    with torch.no_grad():
+        posterior = model.encode(torch.from_numpy(pixels.transpose(0, 3, 1, 2))).latent_dist
+        z = posterior.mean
+        decoded = model.decode(z).sample
+    mean, logvar = kl.encode(weights, config, mx.array(pixels))
+    assert relative_error(mean.transpose(0, 3, 1, 2), posterior.mean.numpy()) <= BOUND
+    assert relative_error(logvar.transpose(0, 3, 1, 2), posterior.logvar.numpy()) <= BOUND
+    ours = kl.decode(weights, config, mx.array(z.numpy().transpose(0, 2, 3, 1)))
+    assert relative_error(ours.transpose(0, 3, 1, 2), decoded.numpy()) <= BOUND
+    assert relative_error(kl.unscale(kl.scale(mean, config), config), mean) <= 1e-5
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 100])
+def test_strips_of_every_size_give_the_same_as_none(tmp_path, rows):
+    _, _, weights, config = small(tmp_path)
+    pixels = mx.array(np.random.default_rng(0).uniform(-1, 1, (1, 26, 18, 3)).astype(np.float32))
+    whole, _ = kl.encode(weights, config, pixels, rows=1000)
+    stripped, _ = kl.encode(weights, config, pixels, rows=rows)
+    assert relative_error(stripped, whole) <= 1e-5
+    assert (
+        relative_error(kl.decode(weights, config, whole, rows=rows), kl.decode(weights, config, whole, rows=1000))
+        <= 1e-5
+    )
+
+
+def test_tiny_flux_gives_the_stored_values(tiny_flux):
+    model = open_model(tiny_flux)
+    weights = model.vae.load(model.vae.names)
+    mean, _ = kl.encode(weights, model.vae.config, GOLDEN["vae.pixels"].transpose(0, 2, 3, 1))
+    assert relative_error(mean.transpose(0, 3, 1, 2), GOLDEN["vae.mean"]) <= BOUND
+    decoded = kl.decode(weights, model.vae.config, GOLDEN["vae.z"].transpose(0, 2, 3, 1))
+    assert relative_error(decoded.transpose(0, 3, 1, 2), GOLDEN["vae.decoded"]) <= BOUND
+
+
+@pytest.mark.parametrize(
+    "change", [{"act_fn": "relu"}, {"latents_mean": [0.0]}, {"down_block_types": ["AttnDownEncoderBlock2D"]}]
+)
+def test_options_that_are_not_implemented_are_refused_by_name(change):
+    with pytest.raises(UserError, match=next(iter(change))):
+        kl.check({**SMALL, **change})

@@ -1,0 +1,37 @@
+"""Model directories for tests: the bundled tiny-flux, small random FLUX.1 models, and the toy family."""
+
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_blockskip.converters import run
+
+from mlx_blockskip.engine import files, philox
+
+
+def assets() -> Path:
+    from importlib import resources
+
+    return Path(str(resources.files("mlx_blockskip") / "assets"))
+
+
+def convert(source: Path, target: Path, **precision) -> Path:
+    """Convert a FLUX.1 checkpoint."""
+    wanted = run.Precision(**{"dtype": "float32", **precision})
+    with files.atomic_directory(target) as temporary:
+        for _ in run.write_model(source, temporary, "flux1", wanted, run.open_checkpoint(source, "flux1"), "test"):
+            pass
+    return target
+
+
+def random_tree(model, blocks, rank=3, targets="all", seed=0, b_scale=0.05):
+    """LoRA factors, both random and none zero."""
+    from mlx_blockskip import lora
+    from mlx_blockskip.models.registry import family_named, read_config
+
+    family = family_named(read_config(model.path)["family"])
+    tree = lora.init(model.reader, blocks, family.lora_targets[targets], rank, seed)
+    for index, factors in tree.items():
+        for number, name in enumerate(factors):
+            if name.endswith("lora_b"):
+                factors[name] = mx.array(philox.normal(seed, index, number, shape=factors[name].shape)) * b_scale
+    return tree
