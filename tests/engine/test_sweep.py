@@ -52,15 +52,13 @@ def make(path, depth, width=32, quantized=False):
 
 
 def factors(depth, width=32, rank=2):
-    return {
-        i: {
-            f"{m}.lora_{k}": mx.array(philox.normal(2, i, j, n, shape=(width, rank) if k == "a" else (rank, width)))
-            * 0.2
-            for j, m in enumerate(("up", "down"))
-            for n, k in enumerate("ab")
-        }
-        for i in range(depth)
-    }
+    tree = {}
+    for i in range(depth):
+        tree[i] = {}
+        for j, module in enumerate(("up", "down")):
+            tree[i][f"{module}.lora_a"] = mx.array(philox.normal(2, i, j, 0, shape=(width, rank))) * 0.2
+            tree[i][f"{module}.lora_b"] = mx.array(philox.normal(2, i, j, 1, shape=(rank, width))) * 0.2
+    return tree
 
 
 def samples(count=2, width=32, with_b=True):
@@ -77,7 +75,7 @@ def loss(i, state):
 
 def whole_graph(stack, reader, waiting, path, tree):
     """The same loss and gradients by one mx.value_and_grad over the resident stack."""
-    weights = {b: w for b, w in reader.walk(range(stack.depth))}
+    weights = dict(reader.walk(range(stack.depth)))
 
     def total(trainable):
         value = mx.array(0.0)
