@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-import click
 import typer
 
 from mlx_blockskip import __version__, settings
@@ -58,7 +57,7 @@ def _command(name: str, cls: type) -> Callable[..., None]:
         given = {
             key: value
             for key, value in options.items()
-            if key in known and ctx.get_parameter_source(key) == click.core.ParameterSource.COMMANDLINE
+            if key in known and getattr(ctx.get_parameter_source(key), "name", "") == "COMMANDLINE"
         }
         run(name, cls, given, options["config"], options["json_events"], options["debug"])
 

@@ -5,14 +5,14 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_blockskip import flow, generate
-from mlx_blockskip.engine import files, philox
-from mlx_blockskip.engine.errors import UserError
 from PIL import Image
 from support.compare import relative_error
 from support.flux import checkpoint, random_transformer
 from support.golden import GOLDEN, PROMPTS, STEPS
-from support.models import assets
+
+from mlx_blockskip import flow, generate
+from mlx_blockskip.engine import files, philox
+from mlx_blockskip.engine.errors import UserError
 
 LEVELS = 2  # of 255
 

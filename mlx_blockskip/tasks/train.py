@@ -7,7 +7,7 @@ import time
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import mlx.core as mx
 
@@ -93,24 +93,28 @@ def train(settings: TrainSettings) -> Generator[Event, None, TrainResult]:
         job = yield from prepare(settings, directory, model, dataset, plan)
         state = yield from first_state(job)
         yield from describe(job)
-        log = (directory / "log.jsonl").open("a", encoding="utf-8")
-        with log:
-            task = run(job, state)
-            while True:
-                try:
-                    event = next(task)
-                except StopIteration as done:
-                    result: TrainResult = done.value
-                    break
-                log.write(json.dumps({"time": round(time.time(), 3), **as_record(event)}) + "\n")
-                log.flush()
-                try:
-                    yield event
-                except KeyboardInterrupt as stop:
-                    task.throw(stop)
+        with (directory / "log.jsonl").open("a", encoding="utf-8") as log:
+            result = yield from logged(run(job, state), log)
         shutil.rmtree(directory / "cache", ignore_errors=True)
     (directory / ".lock").unlink(missing_ok=True)
     return result
+
+
+def logged(task: Generator[Event, None, TrainResult], log: TextIO) -> Generator[Event, None, TrainResult]:
+    """Pass a task's events on and write them down. A Ctrl-C that meets the reader is the task's to handle."""
+    try:
+        event = next(task)
+        while True:
+            try:
+                log.write(json.dumps({"time": round(time.time(), 3), **as_record(event)}) + "\n")
+                log.flush()
+                yield event
+            except KeyboardInterrupt as stop:
+                event = task.throw(stop)
+                continue
+            event = next(task)
+    except StopIteration as done:
+        return done.value
 
 
 def complete(settings: TrainSettings, model: DiffusionModel) -> TrainSettings:

@@ -1,8 +1,11 @@
-"""What holds for every family: DESIGN's invariants, over each registered family that has a small model, and a toy one."""
+"""What holds for every family: each registered family that has a small model, and a toy one."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from support.compare import relative_error, same_bits
+from support.models import random_tree
+
 from mlx_blockskip import lora
 from mlx_blockskip.blockskip import residuals
 from mlx_blockskip.blockskip.masking import image_to_text
@@ -11,8 +14,6 @@ from mlx_blockskip.engine import philox, sweep
 from mlx_blockskip.engine.stack import arrays
 from mlx_blockskip.engine.sweep import Sample
 from mlx_blockskip.models.family import Tokens
-from support.compare import relative_error, same_bits
-from support.models import random_tree
 
 
 def start(model, number=0, batch=2):
@@ -93,9 +94,7 @@ def test_at_lora_zero_the_skipped_forward_equals_the_full_forward_bit_for_bit(op
     sample.state = kept["entry"]
     sweep.forward(model.stack, model.reader, [sample], plan.retained, trainable=tree, bridge=bridge_over(kept))
     assert same_bits(sample.state.image, full.image)
-    assert same_bits(
-        model.head(sample.state, sample.context, modulation), model.head(full, sample.context, modulation)
-    )
+    assert same_bits(model.head(sample.state, sample.context, modulation), model.head(full, sample.context, modulation))
 
 
 def test_without_a_trailing_run_the_skipped_gradient_is_the_full_models(open_family):
@@ -161,7 +160,7 @@ def test_masking_all_blocks_cuts_the_prompt_off(open_family):
     model = open_family()
     outputs = []
     for text in ("a cat", "blue"):
-        sample, modulation, _, prompt = start(model, batch=1)
+        _, _, _, prompt = start(model, batch=1)
         other = dict(model.encode_prompts([text], model.defaults["max_sequence_length"]).prompts[0])
         if "pooled" in other:
             other["pooled"] = prompt["pooled"]  # not attention: it reaches the image by modulation

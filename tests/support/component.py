@@ -25,7 +25,7 @@ def save_component(path: Path, config: dict, tensors: dict[str, mx.array], stack
         weight_map |= dict.fromkeys(held, file)
         checksums[file] = files.sha256(path / file)
     groups = {}
-    for name, tensor in tensors.items():
+    for name in tensors:
         if name.endswith(".scales"):
             module = name.removesuffix(".scales")
             groups[module] = 32

@@ -1,4 +1,4 @@
-"""A family as unlike FLUX.1 as it can be small: cross-attention, text in the context, modulation by noise level only."""
+"""A family as unlike FLUX.1 as it can be small: cross-attention, text in the context."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,0 +1,342 @@
+"""Training as a user meets it: what it writes, how it stops and goes on, what invalidates its cache."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image
+from support.compare import same_bits
+from support.models import assets
+
+from mlx_blockskip import generate, train
+from mlx_blockskip.engine import files
+from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.events import Note, PhaseEnd, Step
+from mlx_blockskip.settings import TrainSettings
+from mlx_blockskip.tasks import optimizer
+from mlx_blockskip.tasks.checkpoints import State
+
+HEDGEHOG = assets() / "subjects" / "hedgehog"
+QUICK = {"data": str(HEDGEHOG), "iters": 6, "rank": 2, "learning_rate": 1e-3, "steps_per_save": 2}
+
+
+@pytest.fixture
+def quick(family_model, tmp_path):
+    """Settings of a short run on each family."""
+
+    def settings(name="a", **options):
+        fixed = {**QUICK, "model": str(family_model), "train_resolution": 32, "resolution": 64, "batch_size": 2}
+        return TrainSettings(**{**fixed, "adapter_path": str(tmp_path / name), **options})
+
+    return settings
+
+
+def factors(directory):
+    tensors = files.load_lazily(directory / "adapters.safetensors")
+    mx.eval(tensors)
+    return tensors
+
+
+def assert_same_adapter(a, b):
+    first, second = factors(a), factors(b)
+    assert first.keys() == second.keys()
+    assert all(same_bits(first[name], second[name]) for name in first)
+
+
+def test_writes_an_adapter_directory_that_says_what_it_is(quick):
+    events = []
+    result = train(quick(steps_per_sample=3, sample_prompt=["a sks toy"]), on_event=events.append)
+    directory = result.adapter_path
+    config = json.loads((directory / "adapter_config.json").read_text())
+    assert config["plan"]["runs"]
+    assert config["settings"]["iters"] == 6
+    assert config["rank"] == 2
+    tensors = factors(directory)
+    assert any(name.endswith("lora_b") and float(mx.abs(t).max()) > 0 for name, t in tensors.items())
+    assert all(t.dtype == mx.float32 for t in tensors.values())
+    assert sorted(p.name for p in (directory / "samples").iterdir()) == ["step-000003-1.png", "step-000006-1.png"]
+    assert not (directory / "cache").exists()
+    assert not list(directory.glob(".*"))
+    log = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    assert sum(record["event"] == "step" and "loss" in record for record in log) == 6
+    phases = {e.phase: e.peak_memory for e in events if isinstance(e, PhaseEnd)}
+    assert {"encode prompts", "encode images", "precompute", "train"} <= phases.keys()
+    assert all(peak > 0 for peak in phases.values())
+
+
+def test_refuses_to_write_over_an_adapter(quick):
+    train(quick(iters=1))
+    with pytest.raises(UserError, match="already holds an adapter"):
+        train(quick(iters=1))
+
+
+@pytest.mark.parametrize("residuals", ["base", "fresh"])
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, residuals, monkeypatch):
+    """Kill the process in the middle of a chunk, go on, and compare with a run that was never stopped."""
+    common = ["--data", str(HEDGEHOG), "--rank", "2", "--learning-rate", "1e-3", "--batch-size", "1"]
+    common += ["--train-resolution", "32", "--resolution", "64", "--patch-mode", "dynamic", "--steps-per-save", "3"]
+    common += ["--residuals", residuals, "--cache-limit", "400KB", "--skip-first", "3", "--skip-last", "3"]
+    command = [sys.executable, "-m", "mlx_blockskip", "train", *common, "--json"]
+
+    def start(name, iters, *more):
+        path = str(tmp_path / name)
+        return subprocess.Popen(
+            [*command, "--iters", str(iters), "--adapter-path", path, *more], stdout=subprocess.PIPE, text=True
+        )
+
+    whole = start("whole", 40)
+    whole.communicate(timeout=120)
+    assert whole.returncode == 0
+
+    stopped = start("stopped", 40)
+    for line in stopped.stdout:
+        event = json.loads(line)
+        if event["event"] == "step" and event["phase"] == "train" and event["done"] >= 20:
+            stopped.send_signal(signal.SIGKILL)
+            break
+    stopped.communicate(timeout=60)
+    assert not (tmp_path / "stopped" / "adapters.safetensors").exists()
+
+    resumed = start("stopped", 40, "--resume")
+    out, _ = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0
+    assert "Going on from step-" in out
+    assert_same_adapter(tmp_path / "whole", tmp_path / "stopped")
+    chunk = json.loads((tmp_path / "whole/checkpoints/step-000040/state.json").read_text())["settings"]["chunk_length"]
+    assert 1 < chunk < 20, "the run should span several chunks"
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    command = [sys.executable, "-m", "mlx_blockskip", "train", "--data", str(HEDGEHOG), "--rank", "2"]
+    command += ["--adapter-path", str(tmp_path / "a"), "--iters", "500", "--batch-size", "1", "--steps-per-save", "0"]
+    process = subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        event = json.loads(line)
+        if event["event"] == "step" and event["phase"] == "train" and event["done"] >= 3:
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in out
+    assert "Traceback" not in err
+    assert len(list((tmp_path / "a" / "checkpoints").glob("step-*"))) == 1
+
+
+@pytest.mark.parametrize("residuals", ["base", "fresh", "none"])
+def test_chunks_of_any_length_and_micro_batches_wait_in_one_sweep(quick, residuals):
+    result = train(quick(residuals=residuals, grad_accumulation=2, iters=3))
+    assert result.steps == 3
+    assert result.skipped == 0
+
+
+def test_base_residuals_do_not_depend_on_the_chunk_length(quick):
+    """One chunk for all, against a chunk a step: the records are the same, so the adapters are."""
+    one = train(quick("one", iters=4)).adapter_path
+    many = train(quick("many", iters=4, cache_limit=str(record_bytes(quick) + 100))).adapter_path
+    assert_same_adapter(one, many)
+
+
+def record_bytes(quick):
+    """Bytes of one record of a short run."""
+    from mlx_blockskip.models.registry import open_model
+    from mlx_blockskip.tasks import train as task
+
+    settings = quick("probe")
+    model = open_model(Path(settings.model))
+    settings = task.complete(settings, model)
+    directory = Path(settings.adapter_path)
+    job = drive(
+        task.prepare(settings, directory, model, task.load_dataset(HEDGEHOG), task.choose_plan(settings, model))
+    )
+    size = task.layout(job.recipe).nbytes
+    shutil.rmtree(directory)
+    return size
+
+
+def drive(task):
+    while True:
+        try:
+            next(task)
+        except StopIteration as done:
+            return done.value
+
+
+def test_a_streamed_run_gives_the_same_adapter_as_a_resident_one(quick):
+    resident = train(quick("resident", iters=3)).adapter_path
+    assert_same_adapter(resident, train(quick("streamed", iters=3, memory_budget="0")).adapter_path)
+
+
+def test_inner_runs_train(quick, tmp_path):
+    plan = tmp_path / "plan.json"
+    from mlx_blockskip.models.registry import open_model
+
+    depth = open_model(Path(quick().model)).stack.depth
+    plan.write_text(json.dumps({"depth": depth, "runs": [[0, 1], [2, 3], [depth - 1, depth]]}))
+    result = train(quick(plan=str(plan)))
+    prefixes = {name.split(".")[1] for name in factors(result.adapter_path)}
+    assert prefixes
+    assert result.skipped == 0
+
+
+def chunk_events(settings):
+    events = []
+    train(settings, on_event=events.append)
+    return [e.phase for e in events if isinstance(e, PhaseEnd)]
+
+
+def test_a_cache_is_read_again_only_with_the_same_fingerprint(quick, tmp_path, monkeypatch):
+    """Interrupt after the cache is made; what changes decides whether it is computed again."""
+    data = tmp_path / "data"
+    shutil.copytree(HEDGEHOG, data)
+    base = quick(data=str(data), steps_per_save=1)
+
+    def interrupted(settings):
+        def stop(event):
+            if isinstance(event, Step) and event.phase == "train" and event.done == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, on_event=stop)
+
+    interrupted(base)
+    kept = tmp_path / "kept"
+    shutil.copytree(tmp_path / "a", kept)
+
+    def again(**changes):
+        shutil.rmtree(tmp_path / "a")
+        shutil.copytree(kept, tmp_path / "a")
+        return chunk_events(replace(base, **changes))
+
+    assert "precompute" not in again(resume=True)
+    for changes in ({"seed": 1}, {"resolution": 96}, {"timestep_mean": 0.5}, {"skip_first": 2, "skip_last": 0}):
+        assert "precompute" in again(**changes), changes
+    (data / "01.txt").write_text("another caption")
+    assert "precompute" in again()
+    shutil.copy(HEDGEHOG / "01.txt", data / "01.txt")
+    assert "precompute" not in again()
+    Image.open(data / "01.png").rotate(90).save(data / "01.png")
+    assert "precompute" in again()
+
+
+def test_resume_with_other_settings_is_refused_by_name(quick):
+    train(quick(iters=2))
+    with pytest.raises(UserError, match="seed"):
+        train(quick(iters=4, seed=9, resume=True))
+    assert train(quick(iters=4, resume=True)).steps == 4
+
+
+def test_memory_does_not_grow_with_the_cache_file(tiny_flux, tmp_path):
+    peaks = []
+    for name, iters in (("short", 4), ("long", 40)):
+        events = []
+        train(
+            TrainSettings(
+                **{**QUICK, "iters": iters, "model": str(tiny_flux), "adapter_path": str(tmp_path / name)},
+                train_resolution=64,
+                resolution=64,
+                batch_size=1,
+            ),
+            on_event=events.append,
+        )
+        peaks.append(next(e.peak_memory for e in events if isinstance(e, PhaseEnd) and e.phase == "train"))
+    assert peaks[1] <= peaks[0] * 1.02 + 65536
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_and_ten_in_a_row_stop(quick):
+    events = []
+    with pytest.raises(UserError, match="lower --learning-rate"):
+        train(quick(learning_rate=1e30, clip=0.0, iters=30), on_event=events.append)
+    assert sum(isinstance(e, Step) and e.phase == "train" for e in events) < 30
+
+
+def test_learning_to_reduce_the_loss(tiny_flux, tmp_path):
+    losses = []
+
+    def keep(event):
+        if isinstance(event, Step) and event.loss is not None:
+            losses.append(event.loss)
+
+    settings = {**QUICK, "iters": 60, "model": str(tiny_flux), "adapter_path": str(tmp_path / "a")}
+    train(TrainSettings(**settings, train_resolution=64, resolution=64, batch_size=4, skip_ratio=0.5), on_event=keep)
+    assert np.mean(losses[-15:]) < 0.8 * np.mean(losses[:15])
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_learning_rate_schedules(schedule):
+    settings = TrainSettings(learning_rate=1.0, iters=110, warmup=10, lr_schedule=schedule)
+    rates = [optimizer.learning_rate(settings, step) for step in range(110)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[60] == pytest.approx({"constant": 1.0, "linear": 0.5, "cosine": 0.5}[schedule])
+
+
+def test_adamw_is_bias_corrected_and_clipped():
+    """The first bias-corrected AdamW step has the size of the learning rate, whatever the gradient's."""
+    settings = TrainSettings(learning_rate=0.1, iters=10, weight_decay=0.0, clip=1.0)
+    state = State({0: {"m.lora_a": mx.zeros((2, 2))}}, {})
+    grads = {"0/m.lora_a": mx.array([[3.0, -4.0], [0.1, 0.0]])}
+    new = optimizer.update(state, grads, settings, optimizer.global_norm(grads))
+    expected = [[-0.1, 0.1], [-0.1, 0.0]]
+    assert np.allclose(np.array(new.tree[0]["m.lora_a"]), expected, atol=1e-6)
+    assert float(mx.abs(new.moments["0/m.lora_a"]["m"]).max()) == pytest.approx(0.1 * 4 / 5.001, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"data": ""}, "--data"),
+        ({"data": "nowhere"}, "nowhere"),
+        ({"skip_ratio": 1.0}, "--skip-ratio"),
+        ({"skip_ratio": 0.5, "skip_first": 1}, "only one"),
+        ({"train_resolution": 36}, "multiple of"),
+        ({"train_resolution": 96}, "must not be above"),
+        ({"cache_limit": "1KB"}, "--cache-limit"),
+        ({"iters": 0}, "--iters 0"),
+        ({"resume": True}, "no checkpoint"),
+        ({"lora_targets": "none"}, "--lora-targets"),
+    ],
+)
+def test_bad_settings_are_one_clear_error(quick, options, match):
+    with pytest.raises(UserError, match=match):
+        train(quick(**options))
+
+
+def test_the_plan_is_said_and_recorded(quick):
+    events = []
+    result = train(quick(skip_ratio=0.3, iters=1), on_event=events.append)
+    assert any(isinstance(e, Note) and "even split of ratio 0.3" in e.message for e in events)
+    assert files.read_json(result.adapter_path / "adapter_config.json")["plan"]["source"] == "even split of ratio 0.3"
+
+
+def test_generate_takes_the_adapter_and_the_image_changes(tiny_flux, tmp_path):
+    settings = {**QUICK, "iters": 20, "model": str(tiny_flux), "adapter_path": str(tmp_path / "a"), "batch_size": 2}
+    train(TrainSettings(**settings, train_resolution=64, resolution=64))
+    fixed = {"model": str(tiny_flux), "prompt": ["a sks toy"], "steps": 4, "width": 64, "height": 64}
+    images = []
+    for name, scale in (("base", None), ("zero", 0.0), ("one", 1.0)):
+        more = {} if scale is None else {"adapter_path": [str(tmp_path / "a")], "lora_scale": [scale]}
+        (path,) = generate(**fixed, **more, output=str(tmp_path / f"{name}.png"))
+        images.append(np.asarray(Image.open(path), int))
+    assert np.array_equal(images[0], images[1])
+    assert np.abs(images[0] - images[2]).max() > 4
+
+
+def test_two_runs_cannot_write_one_directory(quick, tmp_path):
+    (tmp_path / "a").mkdir()
+    with files.lock(tmp_path / "a" / ".lock"), pytest.raises(UserError, match=str(os.getpid())):
+        train(quick(iters=1))
+
+
+def test_a_run_is_a_function_of_its_seed(quick):
+    a, b = (train(quick(name, iters=2)).adapter_path for name in "ab")
+    c = train(quick("c", iters=2, seed=1)).adapter_path
+    assert_same_adapter(a, b)
+    assert not all(same_bits(x, y) for x, y in zip(factors(a).values(), factors(c).values(), strict=True))
