@@ -16,6 +16,8 @@ import numpy as np
 from mlx_blockskip.engine.errors import UserError
 
 METADATA = "lora_adapter_metadata"
+FACTOR = r"(.+?)\.(lora_A|lora_B|lora\.down|lora\.up)(?:\.default)?\.weight"
+LETTERS = {"lora_A": "A", "lora_B": "B", "lora.down": "A", "lora.up": "B"}  # the latter are diffusers' older names
 
 
 def to_peft(tensors: Mapping[str, mx.array], scale: float, prefix: str) -> dict[str, mx.array]:
@@ -41,12 +43,12 @@ def from_peft(
     found: dict[str, mx.array] = {}
     others = []
     for name, value in tensors.items():
-        match = re.fullmatch(re.escape(prefix) + r"(.+)\.lora_(A|B)(?:\.default)?\.weight", name)
+        match = re.fullmatch(re.escape(prefix) + FACTOR, name)
         if match is None:
             if not name.endswith(".alpha"):
                 others.append(name)
             continue
-        module, letter = match.groups()
+        module, letter = match[1], LETTERS[match[2]]
         value = value.astype(mx.float32).T
         if letter == "B":
             value = value * (_alpha(tensors, config, prefix + module, module, value.shape[0]) / value.shape[0])

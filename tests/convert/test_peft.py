@@ -1,0 +1,166 @@
+"""LoRA files of diffusers and PEFT: ours load there, theirs load here, and the images are the same."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_blockskip.converters.peft import from_peft, to_peft
+from PIL import Image
+from support.compare import same_bits
+from support.golden import GOLDEN, PROMPTS
+from support.models import assets, random_tree
+
+from mlx_blockskip import export, generate
+from mlx_blockskip.engine import files
+from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.models.registry import open_model
+from mlx_blockskip.tasks.adapters import save_adapter
+
+TINY = assets() / "tiny-flux"
+STEPS = 4
+LEVELS = 2
+
+
+def our_images(tmp_path, tiny_flux, adapter, **options):
+    files.save_tensors(tmp_path / "noise.safetensors", {"noise": GOLDEN["96x64.latents"][:2]})
+    paths = generate(
+        model=str(tiny_flux),
+        prompt=PROMPTS[:2],
+        noise=str(tmp_path / "noise.safetensors"),
+        width=64,
+        height=96,
+        steps=STEPS,
+        cfg_scale=1.0,
+        adapter_path=[str(a) for a in adapter],
+        output=str(tmp_path / "o.png"),
+        **options,
+    )
+    return np.stack([np.asarray(Image.open(p), np.float64) for p in paths])
+
+
+def pipeline():
+    torch = pytest.importorskip("torch")
+    from diffusers import FluxPipeline
+
+    pipe = FluxPipeline.from_pretrained(TINY, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return torch, pipe
+
+
+def their_images(torch, pipe):
+    latents = torch.from_numpy(np.array(GOLDEN["96x64.packed"][:2]))
+    made = pipe(
+        prompt=PROMPTS[:2],
+        num_inference_steps=STEPS,
+        width=64,
+        height=96,
+        latents=latents,
+        max_sequence_length=24,
+        output_type="np",
+    )
+    return made.images * 255
+
+
+def our_adapter(path, tiny_flux, scale, rank=3, targets="all"):
+    model = open_model(tiny_flux)
+    tree = random_tree(model, range(5, 11), rank=rank, targets=targets, b_scale=0.3)
+    path.mkdir()
+    save_adapter(path, tree, model, {"family": "flux1", "scale": scale, "rank": rank})
+    return path
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("targets", ["all", "attention"])
+def test_diffusers_loads_our_export_and_gives_our_image(tmp_path, tiny_flux, scale, targets):
+    adapter = our_adapter(tmp_path / "a", tiny_flux, scale, targets=targets)
+    exported = export(adapter_path=str(adapter), output=str(tmp_path / "out.safetensors"))
+    torch, pipe = pipeline()
+    plain = their_images(torch, pipe)
+    pipe.load_lora_weights(str(tmp_path), weight_name=exported.name)
+    theirs = their_images(torch, pipe)
+    ours = our_images(tmp_path, tiny_flux, [adapter])
+    assert np.abs(theirs - plain).max() > 10
+    assert np.abs(ours - theirs).max() <= LEVELS
+    assert np.abs(our_images(tmp_path, tiny_flux, [exported]) - theirs).max() <= LEVELS
+    assert np.array_equal(our_images(tmp_path, tiny_flux, [adapter], memory_budget="0"), ours)
+
+
+@pytest.mark.parametrize("alpha", [4, 8])
+def test_a_lora_of_diffusers_and_peft_gives_the_same_image_here(tmp_path, tiny_flux, alpha):
+    torch, pipe = pipeline()
+    pytest.importorskip("peft")
+    from diffusers import FluxPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    torch.manual_seed(0)
+    modules = ["to_q", "to_k", "to_out.0", "add_v_proj", "ff.net.0.proj", "proj_mlp", "proj_out"]
+    pipe.transformer.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=modules, init_lora_weights=False))
+    with torch.no_grad():  # the final proj_out is outside of the blocks, which this project does not adapt
+        for name, module in pipe.transformer.named_modules():
+            if hasattr(module, "lora_B"):
+                module.lora_B["default"].weight.mul_(0.0 if name == "proj_out" else 0.3)
+    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.transformer))
+    state = {name: value for name, value in state.items() if not name.startswith("proj_out")}
+    from diffusers.training_utils import _collate_lora_metadata
+
+    FluxPipeline.save_lora_weights(
+        tmp_path / "theirs", transformer_lora_layers=state, **_collate_lora_metadata({"transformer": pipe.transformer})
+    )
+    theirs = their_images(torch, pipe)
+    ours = our_images(tmp_path, tiny_flux, [tmp_path / "theirs"])
+    assert np.abs(ours - theirs).max() <= LEVELS
+
+
+def test_two_adapters_with_strengths_equal_diffusers(tmp_path, tiny_flux):
+    torch, pipe = pipeline()
+    adapters = [our_adapter(tmp_path / "a", tiny_flux, 1.0), our_adapter(tmp_path / "b", tiny_flux, 0.5, rank=2)]
+    for adapter, name in zip(adapters, "ab", strict=True):
+        export(adapter_path=str(adapter), output=str(tmp_path / f"{name}.safetensors"))
+        pipe.load_lora_weights(str(tmp_path), weight_name=f"{name}.safetensors", adapter_name=name)
+    pipe.set_adapters(["a", "b"], [0.7, -0.4])
+    theirs = their_images(torch, pipe)
+    assert np.abs(our_images(tmp_path, tiny_flux, adapters, lora_scale=[0.7, -0.4]) - theirs).max() <= LEVELS
+
+
+def test_alpha_is_written_once(tmp_path):
+    tensors = {"m.lora_a": mx.ones((4, 2)), "m.lora_b": mx.ones((2, 3))}
+    assert "p.m.alpha" not in to_peft(tensors, 1.0, "p.")
+    scaled = to_peft(tensors, 0.5, "p.")
+    assert float(scaled["p.m.alpha"]) == 1.0
+    back, others = from_peft(scaled, {}, "p.", tmp_path)
+    assert same_bits(back["m.lora_b"], tensors["m.lora_b"] * 0.5)
+    assert others == []
+
+
+def test_alpha_in_the_metadata_is_read(tmp_path):
+    tensors = to_peft({"m.lora_a": mx.ones((4, 2)), "m.lora_b": mx.ones((2, 3))}, 1.0, "t.")
+    config = {"t.r": 2, "t.lora_alpha": 6, "t.alpha_pattern": {"other": 1}}
+    back, _ = from_peft(tensors, {"lora_adapter_metadata": json.dumps(config)}, "t.", tmp_path)
+    assert float(back["m.lora_b"][0, 0]) == 3.0
+
+
+def test_what_does_not_fit_is_refused_by_name(tmp_path, tiny_flux):
+    adapter = our_adapter(tmp_path / "a", tiny_flux, 1.0)
+    tensors = files.load_lazily(adapter / "adapters.safetensors")
+    mx.eval(tensors)
+    name = next(n for n in tensors if n.endswith("lora_a"))
+    for wrong, match in (
+        ({**tensors, name: mx.zeros((7, 3))}, "do not fit"),
+        ({**tensors, "other_blocks.0.x.lora_a": mx.zeros((2, 2))}, "no block"),
+        ({"transformer_blocks.0.nope.lora_a": mx.zeros((2, 2))}, "no layer transformer_blocks.0.nope"),
+    ):
+        copy = tmp_path / "wrong"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(adapter, copy)
+        files.save_tensors(copy / "adapters.safetensors", wrong)
+        with pytest.raises(UserError, match=match):
+            our_images(tmp_path, tiny_flux, [copy])
+    files.save_tensors(tmp_path / "kohya.safetensors", {"lora_unet_x.lora_down.weight": mx.zeros((2, 2))})
+    with pytest.raises(UserError, match="lora_unet_x"):
+        our_images(tmp_path, tiny_flux, [tmp_path / "kohya.safetensors"])
+    with pytest.raises(UserError, match="already exists"):
+        export(adapter_path=str(adapter), output=str(tmp_path / "kohya.safetensors"))
