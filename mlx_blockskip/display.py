@@ -1,9 +1,12 @@
 """Draw a task's events as plain lines or as JSON. Bars for terminals are in display_rich."""
 
 import json
+import signal
 import sys
+import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 from mlx_blockskip.events import Event, Image, Note, Phase, PhaseEnd, Saved, Step, Warning, as_record
@@ -22,20 +25,49 @@ class Drawer(Protocol):
 
 
 def draw_to(drawer: Drawer, task: Generator[Event, None, R]) -> R:
-    """Run a task to its end and draw what it yields. A Ctrl-C while drawing is handed to the task, so that it saves."""
-    try:
-        event = next(task)
-        while True:
-            try:
-                drawer.draw(event)
-            except KeyboardInterrupt as stop:
-                event = task.throw(stop)
-                continue
+    """Run a task to its end and draw what it yields.
+
+    A first Ctrl-C waits for the step under way and is then handed to the task, so that it saves; a second stops at
+    once. (Python can lose an exception that a signal raises inside a callback; a flag is not lost.)
+    """
+    with _interruptible() as pressed:
+        try:
             event = next(task)
-    except StopIteration as done:
-        return done.value
+            while True:
+                try:
+                    drawer.draw(event)
+                    if pressed:
+                        pressed.clear()
+                        raise KeyboardInterrupt
+                except KeyboardInterrupt as stop:
+                    event = task.throw(stop)
+                    continue
+                event = next(task)
+        except StopIteration as done:
+            return done.value
+        finally:
+            drawer.close()
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[bool]]:
+    """A list that a first Ctrl-C makes non-empty; the one after it raises KeyboardInterrupt as usual."""
+    pressed: list[bool] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def press(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        pressed.append(True)
+        print("stopping after the step under way; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
     finally:
-        drawer.close()
+        signal.signal(signal.SIGINT, before)
 
 
 def memory(count: int) -> str:

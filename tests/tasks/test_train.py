@@ -116,7 +116,18 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, residuals, monkeypatch)
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     command = [sys.executable, "-m", "mlx_blockskip", "train", "--data", str(HEDGEHOG), "--rank", "2"]
-    command += ["--adapter-path", str(tmp_path / "a"), "--iters", "500", "--batch-size", "1", "--steps-per-save", "0"]
+    command += [
+        "--adapter-path",
+        str(tmp_path / "a"),
+        "--iters",
+        "5000",
+        "--batch-size",
+        "1",
+        "--cache-limit",
+        "40MB",
+        "--steps-per-save",
+        "0",
+    ]
     process = subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         event = json.loads(line)
