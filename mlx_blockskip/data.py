@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,127 +28,166 @@ class Example:
 
 @dataclass(frozen=True)
 class Dataset:
-    """examples: sorted by file name. identity: a checksum of all images and captions."""
+    """examples: sorted by file name. identity: a checksum of all images and captions.
+
+    warnings: what the user should hear about these images, a sentence each.
+    """
 
     examples: tuple[Example, ...]
     identity: str
+    warnings: tuple[str, ...] = ()
 
 
 def load_dataset(directory: Path, prompt: str | None = None) -> Dataset:
-    """Read a directory of images.
+    """Read a directory of images; hidden files and other files are passed over.
 
-    Captions come from metadata.jsonl (`file_name`, `text`) or train.jsonl (`image`, `prompt`) where there is one, and
-    then only the images it lists are used; else from `name.txt` beside `name.jpg`; else from `prompt`.
-    Raises UserError where the directory, a list, an image or a caption is not usable.
+    Captions come from metadata.jsonl (`file_name`, `text`), else from train.jsonl (`image`, `prompt`), and then only
+    the images it lists are used; without a list from `name.txt` beside `name.jpg`; and from `prompt` where there is no
+    caption or an empty one. Raises UserError where the directory, a list, an image or a caption is not usable.
     """
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory; --data takes a directory of images")
+        problem = "not a directory" if directory.exists() else "no such directory"
+        raise UserError(f"{directory}: {problem}; --data takes a directory of images")
+    found = sorted(p for p in directory.iterdir() if _looks_like_image(p) and p.is_file())
+    warnings = []
     for name, image_key, text_key in LISTS:
         if (directory / name).is_file():
-            examples = _listed(directory, directory / name, image_key, text_key)
+            examples = _listed(directory / name, image_key, text_key, prompt)
+            if unlisted := set(found) - {example.path for example in examples}:
+                warnings.append(f"{directory / name}: {len(unlisted)} images beside it are not listed and not used")
             break
     else:
-        paths = sorted(p for p in directory.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-        examples = [Example(path, _caption(path, prompt)) for path in paths]
+        examples = [Example(path, _caption(path, prompt)) for path in found]
     if not examples:
         raise UserError(f"{directory}: holds no images ({', '.join(s[1:] for s in SUFFIXES)})")
     state = hashlib.sha256()
     for example in examples:
-        load_image(example.path)
+        warnings += _read(example.path)[1]
         state.update(f"{files.sha256(example.path)} {example.caption!r}\n".encode())
-    return Dataset(tuple(examples), state.hexdigest())
+    return Dataset(tuple(examples), state.hexdigest(), tuple(dict.fromkeys(warnings)))
+
+
+def _looks_like_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; save it again as UTF-8") from None
 
 
 def _caption(path: Path, prompt: str | None) -> str:
     beside = path.with_suffix(".txt")
-    if beside.is_file():
-        try:
-            return " ".join(beside.read_text(encoding="utf-8-sig").split())
-        except UnicodeDecodeError:
-            raise UserError(f"{beside}: not UTF-8 text; save it again as UTF-8") from None
+    caption = " ".join(_text(beside).split()) if beside.is_file() else ""
+    if caption:
+        return caption
     if prompt is None:
         raise UserError(f"{path}: has no caption; write one into {beside.name} beside it, or give --prompt")
     return prompt
 
 
-def _listed(directory: Path, path: Path, image_key: str, text_key: str) -> list[Example]:
+def _listed(path: Path, image_key: str, text_key: str, prompt: str | None) -> list[Example]:
+    directory = path.parent
     examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
         if not line.strip():
             continue
         try:
             fields = json.loads(line)
             name, text = fields[image_key], fields[text_key]
-            if not isinstance(name, str) or not isinstance(text, str):
+            if not isinstance(name, str) or not isinstance(text, str) or "\0" in name:
                 raise TypeError
         except (ValueError, KeyError, TypeError):
             raise UserError(f'{path}:{number}: should be {{"{image_key}": ..., "{text_key}": ...}}') from None
-        image = directory / name
-        if not image.resolve().is_relative_to(directory.resolve()):
+        # by name, not resolved: the Hub's cache keeps a data set's files as links to elsewhere
+        inside = os.path.normpath(name)
+        if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir:
             raise UserError(f"{path}:{number}: {name} is outside of {directory}; move it there")
-        if not image.is_file():
+        if not (directory / inside).is_file():
             raise UserError(f"{path}:{number}: {name} does not exist; correct or remove the line")
-        examples.append(Example(image, text))
-    return sorted(examples, key=lambda e: (e.path.name, e.caption))
+        if not text.strip() and prompt is None:
+            raise UserError(f'{path}:{number}: "{text_key}" is empty; write a caption, or give --prompt')
+        examples.append(Example(directory / inside, text if text.strip() else prompt or ""))
+    if not examples:
+        raise UserError(f"{path}: lists no images; add lines or remove the file")
+    return sorted(examples, key=lambda example: (example.path, example.caption))
 
 
 def load_image(path: Path) -> Image.Image:
     """An image as RGB in sRGB, upright, on white where it is transparent. Raises UserError where it cannot be read."""
-    if path.suffix.lower() in (".heic", ".heif"):
-        import pillow_heif
+    return _read(path)[0]
 
-        pillow_heif.register_heif_opener()
+
+def _read(path: Path) -> tuple[Image.Image, list[str]]:
+    """The image and warnings about it."""
     try:
+        with path.open("rb") as file:
+            if file.read(12)[4:8] == b"ftyp":  # HEIC by its content: phones and sites rename it to .jpg
+                import pillow_heif
+
+                pillow_heif.register_heif_opener()
         with Image.open(path) as opened:
             opened.load()
             upright = ImageOps.exif_transpose(opened)
             upright.info.setdefault("icc_profile", opened.info.get("icc_profile"))
-        return _to_srgb(upright)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
     except UnidentifiedImageError:
         raise UserError(f"{path}: not an image that Pillow can read; remove it or replace it") from None
     except Image.DecompressionBombError:
         raise UserError(f"{path}: has too many pixels to be a photo; make it smaller") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not an image that Pillow can read ({error}); remove it or replace it") from None
+    except Exception as error:  # decoders raise whatever a broken file makes of them
+        reason = "truncated file" if "truncated" in str(error) else " ".join(str(error).split())
+        raise UserError(f"{path}: not an image that Pillow can read ({reason}); remove it or replace it") from None
+    image, applied = _to_srgb(upright)
+    problem = f"{path}: its colour profile is broken or of another kind; its colours are taken as sRGB"
+    return image, [] if applied else [problem]
 
 
-def _to_srgb(image: Image.Image) -> Image.Image:
+def _to_srgb(image: Image.Image) -> tuple[Image.Image, bool]:
+    """RGB in sRGB on white, and whether the colour profile, if there is one, was applied."""
     profile = image.info.get("icc_profile")
+    alpha = None
     if image.mode.startswith(("I", "F")):
-        return _from_wide_gray(image).convert("RGB")
-    if image.mode == "P" or (image.mode in ("L", "RGB", "1") and "transparency" in image.info):
-        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-    alpha = image.getchannel("A") if image.mode in ("RGBA", "LA", "PA") else None
-    if image.mode in ("RGBA", "PA", "1"):
-        image = image.convert("RGB")
-    elif image.mode == "LA":
-        image = image.convert("L")
-    image = _apply_profile(image, profile)
+        image = _from_wide_gray(image)
+    elif image.has_transparency_data:
+        image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
+        alpha = image.getchannel("A")
+        image = image.convert(image.mode[:-1])
+    elif image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    converted = _apply_profile(image, profile) if profile else None
+    result = image.convert("RGB") if converted is None else converted
     if alpha is not None:
-        white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=alpha)
-        return white
-    return image
+        white = Image.new("RGB", result.size, "white")
+        white.paste(result, mask=alpha)
+        result = white
+    return result, converted is not None or not profile
 
 
-def _apply_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """The colours of the embedded profile in sRGB. A profile that is broken or of other colours is not applied."""
-    if profile:
-        try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            target = ImageCms.createProfile("sRGB")
-            converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
-            if converted is not None:
-                return converted
-        except (ImageCms.PyCMSError, OSError, ValueError):
-            pass
-    return image.convert("RGB")
+def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
+    """The colours of the profile in sRGB; None where the profile is broken or of other channels than the image's."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if image.mode == "L" and source.profile.xcolor_space.strip() == "RGB":
+            image = image.convert("RGB")
+        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return None
 
 
 def _from_wide_gray(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float gray as 8-bit gray."""
-    values = np.asarray(image).astype(np.float64)
-    top = 65535.0 if image.mode.startswith("I") else max(1.0, float(values.max(initial=1.0)))
+    """16-bit, 32-bit and float gray as 8-bit gray: full scale is 65535 or 1, or the largest value where that is more.
+
+    A value that PNG declares transparent becomes white.
+    """
+    values = np.nan_to_num(np.asarray(image).astype(np.float64))
+    top = max(65535.0 if image.mode.startswith("I") else 1.0, float(values.max()))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        values[values == transparent] = top
     return Image.fromarray(np.clip(values / top * 255 + 0.5, 0, 255).astype(np.uint8))
 
 

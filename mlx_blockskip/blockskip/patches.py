@@ -19,7 +19,8 @@ MODES = ("dynamic", "high-to-low", "random", "resize", "none")
 @dataclass(frozen=True)
 class PatchSettings:
     """mode: "dynamic" is Eq. 1; "high-to-low" its reverse (small crops at high noise); "random" draws the side
-    independently of s; "resize" always cuts the side s_max; "none" cuts the side s_max and does not resize.
+    uniformly, independently of s; "resize" always cuts the side s_max, at a uniform place, and resizes it to s_min;
+    "none" cuts the side s_max and does not resize: training is at s_max.
 
     s_min, s_max in pixels, multiples of granularity. Raises UserError where they are not.
     """
@@ -63,7 +64,12 @@ def crop_side(s: float, u: float, settings: PatchSettings) -> int:
 
 
 def draw_patch(size: tuple[int, int], s: float, settings: PatchSettings, rng: np.random.Generator) -> Patch:
-    """A patch of a resized image (width, height). Always draws three uniforms, whatever the mode."""
+    """A patch of a resized image (width, height). Always draws three uniforms, whatever the mode.
+
+    Raises ValueError for an image that `resize_shorter` has not seen and that is too small.
+    """
+    if min(size) < settings.s_max:
+        raise ValueError(f"image of {size[0]} x {size[1]}: the shorter side is below s_max = {settings.s_max}")
     u, x, y = rng.random(3)
     side = crop_side(s, u, settings)
     return Patch(int(x * (size[0] - side + 1)), int(y * (size[1] - side + 1)), side)

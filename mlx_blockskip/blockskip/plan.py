@@ -5,6 +5,7 @@ k = n + m is the skip budget: of L blocks the first n and the last m are skipped
 """
 
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,9 @@ class SkipPlan:
     @staticmethod
     def ends(n: int, m: int, depth: int, source: str = "given") -> "SkipPlan":
         """The paper's case: the first n and the last m blocks."""
-        if n < 0 or m < 0 or n + m >= depth:
+        if n < 0 or m < 0:
+            raise UserError(f"skip plan: n = {n} and m = {m} must be at least 0")
+        if n + m >= depth:
             raise UserError(f"skip plan: n = {n} and m = {m} do not leave a block of {depth} to train")
         return SkipPlan(depth, ((0, n), (depth - m, depth)), source)
 
@@ -58,6 +61,10 @@ class SkipPlan:
         if not 0 <= ratio < 1:
             raise UserError(f"--skip-ratio {ratio}: must be at least 0 and below 1")
         k = math.floor(ratio * depth + 0.5)
+        if k >= depth:
+            raise UserError(
+                f"--skip-ratio {ratio:g}: skips all {depth} blocks; {(depth - 1) / depth:.2f} is about the most"
+            )
         n = math.ceil(k / 2)
         return SkipPlan.ends(n, k - n, depth, f"even split of ratio {ratio:g}")
 
@@ -98,18 +105,27 @@ class SkipPlan:
 
 
 def from_json(value: Any, depth: int, source: Path | str) -> SkipPlan:
-    """A plan from `{"depth", "runs"}` or `{"n", "m"}`. Raises UserError where it is not one, or of another depth."""
+    """A plan from `{"depth", "runs"}` or `{"n", "m"}` (whole numbers; "depth" is optional with n and m).
+
+    Raises UserError, naming the source, where it is not one, or of another depth.
+    """
     try:
         if "n" in value:
-            return SkipPlan.ends(int(value["n"]), int(value["m"]), int(value.get("depth", depth)), str(source))
-        plan = SkipPlan(int(value["depth"]), tuple((int(a), int(b)) for a, b in value["runs"]), str(source))
-    except (KeyError, TypeError, ValueError):
+            n, m, own_depth = (operator.index(x) for x in (value["n"], value["m"], value.get("depth", depth)))
+            runs: tuple[Run, ...] = ()
+        else:
+            own_depth = operator.index(value["depth"])
+            runs = tuple((operator.index(start), operator.index(stop)) for start, stop in value["runs"])
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(
             f'{source}: not a skip plan; write {{"depth": {depth}, "runs": [[start, stop], ...]}}'
         ) from None
-    if plan.depth != depth:
-        raise UserError(f"{source}: is for a model of {plan.depth} blocks, and this one has {depth}")
-    return plan
+    if own_depth != depth:
+        raise UserError(f"{source}: is for a model of {own_depth} blocks, and this one has {depth}")
+    try:
+        return SkipPlan.ends(n, m, depth, str(source)) if "n" in value else SkipPlan(depth, runs, str(source))
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
 def choose(
