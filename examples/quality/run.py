@@ -1,4 +1,4 @@
-"""Does tiny-flux learn a subject, and does it keep the rest? Prints a Markdown table and writes a grid for each subject.
+"""Does tiny-flux learn a subject, and does it keep the rest? Prints a Markdown table, writes a grid a subject.
 
     python examples/quality/run.py OUT SUBJECT_DIR [SUBJECT_DIR ...] [-- SETTING=VALUE ...]
 

@@ -232,11 +232,9 @@ class SafetensorsWriter:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._file.close()
         if kind is None and self._missing:
-            kind, error = ValueError, ValueError(f"{self.path}: not written: {', '.join(sorted(self._missing))}")
-            try:
-                self._atomic.__exit__(kind, error, None)
-            except ValueError:
-                raise error from None
+            missing = ValueError(f"{self.path}: not written: {', '.join(sorted(self._missing))}")
+            self._atomic.__exit__(ValueError, missing, None)
+            raise missing
         self._atomic.__exit__(kind, error, trace)
 
 

@@ -1,0 +1,149 @@
+"""Files are whole or absent; safetensors are written and read a tensor at a time."""
+
+import json
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from safetensors import safe_open
+from support.compare import same_bits
+
+from mlx_blockskip.engine import files, philox
+from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.files import SafetensorsWriter, TensorEntry
+
+TENSORS = {
+    "a": mx.arange(6, dtype=mx.float32).reshape(2, 3),
+    "half": mx.array([1.5, -2.0]).astype(mx.bfloat16),
+    "packed": mx.array([[1, 2]], mx.uint32),
+    "scalar": mx.array(3.0),
+    "empty": mx.zeros((0, 4)),
+    "turned": mx.arange(6, dtype=mx.float16).reshape(2, 3).T,
+}
+
+
+def test_what_is_written_is_what_others_read(tmp_path):
+    files.save_tensors(tmp_path / "t.safetensors", TENSORS, {"who": "me"})
+    loaded, metadata = mx.load(str(tmp_path / "t.safetensors"), return_metadata=True)
+    assert metadata["who"] == "me"
+    assert all(same_bits(loaded[name], tensor) for name, tensor in TENSORS.items())
+    with safe_open(tmp_path / "t.safetensors", "numpy") as file:
+        assert set(file.keys()) == set(TENSORS)
+        np.testing.assert_array_equal(file.get_tensor("turned"), np.array(TENSORS["turned"]))
+    mapped = files.MappedTensors(tmp_path / "t.safetensors")
+    assert all(same_bits(mapped.read(name), TENSORS[name]) for name in TENSORS if name != "empty")
+    assert "nothing" not in mapped
+    with pytest.raises(UserError, match="no tensor nothing"):
+        mapped.read("nothing")
+
+
+def test_tensors_may_be_written_in_any_order(tmp_path):
+    entries = [TensorEntry(n, tuple(t.shape), files.dtype_name(t.dtype)) for n, t in TENSORS.items()]
+    with SafetensorsWriter(tmp_path / "t.safetensors", entries) as writer:
+        for name in reversed(TENSORS):
+            writer.write(name, TENSORS[name])
+    loaded = mx.load(str(tmp_path / "t.safetensors"))
+    assert all(same_bits(loaded[name], tensor) for name, tensor in TENSORS.items())
+
+
+@pytest.mark.parametrize("wrong", [{"x": mx.zeros((2,))}, {"a": mx.zeros((3,))}, {"a": mx.zeros((2,), mx.int32)}, {}])
+def test_a_tensor_that_was_not_announced_or_is_missing_leaves_nothing(tmp_path, wrong):
+    with (
+        pytest.raises(ValueError, match="t.safetensors"),
+        SafetensorsWriter(tmp_path / "t.safetensors", [TensorEntry("a", (2,), "F32")]) as writer,
+    ):
+        for name, tensor in wrong.items():
+            writer.write(name, tensor)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_on_the_way_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.json"
+    files.write_json(path, {"old": 1})
+    with pytest.raises(RuntimeError), files.atomic_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert files.read_json(path) == {"old": 1}
+    with pytest.raises(RuntimeError), files.atomic_directory(tmp_path / "d") as directory:
+        (directory / "half").write_text("x")
+        raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_directory_is_replaced_only_when_asked(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "old").touch()
+    with pytest.raises(UserError, match="already exists"), files.atomic_directory(tmp_path / "d"):
+        pass
+    with files.atomic_directory(tmp_path / "d", replace=True) as directory:
+        (directory / "new").touch()
+    assert [p.name for p in (tmp_path / "d").iterdir()] == ["new"]
+
+
+def good_bytes():
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(8)
+
+
+def with_header(header):
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(64)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff" * 8,
+        good_bytes()[:-1],
+        good_bytes()[:20],
+        (5).to_bytes(8, "little") + b"{bad}" + bytes(8),
+        with_header([]),
+        with_header({"a": {"dtype": "F32", "shape": [2]}}),
+        with_header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}),
+        with_header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}),
+        with_header({"a": {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}}),
+        with_header({"a": {"dtype": "F32", "shape": [200], "data_offsets": [0, 800]}}),
+    ],
+)
+def test_a_broken_header_is_one_sentence_with_the_path(tmp_path, content):
+    (tmp_path / "t.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="t.safetensors"):
+        files.read_header(tmp_path / "t.safetensors")
+
+
+def test_memory_stays_at_one_tensor_while_writing_many(tmp_path):
+    one = 1 << 20
+    entries = [TensorEntry(str(i), (one // 4,), "F32") for i in range(32)]
+    mx.set_cache_limit(0)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    with SafetensorsWriter(tmp_path / "t.safetensors", entries) as writer:
+        for i in range(32):
+            writer.write(str(i), mx.full((one // 4,), float(i)))
+    assert mx.get_peak_memory() - before <= 3 * one
+
+
+def test_a_lock_is_held_against_other_processes_and_says_by_whom(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from mlx_blockskip.engine import files\n"
+        "with files.lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline().strip() == "held"
+    with pytest.raises(UserError, match=str(other.pid)), files.lock(tmp_path / ".lock"):
+        pass
+    other.communicate("")
+    with files.lock(tmp_path / ".lock"):
+        pass
+
+
+def test_philox_is_a_function_of_seed_and_place():
+    a = philox.normal(1, 2, shape=(4,))
+    assert np.array_equal(a, philox.normal(1, 2, shape=(4,)))
+    others = [philox.normal(*key, shape=(4,)) for key in ((1, 3), (2, 2), (1,), (1, 2, 0), (12,))]
+    assert not any(np.array_equal(a, other) for other in others)
+    assert a.dtype == np.float32
