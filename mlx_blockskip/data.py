@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import warnings as python_warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,8 @@ def _read(path: Path) -> tuple[Image.Image, list[str]]:
                 import pillow_heif
 
                 pillow_heif.register_heif_opener()
-        with Image.open(path) as opened:
+        with python_warnings.catch_warnings(), Image.open(path) as opened:
+            python_warnings.simplefilter("ignore")  # of Pillow, about EXIF that is not needed
             opened.load()
             upright = ImageOps.exif_transpose(opened)
             upright.info.setdefault("icc_profile", opened.info.get("icc_profile"))
@@ -139,7 +141,7 @@ def _read(path: Path) -> tuple[Image.Image, list[str]]:
     except Image.DecompressionBombError:
         raise UserError(f"{path}: has too many pixels to be a photo; make it smaller") from None
     except Exception as error:  # decoders raise whatever a broken file makes of them
-        reason = "truncated file" if "truncated" in str(error) else " ".join(str(error).split())
+        reason = "truncated file" if "truncated" in str(error).lower() else " ".join(str(error).split())
         raise UserError(f"{path}: not an image that Pillow can read ({reason}); remove it or replace it") from None
     image, applied = _to_srgb(upright)
     problem = f"{path}: its colour profile is broken or of another kind; its colours are taken as sRGB"

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import struct
+import zlib
 from importlib import resources
 from pathlib import Path
 
@@ -96,11 +97,11 @@ def stored_as(orientation, image):
 def test_images_stand_upright(tmp_path, orientation, suffix):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = saved(tmp_path / f"a.{suffix}", stored_as(orientation, picture()), exif=exif.tobytes())
+    options = {"quality": 100, "subsampling": 0} if suffix == "jpg" else {}
+    path = saved(tmp_path / f"a.{suffix}", stored_as(orientation, picture()), exif=exif.tobytes(), **options)
     loaded = load_image(path)
     assert loaded.size == picture().size
-    assert difference(squares(loaded), COLOURS) <= 60  # chroma at the squares' edges
-    assert difference(loaded.resize((3, 2), Image.Resampling.BOX), COLOURS) <= 25
+    assert difference(squares(loaded), COLOURS) <= 4
 
 
 # transparency
@@ -277,13 +278,13 @@ def test_a_truncated_image_is_one_sentence(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", ["webp", "heic"])
 def test_a_truncated_image_of_a_foreign_decoder_is_one_sentence(tmp_path, suffix):
     path = heic(tmp_path / "a.heic") if suffix == "heic" else saved(tmp_path / "a.webp", picture(40))
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(UserError, match=r"a\.\w+: not an image that Pillow can read \(.*\); remove it") as caught:
         load_image(path)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"<html></html>", b"\0\0\0\x18ftypheic" + bytes(40)])
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n broken", b"\0\0\0\x18ftypheic" + bytes(40)])
 @pytest.mark.parametrize("suffix", ["jpg", "heic"])
 def test_a_file_that_is_no_image_is_one_sentence(tmp_path, content, suffix):
     path = tmp_path / f"a.{suffix}"
@@ -293,6 +294,7 @@ def test_a_file_that_is_no_image_is_one_sentence(tmp_path, content, suffix):
 
 
 def test_every_cut_and_every_broken_byte_is_an_image_or_one_sentence(tmp_path):
+    messages = []
     for suffix in ("png", "jpg", "gif", "webp", "tiff"):
         path = saved(tmp_path / f"a.{suffix}", picture(2))
         whole = path.read_bytes()
@@ -304,7 +306,9 @@ def test_every_cut_and_every_broken_byte_is_an_image_or_one_sentence(tmp_path):
             try:
                 assert load_image(path).mode == "RGB"
             except UserError as error:
-                assert str(error).startswith(f"{path}: ")
+                messages.append(str(error))
+    assert len(messages) > 50
+    assert all(message.startswith(f"{tmp_path}/a.") and "\n" not in message for message in messages)
 
 
 def test_a_missing_image_is_said_to_be_missing(tmp_path):
@@ -316,8 +320,6 @@ def test_a_bomb_is_refused_without_decoding_it(tmp_path):
     path = saved(tmp_path / "a.png", Image.new("1", (8, 8)))
     content = bytearray(path.read_bytes())
     content[16:24] = struct.pack(">II", 40000, 40000)
-    import zlib
-
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     path.write_bytes(bytes(content))
     with pytest.raises(UserError, match="too many pixels to be a photo"):

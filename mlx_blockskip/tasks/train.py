@@ -86,6 +86,8 @@ def train(settings: TrainSettings) -> Generator[Event, None, TrainResult]:
     if not settings.resume and (directory / TENSORS).exists():
         raise UserError(f"{directory}: already holds an adapter; choose another --adapter-path, or go on with --resume")
     dataset = load_dataset(Path(settings.data).expanduser(), settings.prompt)
+    for text in dataset.warnings:
+        yield Warning(text)
     model = yield from open_named(settings.model, parse_size(settings.memory_budget, "--memory-budget"))
     settings = complete(settings, model)
     plan = choose_plan(settings, model)
