@@ -1,0 +1,27 @@
+"""What is installed: the package with its data, and the folder convert/ under its name."""
+
+import importlib.metadata
+from importlib import resources
+from pathlib import Path
+
+import mlx_blockskip
+import mlx_blockskip.converters
+
+
+def test_converters_and_assets_are_part_of_the_package():
+    assert mlx_blockskip.converters.__name__ == "mlx_blockskip.converters"
+    root = Path(str(resources.files("mlx_blockskip")))
+    assert (root / "py.typed").is_file()
+    assets = root / "assets"
+    assert (assets / "tiny-flux" / "model_index.json").is_file()
+    assert len(list((assets / "subjects" / "hedgehog").glob("*.png"))) == 5
+    assert sum(path.stat().st_size for path in assets.rglob("*") if path.is_file()) < 16 << 20
+
+
+def test_the_version_is_one():
+    assert importlib.metadata.version("mlx-blockskip") == mlx_blockskip.__version__
+
+
+def test_the_public_api_is_lazy_and_documented():
+    for name in mlx_blockskip.__all__:
+        assert getattr(mlx_blockskip, name).__doc__
