@@ -129,11 +129,10 @@ def _read(path: Path) -> tuple[Image.Image, list[str]]:
                 import pillow_heif
 
                 pillow_heif.register_heif_opener()
-        with python_warnings.catch_warnings(), Image.open(path) as opened:
-            python_warnings.simplefilter("ignore")  # of Pillow, about EXIF that is not needed
+        # Pillow warns about EXIF that is not needed
+        with python_warnings.catch_warnings(action="ignore"), Image.open(path) as opened:
             opened.load()
             upright = ImageOps.exif_transpose(opened)
-            upright.info.setdefault("icc_profile", opened.info.get("icc_profile"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnidentifiedImageError:

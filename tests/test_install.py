@@ -4,8 +4,9 @@ import importlib.metadata
 from importlib import resources
 from pathlib import Path
 
-import mlx_blockskip
 import mlx_blockskip.converters
+
+import mlx_blockskip
 
 
 def test_converters_and_assets_are_part_of_the_package():

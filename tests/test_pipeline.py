@@ -134,6 +134,7 @@ def test_an_image_does_not_depend_on_the_others_or_on_the_budget(tmp_path):
         ({"memory_budget": "much"}, "not a size"),
         ({"prompt_file": "missing.txt"}, "missing.txt"),
         ({"n_images": 0}, "--n-images 0"),
+        ({"seed": -1}, "--seed -1"),
     ],
 )
 def test_bad_input_is_one_clear_error(tmp_path, options, match):

@@ -82,6 +82,8 @@ def read_prompts(settings: GenerateSettings) -> list[str]:
         raise UserError("--prompt: say what to show")
     if settings.n_images < 1:
         raise UserError(f"--n-images {settings.n_images}: at least one image is needed")
+    if settings.seed < 0:
+        raise UserError(f"--seed {settings.seed}: must be at least 0")
     return prompts
 
 
