@@ -68,10 +68,15 @@ def open_checkpoint(source: Path, family: str) -> list[tuple[Component, Source]]
     """Every component with its tensors, checked to be complete and of the right shapes. Raises UserError."""
     table = load_table(family)
     configs = {folder: files.read_json(source / folder / "config.json") for folder in table.FOLDERS}
+    for folder, config in configs.items():
+        if not isinstance(config, dict):
+            raise UserError(f"{source / folder / 'config.json'}: is not a config; download the checkpoint again")
     try:
         components = table.components(configs)
     except KeyError as error:
         raise UserError(f"{source}: a config.json lacks {error}; download the checkpoint again") from error
+    except TypeError as error:
+        raise UserError(f"{source}: a config.json has a value of a wrong type ({error}); download it again") from error
     found = []
     for component in components:
         opened = open_source(source / component.folder)
@@ -92,7 +97,7 @@ def check_rows(component: Component, source: Source) -> None:
         expected.add(name)
         entry = source.tensors[name][1]
         if not row.fits(entry.shape) or entry.dtype not in FLOATS:
-            misfit.append(f"{name} {list(entry.shape)} {entry.dtype}")
+            misfit.append(f"{name} ({entry.dtype} {list(entry.shape)} instead of floats {list(row.theirs())})")
     extra = [name for name in source.tensors if name not in expected and not component.ignored(_bare(name))]
     for problem, names in (("lacks", missing), ("has unexpected", extra), ("has wrongly shaped", misfit)):
         if names:

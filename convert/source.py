@@ -1,6 +1,7 @@
 """A folder of a Hugging Face checkpoint: which file holds which tensor, read one tensor at a time."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,25 @@ from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.safetensors.index.*.json")
+"""Shards and their indexes; diffusers and transformers put a variant before `.json`."""
 FLOATS = ("F16", "BF16", "F32")
+VARIANTS = ("", "fp32", "bf16", "fp16", "non_ema")
+"""Copies of the same weights that may lie in one folder; the first of these that is there is read."""
+
+
+def variant(file: str) -> str:
+    """The variant in a file's name: fp16 of `model.fp16.safetensors` and of `model.fp16-00001-of-00002.safetensors`."""
+    match = re.search(rf"\.({'|'.join(VARIANTS[1:])})(?=[.-])", file.rsplit("/", 1)[-1])
+    return match[1] if match else ""
+
+
+def preferred(files_of_weights: Iterable[str]) -> set[str]:
+    """Of the weights and indexes in one folder, those of one variant."""
+    by_variant: dict[str, set[str]] = {}
+    for file in files_of_weights:
+        by_variant.setdefault(variant(file), set()).add(file)
+    return next((by_variant[name] for name in VARIANTS if name in by_variant), set())
 
 
 @dataclass(frozen=True)
@@ -35,12 +54,11 @@ def open_source(folder: Path) -> Source:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: this part of the checkpoint is missing; download it again")
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    plain = [path for path in indexes if ".fp16." not in path.name] or indexes
-    if plain:
-        return _indexed(folder, plain[0])
-    shards = sorted(folder.glob("*.safetensors"))
-    shards = [path for path in shards if ".fp16." not in path.name] or shards
+    found = preferred(path.name for pattern in WEIGHTS for path in folder.glob(pattern))
+    indexes = sorted(name for name in found if name.endswith(".json"))
+    if indexes:
+        return _indexed(folder, folder / indexes[0])
+    shards = sorted(folder / name for name in found)
     if not shards:
         if any(path.suffix in PICKLED for path in folder.iterdir()):
             raise UserError(
@@ -60,14 +78,15 @@ def open_source(folder: Path) -> Source:
 
 
 def _indexed(folder: Path, index: Path) -> Source:
-    weight_map = files.read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise UserError(f"{index}: has no weight_map; download it again")
+    content = files.read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise UserError(f"{index}: has no weight_map of names to files; download it again")
     headers: dict[str, files.Header] = {}
     tensors = {}
     for name, shard in weight_map.items():
         path = folder / shard
-        if Path(shard).name != shard:
+        if Path(shard).name != shard or shard == "..":
             raise UserError(f"{index}: the shard name {shard!r} leaves the folder; do not use this checkpoint")
         if shard not in headers:
             headers[shard] = files.read_header(path)

@@ -25,12 +25,16 @@ class Row:
     fix: Fix = "none"
     aliases: tuple[str, ...] = ()
 
-    def fits(self, theirs: tuple[int, ...]) -> bool:
-        """Whether a tensor of this shape in the checkpoint is this row's."""
+    def theirs(self) -> tuple[int, ...]:
+        """The shape that the tensor has in the checkpoint."""
         if self.fix == "conv":
             o, h, w, i = self.shape
-            return theirs == (o, i, h, w)
-        return theirs == self.shape or (self.fix == "pointwise" and theirs == (*self.shape, 1, 1))
+            return o, i, h, w
+        return self.shape
+
+    def fits(self, theirs: tuple[int, ...]) -> bool:
+        """Whether a tensor of this shape in the checkpoint is this row's."""
+        return theirs == self.theirs() or (self.fix == "pointwise" and theirs == (*self.shape, 1, 1))
 
     def read(self, theirs: mx.array) -> mx.array:
         """The checkpoint's tensor in our layout."""

@@ -54,11 +54,16 @@ def small(tmp_path, **changes):
         {"layers_per_block": 2, "block_out_channels": (8, 8, 16), "down_block_types": ("DownEncoderBlock2D",) * 3,
          "up_block_types": ("UpDecoderBlock2D",) * 3},
         {"mid_block_add_attention": False},
+        {"use_quant_conv": False, "latent_channels": 3},
+        {"use_post_quant_conv": False, "block_out_channels": (16, 8)},
+        {"block_out_channels": (8,), "down_block_types": ("DownEncoderBlock2D",),
+         "up_block_types": ("UpDecoderBlock2D",)},
     ],
 )  # fmt: skip
-def test_equals_diffusers_on_random_configs(tmp_path, changes):
+@pytest.mark.parametrize("size", [(24, 40), (25, 39)])
+def test_equals_diffusers_on_random_configs(tmp_path, changes, size):
     torch, model, weights, config = small(tmp_path, **changes)
-    pixels = np.random.default_rng(0).uniform(-1, 1, (2, 24, 40, 3)).astype(np.float32)
+    pixels = np.random.default_rng(0).uniform(-1, 1, (2, *size, 3)).astype(np.float32)
     with torch.no_grad():
         posterior = model.encode(torch.from_numpy(pixels.transpose(0, 3, 1, 2))).latent_dist
         z = posterior.mean
@@ -71,10 +76,11 @@ def test_equals_diffusers_on_random_configs(tmp_path, changes):
     assert relative_error(kl.unscale(kl.scale(mean, config), config), mean) <= 1e-5
 
 
+@pytest.mark.parametrize("size", [(26, 18), (27, 19)])
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 100])
-def test_strips_of_every_size_give_the_same_as_none(tmp_path, rows):
+def test_strips_of_every_size_give_the_same_as_none(tmp_path, rows, size):
     _, _, weights, config = small(tmp_path)
-    pixels = mx.array(np.random.default_rng(0).uniform(-1, 1, (1, 26, 18, 3)).astype(np.float32))
+    pixels = mx.array(np.random.default_rng(0).uniform(-1, 1, (1, *size, 3)).astype(np.float32))
     whole, _ = kl.encode(weights, config, pixels, rows=1000)
     stripped, _ = kl.encode(weights, config, pixels, rows=rows)
     assert relative_error(stripped, whole) <= 1e-5
@@ -82,6 +88,25 @@ def test_strips_of_every_size_give_the_same_as_none(tmp_path, rows):
         relative_error(kl.decode(weights, config, whole, rows=rows), kl.decode(weights, config, whole, rows=1000))
         <= 1e-5
     )
+
+
+def test_attention_over_a_large_map_never_holds_all_its_scores():
+    """Chunks must be evaluated one by one: waiting for one evaluation they hold their scores all at once."""
+    side, width = 80, 16
+    w = {"a.group_norm.weight": mx.ones((width,)), "a.group_norm.bias": mx.zeros((width,))}
+    for part in ("to_q", "to_k", "to_v", "to_out.0"):
+        w |= {f"a.{part}.weight": mx.eye(width), f"a.{part}.bias": mx.zeros((width,))}
+    x = mx.array(np.random.default_rng(0).standard_normal((1, side, side, width), np.float32))
+    mx.eval(w, x)
+    peaks = {}
+    for rows in (4, side):
+        mx.reset_peak_memory()
+        start = mx.get_active_memory()
+        kl._attention(w, "a", x, 4, rows)
+        peaks[rows] = mx.get_peak_memory() - start
+    scores = 4 * side**4
+    if peaks[side] >= scores:  # where attention is not fused
+        assert peaks[4] <= scores / 4
 
 
 def test_tiny_flux_gives_the_stored_values(tiny_flux):

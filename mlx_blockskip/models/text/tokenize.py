@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
+
+CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def clip_ids(path: Path, prompts: Sequence[str], length: int) -> tuple[np.ndarray, list[bool]]:
@@ -44,8 +47,10 @@ def _tokenizer(path: Path) -> tuple[Tokenizer, int]:
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         tokenizer.no_padding()
         tokenizer.no_truncation()
+    elif config.get("tokenizer_class") in ("CLIPTokenizer", "CLIPTokenizerFast"):
+        tokenizer = _clip(path, config)
     else:
-        tokenizer = _slow(path)
+        tokenizer = _converted(path)
     token = _text(config.get("pad_token")) or "<pad>"
     pad = tokenizer.token_to_id(token)
     if pad is None:
@@ -53,8 +58,44 @@ def _tokenizer(path: Path) -> tuple[Tokenizer, int]:
     return tokenizer, pad
 
 
-def _slow(path: Path) -> Tokenizer:
-    """A directory without tokenizer.json (vocab.json and merges.txt, or spiece.model): transformers converts it."""
+def _clip(path: Path, config: dict[str, Any]) -> Tokenizer:
+    """CLIP's tokenizer from vocab.json and merges.txt, as in FLUX.1's own checkpoints. Source: CLIPTokenizer."""
+    start, end, unknown = (
+        _text(config.get(f"{kind}_token")) or default
+        for kind, default in (("bos", CLIP_START), ("eos", CLIP_END), ("unk", CLIP_END))
+    )
+    vocab, merges = path / "vocab.json", path / "merges.txt"
+    for file in (vocab, merges):
+        if not file.is_file():
+            raise UserError(f"{file}: this part of the tokenizer is missing; get the tokenizer again")
+    try:
+        tokenizer = Tokenizer(
+            models.BPE.from_file(str(vocab), str(merges), unk_token=unknown, end_of_word_suffix="</w>", fuse_unk=False)
+        )
+    except Exception as error:  # tokenizers raises plain Exception
+        raise UserError(f"{path}: vocab.json and merges.txt do not make a tokenizer ({error}); get it again") from error
+    start_id, end_id = tokenizer.token_to_id(start), tokenizer.token_to_id(end)
+    if start_id is None or end_id is None:
+        raise UserError(f"{vocab}: has no {start!r} or no {end!r}; get the tokenizer again")
+    lower = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    tokenizer.normalizer = normalizers.Sequence(lower)
+    words = pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.post_processor = processors.RobertaProcessing((end, end_id), (start, start_id), False, False)
+    declared = [config.get("bos_token"), config.get("eos_token"), *config.get("added_tokens_decoder", {}).values()]
+    known = {token["content"]: token for token in declared if isinstance(token, dict)}
+    tokenizer.add_special_tokens([_added(token, known.get(token, {})) for token in (start, end)])
+    return tokenizer
+
+
+def _added(content: str, declared: dict[str, Any]) -> AddedToken:
+    """A special token. Where it is `normalized` it is looked for in the lower-cased prompt, else as it is written."""
+    flags = {flag: bool(declared.get(flag, False)) for flag in ("single_word", "lstrip", "rstrip", "normalized")}
+    return AddedToken(content, special=True, **flags)
+
+
+def _converted(path: Path) -> Tokenizer:
+    """Another directory without tokenizer.json (spiece.model alone, say): transformers converts it."""
     from transformers import AutoTokenizer
 
     try:

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.models.attention import attention
+from mlx_blockskip.models.attention import SCORE_BYTES, attention
 from mlx_blockskip.models.layers import Weights, linear, silu
 from mlx_blockskip.models.vae.strips import conv2d, group_norm, scale_of
 
@@ -97,11 +97,19 @@ def _middle(w: Weights, name: str, x: mx.array, config: Mapping[str, Any], rows:
 
 
 def _attention(w: Weights, name: str, x: mx.array, groups: int, rows: int | None) -> mx.array:
-    """One head over all positions, in chunks of query rows."""
+    """One head over all positions, in chunks of query rows, each evaluated: scores grow with the fourth power of size.
+
+    Chunks that wait for one evaluation would keep all their scores at once.
+    """
     b, h, width, c = x.shape
     normed = group_norm(w, f"{name}.group_norm", x, groups, EPS, rows).reshape(b, 1, h * width, c)
     q, k, v = (linear(w, f"{name}.to_{part}", normed) for part in "qkv")
-    attended = attention(q, k, v, scale=scale_of(c), query_chunk=None if rows is None else rows * width)
+    chunk = max(1, SCORE_BYTES // (4 * b * h * width)) if rows is None else rows * width
+    parts = [
+        _done(attention(q[:, :, start : start + chunk], k, v, scale=scale_of(c), query_chunk=chunk))
+        for start in range(0, h * width, chunk)
+    ]
+    attended = mx.concatenate(parts, axis=2)
     return _done(x + linear(w, f"{name}.to_out.0", attended).reshape(b, h, width, c))
 
 

@@ -1,0 +1,106 @@
+"""Tokenizer directories of every layout: CLIP's from vocab.json and merges.txt, as FLUX.1's own checkpoints have it."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from support.golden import GOLDEN, PROMPTS
+from support.models import assets
+
+from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.models.text import tokenize
+
+TEXTS = [
+    *(*PROMPTS, "", "UPPER case", "ünïcødé 🦔 日本", "word " * 200, "a  b\tc\n d", "don't I'M they'RE 123abc !!?..."),
+    *(
+        "e\u0301 ﬁ İ ß ẞ",
+        "<|endoftext|> x <|startoftext|>",
+        "<|StartOfText|> y",
+        "\u00a0nbsp\u3000wide ",
+        "\x00\x07",
+        "“quoted”—dash a_b/c",
+    ),
+]
+START, END = "<|startoftext|>", "<|endoftext|>"
+PLAIN = {"bos_token": START, "eos_token": END}
+DECODER = {
+    "added_tokens_decoder": {
+        "2220": {"content": START, "lstrip": False, "normalized": True, "special": True},
+        "2221": {"content": END, "lstrip": False, "normalized": False, "special": True},
+    }
+}
+TYPED = {
+    key: {"__type": "AddedToken", "content": content, "lstrip": False, "normalized": True}
+    for key, content in PLAIN.items()
+}
+"""How configs of different ages declare the special tokens."""
+
+
+@pytest.fixture
+def old_layout(tmp_path):
+    """tiny-flux's CLIP tokenizer without its tokenizer.json."""
+    model = json.loads((assets() / "tiny-flux" / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    path = tmp_path / "tokenizer"
+    path.mkdir()
+    (path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    (path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    declare(path, PLAIN)
+    return path
+
+
+def declare(path, special):
+    config = {"tokenizer_class": "CLIPTokenizer", "unk_token": END, "pad_token": END, "model_max_length": 77}
+    (path / "tokenizer_config.json").write_text(json.dumps(config | special), encoding="utf-8")
+
+
+@pytest.mark.parametrize("special", [PLAIN, DECODER | PLAIN, TYPED], ids=["plain", "decoder", "typed"])
+def test_vocabulary_and_merges_give_the_ids_of_transformers(old_layout, special):
+    pytest.importorskip("torch")
+    from transformers import CLIPTokenizer
+
+    declare(old_layout, special)
+    reference = CLIPTokenizer.from_pretrained(str(old_layout))
+    theirs = reference(TEXTS, padding="max_length", max_length=77, truncation=True)["input_ids"]
+    ids, cut = tokenize.clip_ids(old_layout, TEXTS, 77)
+    np.testing.assert_array_equal(ids, np.array(theirs))
+    assert cut == [text.startswith("word word") for text in TEXTS]
+    ids, _ = tokenize.clip_ids(old_layout, PROMPTS, 77)
+    np.testing.assert_array_equal(ids, np.array(GOLDEN["clip_input_ids"]))
+
+
+def test_vocabulary_and_merges_are_read_without_transformers(old_layout):
+    code = (
+        "import sys; from pathlib import Path; from mlx_blockskip.models.text import tokenize;"
+        f"tokenize.clip_ids(Path({str(old_layout)!r}), ['a'], 77); assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+@pytest.mark.parametrize("file", ["vocab.json", "merges.txt"])
+def test_a_missing_or_broken_file_is_named(old_layout, tmp_path, file):
+    copy = shutil.copytree(old_layout, tmp_path / "missing")
+    (copy / file).unlink()
+    with pytest.raises(UserError, match=file):
+        tokenize.clip_ids(copy, ["a"], 77)
+    broken = shutil.copytree(old_layout, tmp_path / "broken")
+    (broken / file).write_text("{ no", encoding="utf-8")
+    with pytest.raises(UserError, match=file):
+        tokenize.clip_ids(broken, ["a"], 77)
+
+
+@pytest.mark.parametrize("length", [3, 24, 512])
+def test_t5_ids_are_cut_and_padded_as_by_transformers(length):
+    pytest.importorskip("torch")
+    from transformers import T5TokenizerFast
+
+    path = assets() / "tiny-flux" / "tokenizer_2"
+    reference = T5TokenizerFast.from_pretrained(str(path))
+    theirs = reference(TEXTS, padding="max_length", max_length=length, truncation=True)["input_ids"]
+    ids, cut = tokenize.t5_ids(path, TEXTS, length)
+    np.testing.assert_array_equal(ids, np.array(theirs))
+    whole = [len(reference(text)["input_ids"]) for text in TEXTS]
+    assert cut == [count > length for count in whole]
