@@ -97,7 +97,7 @@ def check_rows(component: Component, source: Source) -> None:
         expected.add(name)
         entry = source.tensors[name][1]
         if not row.fits(entry.shape) or entry.dtype not in FLOATS:
-            misfit.append(f"{name} ({entry.dtype} {list(entry.shape)} instead of floats {list(row.theirs())})")
+            misfit.append(f"{name} ({entry.dtype} {list(entry.shape)} instead of floats {list(row.their_shape())})")
     extra = [name for name in source.tensors if name not in expected and not component.ignored(_bare(name))]
     for problem, names in (("lacks", missing), ("has unexpected", extra), ("has wrongly shaped", misfit)):
         if names:
@@ -118,7 +118,7 @@ def _bare(name: str) -> str:
 
 def write_component(component: Component, source: Source, target: Path, precision: Precision) -> Iterator[str]:
     """Write one component's shards and index; yields each shard's name when it is done."""
-    dtype = (component.dtypes or {}).get(precision.dtype, precision.dtype)
+    dtype = _dtype(component, precision)
     weight_map: dict[str, str] = {}
     checksums: dict[str, str] = {}
     groups: dict[str, int] = {}
@@ -154,6 +154,27 @@ def plan_shards(component: Component, precision: Precision) -> list[Shard]:
         if precision.bits_for(row) and (size := precision.group_for(row)):
             shards[block].groups[row.name] = size
     return list(shards.values())
+
+
+def size_of(component: Component, precision: Precision) -> int:
+    """Bytes that the component's tensors will take on disk."""
+    dtype = _dtype(component, precision)
+    shards = plan_shards(component, precision)
+    return sum(entry.nbytes for s in shards for row in s.rows for entry in _entries(row, s, precision, dtype))
+
+
+def exceptions(component: Component, precision: Precision) -> dict[str, int]:
+    """Layers that the wanted group size does not divide: `folder/module` with the size they get, 0 for unquantized."""
+    found = {row.name: precision.group_for(row) for row in component.rows if precision.bits_for(row)}
+    return {
+        f"{component.folder}/{name.removesuffix('.weight')}": size
+        for name, size in found.items()
+        if size != precision.group_size
+    }
+
+
+def _dtype(component: Component, precision: Precision) -> str:
+    return (component.dtypes or {}).get(precision.dtype, precision.dtype)
 
 
 def _entries(row: Row, shard: Shard, precision: Precision, dtype: str) -> list[files.TensorEntry]:
@@ -208,12 +229,13 @@ def model_config(
     source: Path, family: str, precision: Precision, opened: list[tuple[Component, Source]], origin: str
 ) -> Mapping[str, Any]:
     """config.json of the MLX model directory."""
-    quantization = None
+    quantization: dict[str, Any] | None = None
     if precision.bits or precision.modulation_bits:
         quantization = {
             "bits": precision.bits,
             "group_size": precision.group_size,
             "modulation_bits": precision.modulation_bits,
+            "exceptions": {k: v for component, _ in opened for k, v in exceptions(component, precision).items()},
         }
     own = source / "defaults.json"
     return {

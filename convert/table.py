@@ -25,7 +25,7 @@ class Row:
     fix: Fix = "none"
     aliases: tuple[str, ...] = ()
 
-    def theirs(self) -> tuple[int, ...]:
+    def their_shape(self) -> tuple[int, ...]:
         """The shape that the tensor has in the checkpoint."""
         if self.fix == "conv":
             o, h, w, i = self.shape
@@ -34,7 +34,7 @@ class Row:
 
     def fits(self, theirs: tuple[int, ...]) -> bool:
         """Whether a tensor of this shape in the checkpoint is this row's."""
-        return theirs == self.theirs() or (self.fix == "pointwise" and theirs == (*self.shape, 1, 1))
+        return theirs == self.their_shape() or (self.fix == "pointwise" and theirs == (*self.shape, 1, 1))
 
     def read(self, theirs: mx.array) -> mx.array:
         """The checkpoint's tensor in our layout."""

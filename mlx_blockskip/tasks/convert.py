@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from mlx_blockskip.converters import run
 from mlx_blockskip.converters.run import Precision, default_dtype
+from mlx_blockskip.converters.table import Component
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Event, Note, Saved, Step
@@ -28,7 +29,8 @@ def convert(settings: ConvertSettings) -> Generator[Event, None, Path]:
     if not source.is_dir():
         if not looks_like_repo(settings.hf_path):
             raise UserError(f"{settings.hf_path}: no such directory, and not a repo id such as owner/name")
-        source = yield from download(settings.hf_path, settings.revision)
+        repo, _, revision = settings.hf_path.partition("@")
+        source = yield from download(repo, settings.revision or revision or None)
     modulation = 0 if settings.q_modulation == "none" else int(settings.q_modulation)
     precision = Precision(
         settings.dtype or default_dtype(),
@@ -45,22 +47,15 @@ def convert_directory(source: Path, target: Path, precision: Precision, origin: 
     """Convert a local directory; the target appears when it is whole. Yields events."""
     family = family_of(source).name
     opened = run.open_checkpoint(source, family)
-    plans = [run.plan_shards(component, precision) for component, _ in opened]
-    need = sum(entry.nbytes for _, tensors in opened for _, entry in tensors.tensors.values())
-    width = {"float32": 4}.get(precision.dtype, 2)
-    need = need * width // 2 if precision.bits == 0 else need
-    if need > files.free_space(target):
-        raise UserError(f"{target}: about {need / 2**30:.1f} GiB are needed and not free; choose another disk")
-    plain = [
-        row.name
-        for plan in plans
-        for s in plan
-        for row in s.rows
-        if precision.bits_for(row) and row.name not in s.groups
-    ]
-    if plain:
-        yield Note(f"{len(plain)} layers have inputs that no group size divides, and stay whole: {plain[0]} ...")
-    with phase("convert", sum(map(len, plans)), "shards") as track:
+    components = [component for component, _ in opened]
+    need, free = sum(run.size_of(component, precision) for component in components), files.free_space(target)
+    if need > free:
+        raise UserError(
+            f"{target}: {need / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB are free; choose another disk"
+        )
+    yield from notes(components, precision)
+    shards = sum(len(run.plan_shards(component, precision)) for component in components)
+    with phase("convert", shards, "shards") as track:
         yield track.begin
         with files.atomic_directory(target) as temporary:
             for done, _ in enumerate(run.write_model(source, temporary, family, precision, opened, origin), 1):
@@ -68,9 +63,34 @@ def convert_directory(source: Path, target: Path, precision: Precision, origin: 
     yield track.end
 
 
+def notes(components: list[Component], precision: Precision) -> Generator[Event, None, None]:
+    """Say which layers the wanted group size does not divide."""
+    found = {k: v for component in components for k, v in run.exceptions(component, precision).items()}
+    smaller, whole = [k for k, v in found.items() if v], [k for k, v in found.items() if not v]
+    if smaller:
+        sizes = " or ".join(str(size) for size in sorted({found[k] for k in smaller}))
+        yield Note(
+            f"{len(smaller)} layers have inputs that {precision.group_size} does not divide, and get groups of "
+            f"{sizes}: {smaller[0]} ..."
+        )
+    if whole:
+        yield Note(f"{len(whole)} layers have inputs that no group size divides, and stay whole: {whole[0]} ...")
+
+
+def is_converted(path: Path) -> bool:
+    """Whether this is an MLX model directory."""
+    config = path / "config.json"
+    return config.is_file() and "format" in files.read_json(config)
+
+
 def family_of(source: Path) -> Family:
     """The family of a Hugging Face directory. Raises UserError where it is none that is supported."""
+    if is_converted(source):
+        raise UserError(f"{source}: is an MLX model directory already; use it as --model, or give what it was made of")
     index = source / "model_index.json"
     if not index.is_file():
         raise UserError(f"{source}: has no model_index.json, so it is not a pipeline in Hugging Face layout")
-    return find_family(files.read_json(index))
+    content = files.read_json(index)
+    if not isinstance(content, dict):
+        raise UserError(f"{index}: is not a pipeline's index; download it again")
+    return find_family(content)

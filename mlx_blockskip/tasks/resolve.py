@@ -1,8 +1,11 @@
 """From what a user calls a model to an MLX model directory: converted once, into the user's cache directory."""
 
+import difflib
+import glob
 import hashlib
 import os
 import re
+import shutil
 import sys
 from collections.abc import Generator
 from importlib import resources
@@ -14,8 +17,8 @@ from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Event, Note
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import open_model
-from mlx_blockskip.tasks.convert import convert_directory
-from mlx_blockskip.tasks.hub import download, looks_like_repo
+from mlx_blockskip.tasks import hub
+from mlx_blockskip.tasks.convert import convert_directory, is_converted
 
 BUNDLED = ("tiny-flux",)
 
@@ -36,15 +39,18 @@ def resolve(model: str) -> Generator[Event, None, Path]:
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        if (path / "model_index.json").is_file() and not _is_mlx(path):
-            return (yield from _converted(path, model))
+        if (path / "model_index.json").is_file() and not is_converted(path):
+            return (yield from _converted(_here(path), model, _stamp(path)))
         return path
     if model in BUNDLED:
-        return (yield from _converted(Path(str(resources.files("mlx_blockskip") / "assets" / model)), model))
-    if looks_like_repo(model):
-        repo, _, revision = model.partition("@")
-        return (yield from _converted((yield from download(repo, revision or None)), model))
-    raise UserError(f"{model}: no such model; give a directory, a repo id such as owner/name, or {', '.join(BUNDLED)}")
+        source = Path(str(resources.files("mlx_blockskip") / "assets" / model))
+        return (yield from _converted(_here(source), model, _stamp(source)))
+    if hub.looks_like_repo(model):
+        return (yield from _from_hub(model))
+    raise UserError(
+        f"{model}: no such model; give a directory, a repo id such as owner/name, or {', '.join(BUNDLED)}"
+        + _similar(path, model)
+    )
 
 
 def open_named(model: str, budget: int | None) -> Generator[Event, None, DiffusionModel]:
@@ -62,24 +68,64 @@ def load(model: str = "tiny-flux", memory_budget: int | None = None) -> Diffusio
             return done.value
 
 
-def _is_mlx(path: Path) -> bool:
-    config = path / "config.json"
-    return config.is_file() and "format" in files.read_json(config)
+def _here(path: Path) -> Generator[Event, None, Path]:
+    yield from ()
+    return path
 
 
-def _converted(source: Path, name: str) -> Generator[Event, None, Path]:
-    """The converted copy of a Hugging Face directory, made now if it is not there."""
+def _from_hub(model: str) -> Generator[Event, None, Path]:
+    """A repo is converted once a commit, and then needs neither its download nor the Hub."""
+    repo, _, revision = model.partition("@")
+    try:
+        info = hub.look_up(repo, revision or None)
+    except hub.UnreachableError as error:
+        if (kept := _converted_before(model)) is not None:
+            yield Note(f"{error}; using what was converted before: {kept}")
+            return kept
+        if (source := hub.downloaded_before(repo, revision or None)) is None:
+            raise
+        yield Note(f"{error}; using what was downloaded before: {source}")
+        return (yield from _converted(_here(source), model, _repo_key(repo, source.name)))
+    return (yield from _converted(hub.fetch(repo, info), model, _repo_key(repo, info.sha)))
+
+
+def _repo_key(repo: str, commit: str) -> str:
+    return hashlib.sha256(f"{repo} {commit}".encode()).hexdigest()
+
+
+def _converted_before(model: str) -> Path | None:
+    """The newest conversion of this model in the cache."""
+    found = [
+        path.parent
+        for path in cache_directory().glob("[!.]*/config.json")
+        if (config := files.read_json(path)).get("source") == model and config.get("dtype") == default_dtype()
+    ]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _converted(source: Generator[Event, None, Path], name: str, key: str) -> Generator[Event, None, Path]:
+    """The converted copy of a checkpoint, made now if it is not there; only then is `source` asked where it lies."""
     dtype = default_dtype()
-    short = re.sub(r"[^A-Za-z0-9._-]+", "-", name.strip("/").split("/")[-1])
-    target = cache_directory() / f"{short}-{dtype}-{_stamp(source)[:12]}"
-    if _is_mlx(target):
+    short = re.sub(r"[^A-Za-z0-9._-]+", "-", name.rstrip("/").split("/")[-1])
+    target = cache_directory() / f"{short}-{dtype}-{key[:12]}"
+    if is_converted(target):
         return target
-    with files.lock(target.with_suffix(".lock")):
-        if _is_mlx(target):
+    with files.lock(target.with_name(f"{target.name}.lock")):
+        if is_converted(target):
             return target
+        for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        path = yield from source
         yield Note(f"Converting {name} to {dtype} once, into {target}")
-        yield from convert_directory(source, target, Precision(dtype), name)
+        yield from convert_directory(path, target, Precision(dtype), name)
     return target
+
+
+def _similar(path: Path, model: str) -> str:
+    """A hint for a name that is nearly right."""
+    beside = [str(path.with_name(p.name)) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(str(path), beside, 1, 0.8) or difflib.get_close_matches(model, BUNDLED, 1, 0.7)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _stamp(source: Path) -> str:

@@ -2,20 +2,24 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import mlx.core as mx
 import pytest
 from mlx_blockskip.converters import run
 from mlx_blockskip.converters.encoders import autoencoder_kl
 from mlx_blockskip.converters.source import open_source
+from mlx_blockskip.converters.table import Component, Row
 from support.compare import relative_error, same_bits
 from support.models import assets
+from support.models import convert as convert_directory
 
 from mlx_blockskip import convert
 from mlx_blockskip.engine import files, philox
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.weights import Shards
 from mlx_blockskip.models.registry import open_model, read_config
+from mlx_blockskip.tasks.convert import notes as convert_notes
 
 SOURCE = assets() / "tiny-flux"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -60,7 +64,9 @@ def test_the_directory_is_as_documented(tmp_path):
     assert not [p for p in path.parent.iterdir() if p.name.startswith(".")]
 
 
-@pytest.mark.parametrize("layout", ["sharded", "sharded without index", "with fp16 beside", "legacy names"])
+@pytest.mark.parametrize(
+    "layout", ["sharded", "sharded without index", "with fp16 beside", "legacy names", "tied name"]
+)
 def test_other_layouts_of_the_same_weights_give_the_same_model(tmp_path, source, layout):
     folder = source / "transformer"
     tensors = files.load_lazily(folder / WEIGHTS)
@@ -77,6 +83,11 @@ def test_other_layouts_of_the_same_weights_give_the_same_model(tmp_path, source,
             files.write_json(folder / f"{WEIGHTS}.index.json", {"weight_map": weight_map})
     elif layout == "with fp16 beside":
         files.save_tensors(folder / "diffusion_pytorch_model.fp16.safetensors", {k: v * 0 for k, v in tensors.items()})
+    elif layout == "tied name":
+        t5 = source / "text_encoder_2" / "model.safetensors"
+        held = files.load_lazily(t5)
+        held["encoder.embed_tokens.weight"] = held.pop("shared.weight")
+        files.save_tensors(t5, held)
     else:
         clip = source / "text_encoder" / "model.safetensors"
         held = {f"text_model.{k}": v for k, v in files.load_lazily(clip).items()}
@@ -141,8 +152,6 @@ def test_quantizes_the_linear_layers_of_blocks_and_nothing_else(tmp_path, bits, 
 
 
 def test_the_group_size_falls_back_and_is_recorded():
-    from mlx_blockskip.converters.table import Row
-
     precision = run.Precision("float32", bits=4, group_size=64)
     groups = [precision.group_for(Row("x", (8, width), "linear")) for width in (128, 96, 5600, 40)]
     assert groups == [64, 32, 32, 0]
@@ -172,7 +181,6 @@ def test_memory_stays_at_about_one_tensor(tmp_path):
             writer.write(name, tensor)
     files.write_json(folder / "config.json", {})
     from mlx_blockskip.converters.encoders import block_of
-    from mlx_blockskip.converters.table import Component, Row
 
     made = Component(
         "big",
@@ -238,6 +246,25 @@ def no_config(source):
     (source / "vae" / "config.json").write_text("{broken")
 
 
+def config_is_a_list(source):
+    files.write_json(source / "vae" / "config.json", [1])
+
+
+def value_is_null(source):
+    config = files.read_json(source / "transformer" / "config.json")
+    files.write_json(source / "transformer" / "config.json", {**config, "num_layers": None})
+
+
+def index_is_a_list(source):
+    files.write_json(source / "model_index.json", [1])
+
+
+def integers(source):
+    path = source / "transformer" / WEIGHTS
+    tensors = files.load_lazily(path)
+    files.save_tensors(path, {**tensors, "proj_out.bias": tensors["proj_out.bias"].astype(mx.int32)})
+
+
 def no_index(source):
     (source / "model_index.json").unlink()
 
@@ -257,7 +284,11 @@ def no_tokenizer(source):
         (leaving, "leaves the folder"),
         (renamed, "lacks proj_out.weight"),
         (added, "unexpected surprise"),
-        (reshaped, "wrongly shaped context_embedder.weight"),
+        (reshaped, r"wrongly shaped context_embedder.weight \(F16 .* instead of floats \[128, 64\]\)"),
+        (integers, r"wrongly shaped proj_out.bias \(I32"),
+        (config_is_a_list, "vae/config.json: is not a config"),
+        (value_is_null, "value of a wrong type"),
+        (index_is_a_list, "model_index.json: is not a pipeline's index"),
         (truncated, "cut off"),
         (no_shard, "gone.safetensors"),
         (doubled, "second.safetensors"),
@@ -286,6 +317,46 @@ def test_the_disk_must_have_room(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "free_space", lambda path: 1000)
     with pytest.raises(UserError, match="are needed"):
         converted(tmp_path)
+
+
+@pytest.mark.parametrize("precision", [run.Precision("float16"), run.Precision("float32", 6, 32, 8)])
+def test_the_room_that_is_asked_for_is_what_is_written(tmp_path, precision):
+    path = convert_directory(SOURCE, tmp_path / "mlx", **asdict(precision))
+    asked = sum(run.size_of(component, precision) for component, _ in run.open_checkpoint(SOURCE, "flux1"))
+    written = [files.read_header(shard).entries.values() for shard in path.rglob("*.safetensors")]
+    assert asked == sum(entry.nbytes for entries in written for entry in entries)
+
+
+def test_layers_that_the_group_size_does_not_divide_are_recorded_and_said(tmp_path):
+    widths = {"a": 128, "b": 96, "c": 40, "d": 64}
+    rows = [Row(f"blocks.0.{name}.weight", (64, width), "linear") for name, width in widths.items()]
+    made = Component("t", tuple(rows), block=lambda name: "blocks.0.")
+    precision = run.Precision("float32", bits=4, group_size=64)
+    expected = {"t/blocks.0.b": 32, "t/blocks.0.c": 0}
+    assert run.exceptions(made, precision) == expected
+    assert run.exceptions(made, run.Precision("float32")) == {}
+    source = tmp_path / "t"
+    source.mkdir()
+    files.save_tensors(source / WEIGHTS, {row.name: mx.ones(row.shape) for row in rows})
+    opened = open_source(source)
+    config = run.model_config(tmp_path, "flux1", precision, [(made, opened)], "here")
+    assert config["quantization"]["exceptions"] == expected
+    smaller, whole = (note.message for note in convert_notes([made], precision))
+    assert "1 layers have inputs that 64 does not divide, and get groups of 32: t/blocks.0.b" in smaller
+    assert "stay whole: t/blocks.0.c" in whole
+    files.write_json(source / "config.json", {})
+    (tmp_path / "out").mkdir()
+    list(run.write_component(made, opened, tmp_path / "out", precision))
+    shards = Shards(tmp_path / "out")
+    assert shards.group_sizes == {"blocks.0.a": 64, "blocks.0.b": 32, "blocks.0.d": 64}
+    assert shards.load(["blocks.0.c.weight"])["blocks.0.c.weight"].dtype == mx.float32
+    assert sum(shards.nbytes([name]) for name in shards.names) == run.size_of(made, precision)
+
+
+def test_an_mlx_directory_is_not_converted_again(tmp_path):
+    path = converted(tmp_path)
+    with pytest.raises(UserError, match="is an MLX model directory already"):
+        converted(tmp_path, path, name="again")
 
 
 def test_an_old_format_or_another_directory_is_refused(tmp_path):
