@@ -1,11 +1,11 @@
 """The Python API: each task as a function of its settings' fields."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlx_blockskip.events import Event
+from mlx_blockskip.events import Event, finish
 from mlx_blockskip.settings import ConvertSettings, ExportSettings, GenerateSettings, TrainSettings, from_mapping
 from mlx_blockskip.tasks import adapters
 from mlx_blockskip.tasks import convert as convert_task
@@ -18,29 +18,28 @@ __all__ = ["convert", "export", "generate", "load", "train"]
 
 OnEvent = Callable[[Event], None]
 S = TypeVar("S")
-R = TypeVar("R")
 
 
 def convert(settings: ConvertSettings | None = None, *, on_event: OnEvent | None = None, **options: Any) -> Path:
     """Convert a Hugging Face checkpoint; returns the MLX model directory. Options: fields of ConvertSettings."""
-    return _run(convert_task.convert(_settings(ConvertSettings, settings, options)), on_event)
+    return finish(convert_task.convert(_settings(ConvertSettings, settings, options)), on_event)
 
 
 def train(settings: TrainSettings | None = None, *, on_event: OnEvent | None = None, **options: Any) -> TrainResult:
     """Learn a subject; returns where the adapter is. Options: fields of TrainSettings."""
-    return _run(train_task.train(_settings(TrainSettings, settings, options)), on_event)
+    return finish(train_task.train(_settings(TrainSettings, settings, options)), on_event)
 
 
 def generate(
     settings: GenerateSettings | None = None, *, on_event: OnEvent | None = None, **options: Any
 ) -> list[Path]:
     """Generate images; returns the PNG files. Options: fields of GenerateSettings."""
-    return _run(generate_task.generate(_settings(GenerateSettings, settings, options)), on_event)
+    return finish(generate_task.generate(_settings(GenerateSettings, settings, options)), on_event)
 
 
 def export(settings: ExportSettings | None = None, *, on_event: OnEvent | None = None, **options: Any) -> Path:
     """Write an adapter for another tool; returns the file. Options: fields of ExportSettings."""
-    return _run(adapters.export(_settings(ExportSettings, settings, options)), on_event)
+    return finish(adapters.export(_settings(ExportSettings, settings, options)), on_event)
 
 
 def _settings(cls: type[S], given: S | None, options: dict[str, Any]) -> S:
@@ -48,13 +47,3 @@ def _settings(cls: type[S], given: S | None, options: dict[str, Any]) -> S:
         return from_mapping(cls, options)
     from_mapping(cls, options)
     return replace(given, **options)  # type: ignore[type-var]
-
-
-def _run(task: Generator[Event, None, R], on_event: OnEvent | None) -> R:
-    while True:
-        try:
-            event = next(task)
-        except StopIteration as done:
-            return done.value
-        if on_event is not None:
-            on_event(event)

@@ -1,8 +1,9 @@
 """What a task yields while it works. The CLI draws these; log.jsonl and reports hold the same."""
 
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 
 @dataclass(frozen=True)
@@ -71,3 +72,17 @@ def as_record(event: Event) -> dict[str, Any]:
     """The event as JSON values: its type under `event`, then its fields that are set."""
     fields = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(event).items()}
     return {"event": type(event).__name__.lower()} | {k: v for k, v in fields.items() if v is not None}
+
+
+R = TypeVar("R")
+
+
+def finish(task: Generator[Event, None, R], on_event: Callable[[Event], None] | None = None) -> R:
+    """Run a task to its end, telling `on_event` what it yields; returns the task's result."""
+    while True:
+        try:
+            event = next(task)
+        except StopIteration as done:
+            return done.value
+        if on_event is not None:
+            on_event(event)

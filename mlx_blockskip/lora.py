@@ -130,11 +130,6 @@ def check(tree: Tree, reader: BlockReader, source: Path) -> None:
                 )
 
 
-def size(tree: Tree) -> int:
-    """Number of parameters."""
-    return sum(value.size for factors in tree.values() for value in factors.values())
-
-
 def checksum(tree: Tree) -> str:
     """A checksum of all factors, in order."""
     state = hashlib.sha256()

@@ -1,7 +1,7 @@
 """Compute the records of a chunk: patches through the VAE, then one sweep a group through the stack."""
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
@@ -56,7 +56,7 @@ class Recipe:
     guidance: float | None
     prompts: files.MappedTensors
     prompt_of: Sequence[int]  # the caption's number in `prompts`, by image
-    _images: dict[int, PillowImage.Image]
+    _images: dict[int, PillowImage.Image] = field(default_factory=dict)
 
     def image(self, number: int) -> PillowImage.Image:
         """An image with its shorter side at s_max; the last few stay in memory."""
@@ -67,36 +67,49 @@ class Recipe:
             self._images[number] = patches.resize_shorter(picture, self.patch.s_max)
         return self._images[number]
 
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(B, h, w, C) of a micro-batch."""
+        side = self.patch.output_side
+        return (self.batch_size, *self.model.latent_shape(side, side))
+
+    def samples(self, number: int) -> range:
+        """The numbers of the samples in micro-batch `number`."""
+        return range(number * self.batch_size, (number + 1) * self.batch_size)
+
+    def image_of(self, k: int) -> int:
+        """The image of sample k: every image once an epoch, in an order of the epoch's own."""
+        count = len(self.dataset.examples)
+        return int(philox.generator(self.seed, ORDER, k // count).permutation(count)[k % count])
+
     def draw(self, k: int) -> Draw:
         """Sample k, a pure function of (seed, k)."""
-        count = len(self.dataset.examples)
-        image = int(philox.generator(self.seed, ORDER, k // count).permutation(count)[k % count])
+        image = self.image_of(k)
         rng = philox.generator(self.seed, DRAW, k)
         shift = flow.training_shift(self.model.scheduler)
         s = flow.noise_level(float(rng.standard_normal()), self.mean, self.std, shift)
         patch = patches.draw_patch(self.image(image).size, s, self.patch, rng)
-        side = self.patch.output_side
-        shape = (1, *self.model.latent_shape(side, side))
+        shape = (1, *self.latent_shape[1:])
         posterior, noise = (rng.standard_normal(shape, dtype=np.float32) for _ in range(2))
         return Draw(image, s, patch, posterior, noise)
 
     def draws(self, number: int) -> list[Draw]:
         """The samples of micro-batch `number`."""
-        return [self.draw(k) for k in range(number * self.batch_size, (number + 1) * self.batch_size)]
+        return [self.draw(k) for k in self.samples(number)]
 
     def images(self, number: int) -> list[int]:
         """The images of a micro-batch, without drawing anything else."""
-        count = len(self.dataset.examples)
-        return [
-            int(philox.generator(self.seed, ORDER, k // count).permutation(count)[k % count])
-            for k in range(number * self.batch_size, (number + 1) * self.batch_size)
-        ]
+        return [self.image_of(k) for k in self.samples(number)]
 
     def prompt(self, draws: Sequence[Draw]) -> Prompt:
         """The encoded captions of a micro-batch, joined over the batch."""
-        numbers = [self.prompt_of[draw.image] for draw in draws]
-        keys = [name.split(".", 1)[1] for name in self.prompts.under(f"{numbers[0]}.")]
-        return {key: mx.concatenate([self.prompts.read(f"{n}.{key}") for n in numbers]) for key in keys}
+        captions = [self.caption(self.prompt_of[draw.image]) for draw in draws]
+        return {key: mx.concatenate([caption[key] for caption in captions]) for key in captions[0]}
+
+    def caption(self, number: int) -> Prompt:
+        """One encoded caption, by its number in `prompts`."""
+        names = self.prompts.under(f"{number}.")
+        return {name.split(".", 1)[1]: self.prompts.read(name) for name in names}
 
     def prepare(self, number: int, x0: mx.array) -> tuple[Tokens, object, mx.array]:
         """Tokens and context of a noised micro-batch, and its target."""
@@ -111,9 +124,7 @@ class Recipe:
 
 def encode_images(recipe: Recipe, numbers: range, path: Path) -> Generator[Event, None, None]:
     """Latents x0 of the micro-batches, into a file."""
-    side = recipe.patch.output_side
-    shape = (recipe.batch_size, *recipe.model.latent_shape(side, side))
-    entries = [files.TensorEntry(str(number), shape, "F32") for number in numbers]
+    entries = [files.TensorEntry(str(number), recipe.latent_shape, "F32") for number in numbers]
     with phase("encode images", len(numbers) * recipe.batch_size, "image") as track:
         yield track.begin
         with files.SafetensorsWriter(path, entries) as writer:
@@ -130,17 +141,14 @@ def encode_images(recipe: Recipe, numbers: range, path: Path) -> Generator[Event
 
 def layout(recipe: Recipe) -> Layout:
     """Shapes of one record, from micro-batch 0 with empty latents: only embedders are run."""
-    side = recipe.patch.output_side
-    x0 = mx.zeros((recipe.batch_size, *recipe.model.latent_shape(side, side)))
-    tokens, context, target = recipe.prepare(0, x0)
-    first = recipe.plan.retained
+    tokens, context, target = recipe.prepare(0, mx.zeros(recipe.latent_shape))
     found = {"target": target}
     for boundary, names in residuals.boundaries(recipe.plan, recipe.mode).items():
         for name in names:
             found |= residuals.named(name, tokens, residuals.keeps_text(recipe.plan, boundary))
     found |= {f"context.{key}": value for key, value in recipe.model.record(context).items()}
     found |= _numbered("head", recipe.model.head_modulation(context))
-    (by_block,) = modulations(recipe.stack, recipe.model.reader, [context], first)
+    (by_block,) = modulations(recipe.stack, recipe.model.reader, [context], recipe.plan.retained)
     for block, modulation in by_block.items():
         found |= _numbered(f"modulation.{block}", modulation)
     recipe.model.release()
@@ -185,22 +193,16 @@ def _prompt_records(recipe: Recipe, numbers: range) -> dict[str, mx.array]:
     used = {recipe.prompt_of[image] for number in numbers for image in recipe.images(number)}
     found: dict[str, mx.array] = {}
     for number in sorted(used):
-        keys = [name.split(".", 1)[1] for name in recipe.prompts.under(f"{number}.")]
-        record = recipe.model.prompt_record({key: recipe.prompts.read(f"{number}.{key}") for key in keys})
+        record = recipe.model.prompt_record(recipe.caption(number))
         found |= {f"prompt.{number}.{key}": value for key, value in record.items()}
     return found
 
 
 def _groups(recipe: Recipe, numbers: range) -> list[range]:
     """Micro-batches that wait together in one sweep."""
-    tokens, _, _ = recipe.prepare(numbers.start, mx.zeros(_latent_shape(recipe)))
+    tokens, _, _ = recipe.prepare(numbers.start, mx.zeros(recipe.latent_shape))
     size = max(1, WAITING_BYTES // sum(array.nbytes for array in arrays(tokens)))
     return [numbers[i : i + size] for i in range(0, len(numbers), size)]
-
-
-def _latent_shape(recipe: Recipe) -> tuple[int, ...]:
-    side = recipe.patch.output_side
-    return (recipe.batch_size, *recipe.model.latent_shape(side, side))
 
 
 def _write_group(
@@ -221,10 +223,10 @@ def _write_group(
             writer.write(f"{number}.{name}", part)
         mx.eval(tokens)
         waiting.append(Sample(tokens, context))
-    model_retained = set(plan.retained)
+    retained = set(plan.retained)
 
     def keep_modulation(i: int, block: int, modulation: Sequence[mx.array] | None) -> None:
-        if block in model_retained:
+        if block in retained:
             for name, part in _numbered(f"modulation.{block}", modulation).items():
                 writer.write(f"{group[i]}.{name}", part)
 

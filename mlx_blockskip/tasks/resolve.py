@@ -14,7 +14,7 @@ from pathlib import Path
 from mlx_blockskip.converters.run import Precision, default_dtype
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.events import Event, Note
+from mlx_blockskip.events import Event, Note, finish
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.tasks import hub
@@ -60,12 +60,7 @@ def open_named(model: str, budget: int | None) -> Generator[Event, None, Diffusi
 
 def load(model: str = "tiny-flux", memory_budget: int | None = None) -> DiffusionModel:
     """Open a model for use from Python; what has to be converted first is converted silently."""
-    task = open_named(model, memory_budget)
-    while True:
-        try:
-            next(task)
-        except StopIteration as done:
-            return done.value
+    return finish(open_named(model, memory_budget))
 
 
 def _here(path: Path) -> Generator[Event, None, Path]:

@@ -16,7 +16,7 @@ from mlx_blockskip.blockskip import plan as plans
 from mlx_blockskip.blockskip import residuals
 from mlx_blockskip.blockskip.patches import PatchSettings, coverage
 from mlx_blockskip.blockskip.plan import SkipPlan
-from mlx_blockskip.blockskip.residuals import Chunk
+from mlx_blockskip.blockskip.residuals import Chunk, Layout
 from mlx_blockskip.data import load_dataset
 from mlx_blockskip.engine import files, sweep
 from mlx_blockskip.engine.errors import UserError
@@ -74,6 +74,7 @@ class Job:
     directory: Path
     model: DiffusionModel
     recipe: Recipe
+    layout: Layout
     chunk_length: int  # micro-batches
     identity: dict[str, Any]
 
@@ -180,22 +181,22 @@ def prepare(
         guidance=settings.guidance,
         prompts=files.MappedTensors(store),
         prompt_of=[captions.index(example.caption) for example in dataset.examples],
-        _images={},
     )
     kept = {k: v for k, v in to_mapping(settings).items() if k not in FREE_TO_CHANGE}
     if settings.lr_schedule == "constant":
         kept.pop("iters")
     identity = {**kept, "model": model.identity, "data": dataset.identity, "plan": plan.to_json()["runs"]}
-    job = Job(settings, directory, model, recipe, chunk_length(settings, recipe), identity)
+    shape = layout(recipe)
+    job = Job(settings, directory, model, recipe, shape, chunk_length(settings, shape), identity)
     job.identity["chunk_length"] = job.chunk_length
     return job
 
 
-def chunk_length(settings: TrainSettings, recipe: Recipe) -> int:
+def chunk_length(settings: TrainSettings, shape: Layout) -> int:
     """Micro-batches a chunk: as many whole optimizer steps as the cache limit holds. Raises UserError for none."""
     limit = parse_size(settings.cache_limit, "--cache-limit")
     assert limit is not None
-    step = layout(recipe).nbytes * settings.grad_accumulation
+    step = shape.nbytes * settings.grad_accumulation
     steps = limit // step
     if steps < 1:
         raise UserError(
@@ -288,9 +289,8 @@ def next_chunk(job: Job, state: State) -> Generator[Event, None, tuple[range, Ch
     for old in path.parent.glob("chunk-*.safetensors"):
         if old != path:
             old.unlink()
-    shape = layout(job.recipe)
-    chunk = yield from compute_chunk(job.recipe, shape, range(start, stop), path, residuals.fingerprint(parts), adapter)
-    return range(start, stop), chunk
+    numbers, expected = range(start, stop), residuals.fingerprint(parts)
+    return numbers, (yield from compute_chunk(job.recipe, job.layout, numbers, path, expected, adapter))
 
 
 def train_step(job: Job, chunk: Chunk, state: State) -> tuple[State, float]:
@@ -298,12 +298,11 @@ def train_step(job: Job, chunk: Chunk, state: State) -> tuple[State, float]:
     settings, recipe, model = job.settings, job.recipe, job.model
     count = settings.grad_accumulation
     numbers = range(state.step * count, (state.step + 1) * count)
-    side = recipe.patch.output_side
-    size = model.latent_shape(side, side)[:2]
+    _, height, width, _ = recipe.latent_shape
     samples = []
     for number in numbers:
         prompts = [recipe.prompt_of[image] for image in recipe.images(number)]
-        context = model.restore(size, chunk.context(number, prompts))
+        context = model.restore((height, width), chunk.context(number, prompts))
         samples.append(Sample(chunk.tokens(number, "entry"), context, chunk.modulation(number)))
 
     def loss(i: int, tokens: Tokens) -> mx.array:

@@ -15,13 +15,6 @@ from mlx_blockskip.models.layers import gelu_tanh, layer_norm, linear, merge_hea
 EPS = 1e-6
 TIME_FACTOR = 1000.0
 
-DOUBLE_LINEARS = (
-    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
-)
-SINGLE_LINEARS = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out")
-
 
 class Context(NamedTuple):
     """cos, sin: (text + image tokens, head_dim / 2), float32; temb: (B, D), None where modulation is from a record."""

@@ -3,6 +3,7 @@
 Weights are a flat dictionary with diffusers' names; convolutions are OHWI, the 1x1 quant convs are linear layers.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ import mlx.core as mx
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.attention import SCORE_BYTES, attention
 from mlx_blockskip.models.layers import Weights, linear, silu
-from mlx_blockskip.models.vae.strips import conv2d, group_norm, scale_of
+from mlx_blockskip.models.vae.strips import conv2d, group_norm
 
 EPS = 1e-6
 
@@ -106,7 +107,7 @@ def _attention(w: Weights, name: str, x: mx.array, groups: int, rows: int | None
     q, k, v = (linear(w, f"{name}.to_{part}", normed) for part in "qkv")
     chunk = max(1, SCORE_BYTES // (4 * b * h * width)) if rows is None else rows * width
     parts = [
-        _done(attention(q[:, :, start : start + chunk], k, v, scale=scale_of(c), query_chunk=chunk))
+        _done(attention(q[:, :, start : start + chunk], k, v, scale=1 / math.sqrt(c), query_chunk=chunk))
         for start in range(0, h * width, chunk)
     ]
     attended = mx.concatenate(parts, axis=2)

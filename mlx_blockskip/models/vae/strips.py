@@ -1,7 +1,5 @@
 """Convolution and group norm over large feature maps, exact, in strips of rows. Maps are (B, H, W, C)."""
 
-import math
-
 import mlx.core as mx
 
 from mlx_blockskip.models.layers import Weights
@@ -87,8 +85,3 @@ def group_norm(w: Weights, name: str, x: mx.array, groups: int, eps: float, rows
         strips.append((part * w[f"{name}.weight"] + w[f"{name}.bias"]).astype(x.dtype))
         mx.eval(strips[-1])
     return strips[0] if len(strips) == 1 else mx.concatenate(strips, axis=1)
-
-
-def scale_of(width: int) -> float:
-    """The attention scale of a head of this width."""
-    return 1 / math.sqrt(width)
