@@ -155,19 +155,34 @@ def test_base_residuals_do_not_depend_on_the_chunk_length(quick):
     assert_same_adapter(one, many)
 
 
-def record_bytes(quick):
+def test_fresh_residuals_follow_the_adapter_from_the_second_chunk_on(quick):
+    """A first chunk starts from an adapter that changes nothing, so one chunk is the same in both modes."""
+    options = {"skip_first": 1, "skip_last": 1, "iters": 4}
+    few = {**options, "cache_limit": str(record_bytes(quick, **options) + 100)}
+    made = {
+        (mode, name): train(quick(f"{mode}-{name}", residuals=mode, **more)).adapter_path
+        for mode in ("base", "fresh")
+        for name, more in (("one", options), ("many", few))
+    }
+    assert_same_adapter(made["base", "one"], made["fresh", "one"])
+    assert_same_adapter(made["base", "one"], made["base", "many"])
+    first, second = factors(made["base", "many"]), factors(made["fresh", "many"])
+    assert not all(same_bits(first[name], second[name]) for name in first)
+
+
+def record_bytes(quick, **options):
     """Bytes of one record of a short run."""
     from mlx_blockskip.models.registry import open_model
     from mlx_blockskip.tasks import train as task
 
-    settings = quick("probe")
+    settings = quick("probe", **options)
     model = open_model(Path(settings.model))
     settings = task.complete(settings, model)
     directory = Path(settings.adapter_path)
     job = drive(
         task.prepare(settings, directory, model, task.load_dataset(HEDGEHOG), task.choose_plan(settings, model))
     )
-    size = task.layout(job.recipe).nbytes
+    size = job.layout.nbytes
     shutil.rmtree(directory)
     return size
 
