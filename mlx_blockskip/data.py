@@ -39,26 +39,29 @@ class Dataset:
     warnings: tuple[str, ...] = ()
 
 
-def load_dataset(directory: Path, prompt: str | None = None) -> Dataset:
+def load_dataset(
+    directory: Path, prompt: str | None = None, *, option: str = "--data", prompt_option: str = "--prompt"
+) -> Dataset:
     """Read a directory of images; hidden files and other files are passed over.
 
     Captions come from metadata.jsonl (`file_name`, `text`), else from train.jsonl (`image`, `prompt`), and then only
     the images it lists are used; without a list from `name.txt` beside `name.jpg`; and from `prompt` where there is no
-    caption or an empty one. Raises UserError where the directory, a list, an image or a caption is not usable.
+    caption or an empty one. option, prompt_option: what errors call the two.
+    Raises UserError where the directory, a list, an image or a caption is not usable.
     """
     if not directory.is_dir():
         problem = "not a directory" if directory.exists() else "no such directory"
-        raise UserError(f"{directory}: {problem}; --data takes a directory of images")
+        raise UserError(f"{directory}: {problem}; {option} takes a directory of images")
     found = sorted(p for p in directory.iterdir() if _looks_like_image(p) and p.is_file())
     warnings = []
     for name, image_key, text_key in LISTS:
         if (directory / name).is_file():
-            examples = _listed(directory / name, image_key, text_key, prompt)
+            examples = _listed(directory / name, image_key, text_key, prompt, prompt_option)
             if unlisted := set(found) - {example.path for example in examples}:
                 warnings.append(f"{directory / name}: {len(unlisted)} images beside it are not listed and not used")
             break
     else:
-        examples = [Example(path, _caption(path, prompt)) for path in found]
+        examples = [Example(path, _caption(path, prompt, prompt_option)) for path in found]
     if not examples:
         raise UserError(f"{directory}: holds no images ({', '.join(s[1:] for s in SUFFIXES)})")
     state = hashlib.sha256()
@@ -66,6 +69,11 @@ def load_dataset(directory: Path, prompt: str | None = None) -> Dataset:
         warnings += _read(example.path)[1]
         state.update(f"{files.sha256(example.path)} {example.caption!r}\n".encode())
     return Dataset(tuple(examples), state.hexdigest(), tuple(dict.fromkeys(warnings)))
+
+
+def metadata_line(name: str, caption: str) -> str:
+    """A line of metadata.jsonl."""
+    return json.dumps({"file_name": name, "text": caption}, ensure_ascii=False) + "\n"
 
 
 def _looks_like_image(path: Path) -> bool:
@@ -79,17 +87,17 @@ def _text(path: Path) -> str:
         raise UserError(f"{path}: not UTF-8 text; save it again as UTF-8") from None
 
 
-def _caption(path: Path, prompt: str | None) -> str:
+def _caption(path: Path, prompt: str | None, prompt_option: str) -> str:
     beside = path.with_suffix(".txt")
     caption = " ".join(_text(beside).split()) if beside.is_file() else ""
     if caption:
         return caption
     if prompt is None:
-        raise UserError(f"{path}: has no caption; write one into {beside.name} beside it, or give --prompt")
+        raise UserError(f"{path}: has no caption; write one into {beside.name} beside it, or give {prompt_option}")
     return prompt
 
 
-def _listed(path: Path, image_key: str, text_key: str, prompt: str | None) -> list[Example]:
+def _listed(path: Path, image_key: str, text_key: str, prompt: str | None, prompt_option: str) -> list[Example]:
     directory = path.parent
     examples = []
     for number, line in enumerate(_text(path).split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
@@ -109,7 +117,7 @@ def _listed(path: Path, image_key: str, text_key: str, prompt: str | None) -> li
         if not (directory / inside).is_file():
             raise UserError(f"{path}:{number}: {name} does not exist; correct or remove the line")
         if not text.strip() and prompt is None:
-            raise UserError(f'{path}:{number}: "{text_key}" is empty; write a caption, or give --prompt')
+            raise UserError(f'{path}:{number}: "{text_key}" is empty; write a caption, or give {prompt_option}')
         examples.append(Example(directory / inside, text if text.strip() else prompt or ""))
     if not examples:
         raise UserError(f"{path}: lists no images; add lines or remove the file")

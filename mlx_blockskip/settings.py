@@ -42,7 +42,8 @@ class ConvertSettings:
     revision: str | None = option(None, "Branch, tag or commit of the repo.")
 
 
-DATA, METHOD, LORA, OPTIMIZER, RUN = "Data", "Block skipping", "LoRA", "Optimizer", "Run"
+DATA, PRIOR, METHOD = "Data", "Prior preservation", "Block skipping"
+LORA, OPTIMIZER, RUN = "LoRA", "Optimizer", "Run"
 
 
 @dataclass
@@ -52,6 +53,14 @@ class TrainSettings:
     model: str = option("tiny-flux", "MLX model directory, Hugging Face directory, repo id, or tiny-flux.")
     data: str = option("", "Directory of images, with captions beside them or not.", group=DATA)
     prompt: str | None = option(None, 'Caption of images that have none, e.g. "a photo of sks dog".', group=DATA)
+    class_prompt: list[str] = option(
+        [], "What the model should go on drawing as it does; repeatable. Turns prior preservation on.", group=PRIOR
+    )
+    class_images: int | None = option(
+        None, "Images of the class prompts the base model makes; 0 for none.", group=PRIOR
+    )
+    class_data: str | None = option(None, "Directory of class images to use instead, with captions.", group=PRIOR)
+    prior_weight: float = option(1.0, "What a class image counts in the loss.", group=PRIOR)
     adapter_path: str = option("adapters", "Adapter directory to write.", group=RUN)
     skip_ratio: float | None = option(None, "Share of blocks to skip; 0 is plain LoRA.", group=METHOD)
     skip_first: int | None = option(None, "Blocks to skip at the start (n).", group=METHOD)

@@ -1,9 +1,12 @@
 import pytest
-from support.models import assets, convert
+from support.models import HEDGEHOG, assets, convert
 from support.toy import make_toy
 
 import mlx_blockskip  # noqa: F401  (preloads OpenBLAS before anything imports mlx.core)
 from mlx_blockskip.models.registry import open_model
+from mlx_blockskip.settings import TrainSettings
+
+QUICK = {"data": str(HEDGEHOG), "iters": 6, "rank": 2, "learning_rate": 1e-3, "steps_per_save": 2, "class_images": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -32,3 +35,14 @@ def family_model(request, tiny_flux, toy):
 @pytest.fixture
 def open_family(family_model):
     return lambda budget=None: open_model(family_model, budget)
+
+
+@pytest.fixture
+def quick(family_model, tmp_path):
+    """Settings of a short run on each family."""
+
+    def settings(name="a", **options):
+        fixed = {**QUICK, "model": str(family_model), "train_resolution": 32, "resolution": 64, "batch_size": 2}
+        return TrainSettings(**{**fixed, "adapter_path": str(tmp_path / name), **options})
+
+    return settings

@@ -1,125 +1,25 @@
 """Compute the records of a chunk: patches through the VAE, then one sweep a group through the stack."""
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from PIL import Image as PillowImage
 
-from mlx_blockskip import flow, lora
+from mlx_blockskip import lora
 from mlx_blockskip.blockskip import patches, residuals
-from mlx_blockskip.blockskip.patches import Patch, PatchSettings
-from mlx_blockskip.blockskip.plan import SkipPlan
 from mlx_blockskip.blockskip.residuals import FINGERPRINT, Chunk, Layout
-from mlx_blockskip.data import Dataset, load_image, to_pixels
-from mlx_blockskip.engine import files, philox
-from mlx_blockskip.engine.stack import Stack, arrays
+from mlx_blockskip.data import to_pixels
+from mlx_blockskip.engine import files
+from mlx_blockskip.engine.stack import arrays
 from mlx_blockskip.engine.sweep import Sample, forward, modulations
 from mlx_blockskip.events import Event
-from mlx_blockskip.models.family import DiffusionModel, Prompt, Tokens
+from mlx_blockskip.models.family import Tokens
 from mlx_blockskip.tasks.phases import phase
-
-DRAW, ORDER = 1, 2
-"""The streams of a run: what one sample draws, and the order of the images in one epoch."""
+from mlx_blockskip.tasks.recipe import Recipe
 
 WAITING_BYTES = 192 << 20
 """Tokens that wait in one precompute sweep. How many wait changes no result: each micro-batch is applied by itself."""
-
-
-@dataclass(frozen=True)
-class Draw:
-    """One training sample: image, noise level s, crop, and the noise of the posterior and of the flow (1, h, w, C)."""
-
-    image: int
-    s: float
-    patch: Patch
-    posterior: np.ndarray
-    noise: np.ndarray
-
-
-@dataclass
-class Recipe:
-    """All that the records of a run depend on, besides the adapter."""
-
-    model: DiffusionModel
-    stack: Stack
-    plan: SkipPlan
-    dataset: Dataset
-    patch: PatchSettings
-    mode: str
-    seed: int
-    batch_size: int
-    mean: float
-    std: float
-    guidance: float | None
-    prompts: files.MappedTensors
-    prompt_of: Sequence[int]  # the caption's number in `prompts`, by image
-    _images: dict[int, PillowImage.Image] = field(default_factory=dict)
-
-    def image(self, number: int) -> PillowImage.Image:
-        """An image with its shorter side at s_max; the last few stay in memory."""
-        if number not in self._images:
-            if len(self._images) >= 16:
-                self._images.pop(next(iter(self._images)))
-            picture = load_image(self.dataset.examples[number].path)
-            self._images[number] = patches.resize_shorter(picture, self.patch.s_max)
-        return self._images[number]
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """(B, h, w, C) of a micro-batch."""
-        side = self.patch.output_side
-        return (self.batch_size, *self.model.latent_shape(side, side))
-
-    def samples(self, number: int) -> range:
-        """The numbers of the samples in micro-batch `number`."""
-        return range(number * self.batch_size, (number + 1) * self.batch_size)
-
-    def image_of(self, k: int) -> int:
-        """The image of sample k: every image once an epoch, in an order of the epoch's own."""
-        count = len(self.dataset.examples)
-        return int(philox.generator(self.seed, ORDER, k // count).permutation(count)[k % count])
-
-    def draw(self, k: int) -> Draw:
-        """Sample k, a pure function of (seed, k)."""
-        image = self.image_of(k)
-        rng = philox.generator(self.seed, DRAW, k)
-        shift = flow.training_shift(self.model.scheduler)
-        s = flow.noise_level(float(rng.standard_normal()), self.mean, self.std, shift)
-        patch = patches.draw_patch(self.image(image).size, s, self.patch, rng)
-        shape = (1, *self.latent_shape[1:])
-        posterior, noise = (rng.standard_normal(shape, dtype=np.float32) for _ in range(2))
-        return Draw(image, s, patch, posterior, noise)
-
-    def draws(self, number: int) -> list[Draw]:
-        """The samples of micro-batch `number`."""
-        return [self.draw(k) for k in self.samples(number)]
-
-    def images(self, number: int) -> list[int]:
-        """The images of a micro-batch, without drawing anything else."""
-        return [self.image_of(k) for k in self.samples(number)]
-
-    def prompt(self, draws: Sequence[Draw]) -> Prompt:
-        """The encoded captions of a micro-batch, joined over the batch."""
-        captions = [self.caption(self.prompt_of[draw.image]) for draw in draws]
-        return {key: mx.concatenate([caption[key] for caption in captions]) for key in captions[0]}
-
-    def caption(self, number: int) -> Prompt:
-        """One encoded caption, by its number in `prompts`."""
-        names = self.prompts.under(f"{number}.")
-        return {name.split(".", 1)[1]: self.prompts.read(name) for name in names}
-
-    def prepare(self, number: int, x0: mx.array) -> tuple[Tokens, object, mx.array]:
-        """Tokens and context of a noised micro-batch, and its target."""
-        draws = self.draws(number)
-        noise = mx.array(np.concatenate([draw.noise for draw in draws]))
-        s = mx.array([draw.s for draw in draws], mx.float32)
-        prompt = self.prompt(draws)
-        context = self.model.context(s, prompt, (x0.shape[1], x0.shape[2]), self.guidance)
-        tokens = self.model.tokens(flow.noisy(x0, noise, s), prompt)
-        return tokens, context, flow.velocity(x0, noise)
 
 
 def encode_images(recipe: Recipe, numbers: range, path: Path) -> Generator[Event, None, None]:

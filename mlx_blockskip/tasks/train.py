@@ -1,5 +1,6 @@
 """`train`: learn a subject. For each chunk of samples precompute records, then train the retained blocks on them."""
 
+import itertools
 import json
 import math
 import shutil
@@ -7,53 +8,33 @@ import time
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import mlx.core as mx
 
 from mlx_blockskip import lora
-from mlx_blockskip.blockskip import plan as plans
 from mlx_blockskip.blockskip import residuals
-from mlx_blockskip.blockskip.patches import PatchSettings, coverage
-from mlx_blockskip.blockskip.plan import SkipPlan
-from mlx_blockskip.blockskip.residuals import Chunk, Layout
+from mlx_blockskip.blockskip.patches import coverage
+from mlx_blockskip.blockskip.residuals import Chunk
 from mlx_blockskip.data import load_dataset
 from mlx_blockskip.engine import files, sweep
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.sweep import Sample
 from mlx_blockskip.events import Event, Note, Saved, Warning, as_record
-from mlx_blockskip.models.family import DiffusionModel, Tokens
+from mlx_blockskip.models.family import Tokens
 from mlx_blockskip.models.registry import family_named, read_config
-from mlx_blockskip.settings import TrainSettings, parse_size, required, to_mapping
+from mlx_blockskip.settings import TrainSettings, parse_size, to_mapping
 from mlx_blockskip.tasks import checkpoints, optimizer
 from mlx_blockskip.tasks.adapters import TENSORS, save_adapter
 from mlx_blockskip.tasks.checkpoints import State
+from mlx_blockskip.tasks.job import Job, choose_plan, complete, prepare
 from mlx_blockskip.tasks.phases import phase
-from mlx_blockskip.tasks.precompute import Recipe, compute_chunk, layout
+from mlx_blockskip.tasks.precompute import compute_chunk
 from mlx_blockskip.tasks.resolve import open_named
 from mlx_blockskip.tasks.samples import write_samples
 
-FALLBACK: dict[str, Any] = {
-    "skip_ratio": 0.5,
-    "patch_mode": "dynamic",
-    "rank": 16,
-    "learning_rate": 1e-4,
-    "iters": 1000,
-    "batch_size": 1,
-}
-"""Where neither the model nor its family records a default."""
-
-FRESH_STEPS = 50
-"""With fresh residuals a chunk holds at most this many optimizer steps, so that residuals do not go stale."""
-
 PATIENCE = 10
 """Steps in a row without a finite loss before the run stops."""
-
-FREE_TO_CHANGE = (
-    *("model", "data", "adapter_path", "resume", "memory_budget", "cache_limit", "plan", "skip_ratio", "skip_first"),
-    *("skip_last", "steps_per_save", "steps_per_sample", "sample_prompt"),
-)
-"""Settings that a resumed run may give differently; those that matter are in the fingerprint by what they mean."""
 
 
 @dataclass(frozen=True)
@@ -64,19 +45,6 @@ class TrainResult:
     steps: int
     skipped: int
     loss: float
-
-
-@dataclass
-class Job:
-    """A run under way."""
-
-    settings: TrainSettings
-    directory: Path
-    model: DiffusionModel
-    recipe: Recipe
-    layout: Layout
-    chunk_length: int  # micro-batches
-    identity: dict[str, Any]
 
 
 def train(settings: TrainSettings) -> Generator[Event, None, TrainResult]:
@@ -120,93 +88,6 @@ def logged(task: Generator[Event, None, TrainResult], log: TextIO) -> Generator[
         return done.value
 
 
-def complete(settings: TrainSettings, model: DiffusionModel) -> TrainSettings:
-    """Fill what was left open: from the model, then the family, then FALLBACK. Raises UserError for wrong values."""
-    known = {**FALLBACK, **model.defaults}
-    known["guidance"] = model.defaults.get("train_guidance")
-    names = [name for name, value in to_mapping(settings).items() if value is None and name in known]
-    ratio_left_open = settings.plan or settings.skip_first is not None or settings.skip_last is not None
-    filled = replace(settings, **{n: known[n] for n in names if n != "skip_ratio" or not ratio_left_open})
-    least = {"iters": 1, "batch_size": 1, "grad_accumulation": 1, "rank": 1, "warmup": 0, "steps_per_save": 0}
-    for name, value in {**least, "steps_per_sample": 0, "seed": 0}.items():
-        if getattr(filled, name) < value:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(filled, name)}: must be at least {value}")
-    return filled
-
-
-def choose_plan(settings: TrainSettings, model: DiffusionModel) -> SkipPlan:
-    """The skip plan of the settings, or the one that the model records for the ratio."""
-    return plans.choose(
-        model.stack.depth,
-        ratio=settings.skip_ratio,
-        first=settings.skip_first,
-        last=settings.skip_last,
-        file=settings.plan,
-        recorded=model.defaults.get("plans"),
-    )
-
-
-def prepare(
-    settings: TrainSettings, directory: Path, model: DiffusionModel, dataset: Any, plan: SkipPlan
-) -> Generator[Event, None, Job]:
-    """Encode the captions and set up what the records are made from."""
-    s_max, s_min, length, batch_size = required(
-        settings, "resolution", "train_resolution", "max_sequence_length", "batch_size"
-    )
-    patch = PatchSettings(settings.patch_mode or "dynamic", s_min, s_max, model.granularity)
-    captions = list(dict.fromkeys(example.caption for example in dataset.examples))
-    with phase("encode prompts", len(captions), "prompt") as track:
-        yield track.begin
-        encoded = model.encode_prompts(captions, length)
-        store = directory / "cache" / "prompts.safetensors"
-        named = {f"{i}.{key}": v for i, prompt in enumerate(encoded.prompts) for key, v in prompt.items()}
-        files.save_tensors(store, named)
-        yield track.step(len(captions))
-    yield track.end
-    for caption, cut in zip(captions, encoded.truncated, strict=True):
-        if cut:
-            yield Warning(f"the caption is longer than {length} tokens and was cut: {caption}")
-    del encoded, named
-    recipe = Recipe(
-        model=model,
-        stack=lora.attach(model.stack, settings.scale),
-        plan=plan,
-        dataset=dataset,
-        patch=patch,
-        mode=settings.residuals,
-        seed=settings.seed,
-        batch_size=batch_size,
-        mean=settings.timestep_mean,
-        std=settings.timestep_std,
-        guidance=settings.guidance,
-        prompts=files.MappedTensors(store),
-        prompt_of=[captions.index(example.caption) for example in dataset.examples],
-    )
-    kept = {k: v for k, v in to_mapping(settings).items() if k not in FREE_TO_CHANGE}
-    if settings.lr_schedule == "constant":
-        kept.pop("iters")
-    identity = {**kept, "model": model.identity, "data": dataset.identity, "plan": plan.to_json()["runs"]}
-    shape = layout(recipe)
-    job = Job(settings, directory, model, recipe, shape, chunk_length(settings, shape), identity)
-    job.identity["chunk_length"] = job.chunk_length
-    return job
-
-
-def chunk_length(settings: TrainSettings, shape: Layout) -> int:
-    """Micro-batches a chunk: as many whole optimizer steps as the cache limit holds. Raises UserError for none."""
-    limit = parse_size(settings.cache_limit, "--cache-limit")
-    assert limit is not None
-    step = shape.nbytes * settings.grad_accumulation
-    steps = limit // step
-    if steps < 1:
-        raise UserError(
-            f"--cache-limit {settings.cache_limit}: one step's records take {step / 2**20:.0f} MiB; raise it"
-        )
-    if settings.residuals == "fresh":
-        steps = min(steps, FRESH_STEPS)
-    return int(steps * settings.grad_accumulation)
-
-
 def first_state(job: Job) -> Generator[Event, None, State]:
     """The last checkpoint where the run goes on, else new factors."""
     settings, model = job.settings, job.model
@@ -227,11 +108,14 @@ def describe(job: Job) -> Generator[Event, None, None]:
     recipe, settings = job.recipe, job.settings
     assert settings.iters
     count = settings.iters * settings.grad_accumulation * recipe.batch_size
-    draws = [recipe.draw(k) for k in range(min(count, 200))]
+    own = (k for k in range(count) if recipe.image_of(k) < len(recipe.dataset.examples))
+    draws = [recipe.draw(k) for k in itertools.islice(own, 200)]
     sizes = [recipe.image(draw.image).size for draw in draws]
     share = sum(coverage([d.patch], size) for d, size in zip(draws, sizes, strict=True)) / len(draws)
     yield Note(f"{recipe.plan}; {recipe.plan.source or 'given'}")
     yield Note(f"{len(recipe.dataset.examples)} images; a crop covers {share:.0%} of its image on average")
+    if recipe.prior:
+        yield Note(f"every other sample is one of {len(recipe.prior.examples)} class images")
 
 
 def run(job: Job, state: State) -> Generator[Event, None, TrainResult]:
@@ -300,6 +184,7 @@ def train_step(job: Job, chunk: Chunk, state: State) -> tuple[State, float]:
     numbers = range(state.step * count, (state.step + 1) * count)
     _, height, width, _ = recipe.latent_shape
     samples = []
+    weights = [recipe.weights(number).reshape(-1, 1, 1, 1) for number in numbers]
     for number in numbers:
         prompts = [recipe.prompt_of[image] for image in recipe.images(number)]
         context = model.restore((height, width), chunk.context(number, prompts))
@@ -308,7 +193,7 @@ def train_step(job: Job, chunk: Chunk, state: State) -> tuple[State, float]:
     def loss(i: int, tokens: Tokens) -> mx.array:
         velocity = model.head(tokens, samples[i].context, chunk.head_modulation(numbers[i]))
         error = velocity.astype(mx.float32) - chunk.target(numbers[i])
-        return mx.mean(mx.square(error)) / count
+        return mx.mean(mx.square(error) * weights[i]) / count
 
     grads: dict[str, mx.array] = {}
 

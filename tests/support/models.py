@@ -14,6 +14,9 @@ def assets() -> Path:
     return Path(str(resources.files("mlx_blockskip") / "assets"))
 
 
+HEDGEHOG = assets() / "subjects" / "hedgehog"
+
+
 def convert(source: Path, target: Path, **precision) -> Path:
     """Convert a FLUX.1 checkpoint."""
     wanted = run.Precision(**{"dtype": "float32", **precision})

@@ -12,9 +12,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import QUICK
 from PIL import Image
-from support.compare import same_bits
-from support.models import assets
+from support.compare import assert_same_adapter, factors, same_bits
+from support.models import HEDGEHOG
 
 from mlx_blockskip import generate, train
 from mlx_blockskip.engine import files
@@ -23,32 +24,6 @@ from mlx_blockskip.events import Note, PhaseEnd, Step
 from mlx_blockskip.settings import TrainSettings
 from mlx_blockskip.tasks import optimizer
 from mlx_blockskip.tasks.checkpoints import State
-
-HEDGEHOG = assets() / "subjects" / "hedgehog"
-QUICK = {"data": str(HEDGEHOG), "iters": 6, "rank": 2, "learning_rate": 1e-3, "steps_per_save": 2}
-
-
-@pytest.fixture
-def quick(family_model, tmp_path):
-    """Settings of a short run on each family."""
-
-    def settings(name="a", **options):
-        fixed = {**QUICK, "model": str(family_model), "train_resolution": 32, "resolution": 64, "batch_size": 2}
-        return TrainSettings(**{**fixed, "adapter_path": str(tmp_path / name), **options})
-
-    return settings
-
-
-def factors(directory):
-    tensors = files.load_lazily(directory / "adapters.safetensors")
-    mx.eval(tensors)
-    return tensors
-
-
-def assert_same_adapter(a, b):
-    first, second = factors(a), factors(b)
-    assert first.keys() == second.keys()
-    assert all(same_bits(first[name], second[name]) for name in first)
 
 
 def test_writes_an_adapter_directory_that_says_what_it_is(quick):
