@@ -1,4 +1,5 @@
 import pytest
+from support.compare import parity_table, worst
 from support.models import HEDGEHOG, assets, convert
 from support.toy import make_toy
 
@@ -46,3 +47,10 @@ def quick(family_model, tmp_path):
         return TrainSettings(**{**fixed, "adapter_path": str(tmp_path / name), **options})
 
     return settings
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the parity table where something was held against a reference implementation."""
+    if worst:
+        terminalreporter.write_sep("-", "parity, float32")
+        terminalreporter.write_line(parity_table())

@@ -6,15 +6,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
-from support.compare import relative_error
+from support.compare import PIPELINE, assert_parity, assert_same_image, relative_error
 from support.flux import checkpoint, random_transformer
 from support.golden import GOLDEN, PROMPTS, STEPS
 
 from mlx_blockskip import flow, generate
 from mlx_blockskip.engine import files, philox
 from mlx_blockskip.engine.errors import UserError
-
-LEVELS = 2  # of 255
 
 
 @pytest.mark.parametrize("size", ["128x128", "96x64"])
@@ -34,8 +32,7 @@ def test_images_equal_the_stored_ones(tiny_flux, tmp_path, size, cfg):
         output=str(tmp_path / "out.png"),
     )
     for path, image in zip(paths, stored, strict=True):
-        ours = np.asarray(Image.open(path), np.float64)
-        assert np.abs(ours - image.astype(np.float64) * 255).max() <= LEVELS
+        assert_same_image("FluxPipeline image (of 255), tiny-flux", Image.open(path), image.astype(np.float64) * 255)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +81,7 @@ def test_the_pipeline_equals_diffusers_with_guidance_cfg_and_shifting(tmp_path, 
         output=str(tmp_path / "o.png"),
     )
     for path, image in zip(paths, theirs, strict=True):
-        assert np.abs(np.asarray(Image.open(path), np.float64) - image * 255).max() <= LEVELS
+        assert_same_image("FluxPipeline image (of 255)", Image.open(path), image * 255)
 
 
 def test_final_latents_equal_the_stored_ones(tiny_flux):
@@ -97,7 +94,12 @@ def test_final_latents_equal_the_stored_ones(tiny_flux):
     latents = GOLDEN["96x64.latents"].transpose(0, 2, 3, 1)
     requests = [Request(p, None, latents[i : i + 1]) for i, p in enumerate(prompts)]
     *_, final = sample(model, requests, steps=STEPS, cfg_scale=1.0, guidance=None)
-    assert relative_error(net.pack(mx.concatenate(final)), GOLDEN[f"96x64.final_latents_{STEPS}_steps"]) <= 1e-3
+    assert_parity(
+        "FluxPipeline latents, tiny-flux",
+        net.pack(mx.concatenate(final)),
+        GOLDEN[f"96x64.final_latents_{STEPS}_steps"],
+        PIPELINE,
+    )
 
 
 def make(tmp_path, name, **options):

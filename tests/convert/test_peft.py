@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mlx_blockskip.converters.peft import from_peft, to_peft
 from PIL import Image
-from support.compare import same_bits
+from support.compare import assert_same_image, same_bits
 from support.golden import GOLDEN, PROMPTS
 from support.models import assets, random_tree
 
@@ -20,7 +20,6 @@ from mlx_blockskip.tasks.adapters import save_adapter
 
 TINY = assets() / "tiny-flux"
 STEPS = 4
-LEVELS = 2
 
 
 def our_images(tmp_path, tiny_flux, adapter, **options):
@@ -82,8 +81,8 @@ def test_diffusers_loads_our_export_and_gives_our_image(tmp_path, tiny_flux, sca
     theirs = their_images(torch, pipe)
     ours = our_images(tmp_path, tiny_flux, [adapter])
     assert np.abs(theirs - plain).max() > 10
-    assert np.abs(ours - theirs).max() <= LEVELS
-    assert np.abs(our_images(tmp_path, tiny_flux, [exported]) - theirs).max() <= LEVELS
+    assert_same_image("LoRA exported to diffusers + peft", ours, theirs)
+    assert_same_image("LoRA exported and imported", our_images(tmp_path, tiny_flux, [exported]), theirs)
     assert np.array_equal(our_images(tmp_path, tiny_flux, [adapter], memory_budget="0"), ours)
 
 
@@ -112,7 +111,7 @@ def test_a_lora_of_diffusers_and_peft_gives_the_same_image_here(tmp_path, tiny_f
     )
     theirs = their_images(torch, pipe)
     ours = our_images(tmp_path, tiny_flux, [tmp_path / "theirs"])
-    assert np.abs(ours - theirs).max() <= LEVELS
+    assert_same_image("LoRA of diffusers + peft", ours, theirs)
 
 
 def test_two_adapters_with_strengths_equal_diffusers(tmp_path, tiny_flux):
@@ -123,7 +122,7 @@ def test_two_adapters_with_strengths_equal_diffusers(tmp_path, tiny_flux):
         pipe.load_lora_weights(str(tmp_path), weight_name=f"{name}.safetensors", adapter_name=name)
     pipe.set_adapters(["a", "b"], [0.7, -0.4])
     theirs = their_images(torch, pipe)
-    assert np.abs(our_images(tmp_path, tiny_flux, adapters, lora_scale=[0.7, -0.4]) - theirs).max() <= LEVELS
+    assert_same_image("two LoRAs", our_images(tmp_path, tiny_flux, adapters, lora_scale=[0.7, -0.4]), theirs)
 
 
 def test_alpha_is_written_once(tmp_path):

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.compare import relative_error, same_bits
+from support.compare import assert_parity, relative_error, same_bits
 from support.flux import checkpoint, random_transformer
 from support.golden import GOLDEN, PROMPTS
 from support.models import convert
@@ -12,8 +12,6 @@ from mlx_blockskip.engine.sweep import Sample, forward
 from mlx_blockskip.models.attention import IMAGE_TO_TEXT
 from mlx_blockskip.models.flux1 import transformer as net
 from mlx_blockskip.models.registry import open_model
-
-BOUND = 1e-4
 
 
 def velocity(model, latents, sigma, prompt, guidance=None, masks=None):
@@ -65,7 +63,7 @@ def test_equals_diffusers_on_random_configs(tmp_path, changes, size):
             txt_ids=torch.zeros(text_length, 3),
             guidance=None if guidance is None else torch.full((batch,), guidance),
         ).sample
-    assert relative_error(ours, theirs.numpy()) <= BOUND
+    assert_parity("FLUX.1 transformer", ours, theirs.numpy())
 
 
 @pytest.mark.parametrize("size", ["128x128", "96x64"])
@@ -77,14 +75,14 @@ def test_tiny_flux_gives_the_stored_velocity(tiny_flux, size, sigma):
     assert same_bits(net.unpack(net.pack(latents), latents.shape[1:3]), latents)
     prompt = {"prompt_embeds": GOLDEN["prompt_embeds"], "pooled": GOLDEN["pooled_prompt_embeds"]}
     ours = velocity(model, latents, np.full(4, float(sigma), np.float32), prompt)
-    assert relative_error(ours, GOLDEN[f"{size}.velocity@{sigma}"]) <= BOUND
+    assert_parity("FLUX.1 transformer, tiny-flux", ours, GOLDEN[f"{size}.velocity@{sigma}"])
 
 
 def test_prompts_give_the_stored_embeddings(tiny_flux):
     encoded = open_model(tiny_flux).encode_prompts(PROMPTS, 24)
     for i, prompt in enumerate(encoded.prompts):
-        assert relative_error(prompt["prompt_embeds"][0], GOLDEN["prompt_embeds"][i]) <= BOUND
-        assert relative_error(prompt["pooled"][0], GOLDEN["pooled_prompt_embeds"][i]) <= BOUND
+        assert_parity("T5 encoder, tiny-flux", prompt["prompt_embeds"][0], GOLDEN["prompt_embeds"][i])
+        assert_parity("CLIP text, tiny-flux", prompt["pooled"][0], GOLDEN["pooled_prompt_embeds"][i])
     assert not any(encoded.truncated)
 
 

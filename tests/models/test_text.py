@@ -6,7 +6,7 @@ import pytest
 from mlx_blockskip.converters import run
 from mlx_blockskip.converters.encoders import clip_text, t5_encoder
 from mlx_blockskip.converters.source import open_source
-from support.compare import relative_error
+from support.compare import assert_parity
 from support.golden import GOLDEN, PROMPTS
 from support.models import assets
 
@@ -15,7 +15,6 @@ from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.weights import Shards
 from mlx_blockskip.models.text import clip, t5, tokenize
 
-BOUND = 1e-4
 CLIP = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 T5 = {"vocab_size": 99, "d_model": 32, "d_ff": 48, "d_kv": 6, "num_heads": 4, "num_layers": 3}
 
@@ -45,8 +44,8 @@ def test_clip_equals_transformers(tmp_path, eos, act):
     with torch.no_grad():
         theirs = reference(torch.from_numpy(ids.astype(np.int64)))
     ((hidden, pooled),) = clip.encode(component(reference, clip_text, tmp_path), [ids])
-    assert relative_error(hidden, theirs.last_hidden_state.numpy()) <= BOUND
-    assert relative_error(pooled, theirs.pooler_output.numpy()) <= BOUND
+    assert_parity("CLIP text", hidden, theirs.last_hidden_state.numpy())
+    assert_parity("CLIP text", pooled, theirs.pooler_output.numpy())
 
 
 @pytest.mark.parametrize("projection", ["gated-gelu", "relu"])
@@ -62,9 +61,9 @@ def test_t5_equals_transformers(tmp_path, projection, length):
         theirs = reference(torch.from_numpy(ids.astype(np.int64))).last_hidden_state
     shards = component(reference, t5_encoder, tmp_path)
     (ours,) = t5.hidden(shards, [ids])
-    assert relative_error(ours, theirs.numpy()) <= BOUND
+    assert_parity("T5 encoder", ours, theirs.numpy())
     apart = t5.hidden(shards, [ids[:1], ids[1:]], budget=0)
-    assert relative_error(mx.concatenate(apart), theirs.numpy()) <= BOUND
+    assert_parity("T5 encoder", mx.concatenate(apart), theirs.numpy())
 
 
 def test_t5_is_never_stored_in_float16(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from mlx_blockskip.converters import run
 from mlx_blockskip.converters.encoders import autoencoder_kl
 from mlx_blockskip.converters.source import open_source
-from support.compare import relative_error
+from support.compare import assert_parity, relative_error
 from support.golden import GOLDEN
 
 from mlx_blockskip.engine import files
@@ -15,7 +15,6 @@ from mlx_blockskip.engine.weights import Shards
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.models.vae import kl
 
-BOUND = 1e-4
 SMALL = {
     "block_out_channels": (8, 16),
     "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -69,10 +68,10 @@ def test_equals_diffusers_on_random_configs(tmp_path, changes, size):
         z = posterior.mean
         decoded = model.decode(z).sample
     mean, logvar = kl.encode(weights, config, mx.array(pixels))
-    assert relative_error(mean.transpose(0, 3, 1, 2), posterior.mean.numpy()) <= BOUND
-    assert relative_error(logvar.transpose(0, 3, 1, 2), posterior.logvar.numpy()) <= BOUND
+    assert_parity("AutoencoderKL encode", mean.transpose(0, 3, 1, 2), posterior.mean.numpy())
+    assert_parity("AutoencoderKL encode", logvar.transpose(0, 3, 1, 2), posterior.logvar.numpy())
     ours = kl.decode(weights, config, mx.array(z.numpy().transpose(0, 2, 3, 1)))
-    assert relative_error(ours.transpose(0, 3, 1, 2), decoded.numpy()) <= BOUND
+    assert_parity("AutoencoderKL decode", ours.transpose(0, 3, 1, 2), decoded.numpy())
     assert relative_error(kl.unscale(kl.scale(mean, config), config), mean) <= 1e-5
 
 
@@ -113,9 +112,9 @@ def test_tiny_flux_gives_the_stored_values(tiny_flux):
     model = open_model(tiny_flux)
     weights = model.vae.load(model.vae.names)
     mean, _ = kl.encode(weights, model.vae.config, GOLDEN["vae.pixels"].transpose(0, 2, 3, 1))
-    assert relative_error(mean.transpose(0, 3, 1, 2), GOLDEN["vae.mean"]) <= BOUND
+    assert_parity("AutoencoderKL encode, tiny-flux", mean.transpose(0, 3, 1, 2), GOLDEN["vae.mean"])
     decoded = kl.decode(weights, model.vae.config, GOLDEN["vae.z"].transpose(0, 2, 3, 1))
-    assert relative_error(decoded.transpose(0, 3, 1, 2), GOLDEN["vae.decoded"]) <= BOUND
+    assert_parity("AutoencoderKL decode, tiny-flux", decoded.transpose(0, 3, 1, 2), GOLDEN["vae.decoded"])
 
 
 @pytest.mark.parametrize(
