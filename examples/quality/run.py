@@ -4,9 +4,9 @@
 
 Each picture is cut from its plain background and named by its nearest neighbour (nearest.py). Learned: of 3 seeds x
 4 prompts with the trigger on new colours, how many are nearest to the subject. Kept: of 3 seeds x 8 prompts without it,
-how many have the same nearest emoji as before training. Those prompts were picked so that the untrained model's own pictures are named
-right in all seeds (on some backgrounds the cut fails: a yellow wheel on yellow), and none of their things is in
-tiny-flux's class prompts. Settings are fields of TrainSettings.
+how many have the same nearest emoji as before training. Those prompts were picked so that the untrained model's own
+pictures are named right in all seeds (on some backgrounds the cut fails: a yellow wheel on yellow), and none of their
+things is in tiny-flux's class prompts. Settings are fields of TrainSettings.
 """
 
 import platform
