@@ -19,7 +19,7 @@ def peaks(budget: str | None, out: Path) -> dict[str, int]:
             found[event.phase] = max(found.get(event.phase, 0), event.peak_memory)
 
     data = str(files("mlx_blockskip") / "assets" / "subjects" / "hedgehog")
-    train(data=data, adapter_path=str(out / "a"), iters=8, memory_budget=budget, on_event=keep)
+    train(data=data, adapter_path=str(out / "a"), iters=8, class_images=4, memory_budget=budget, on_event=keep)
     generate(
         prompt=["a sks toy on a red background"],
         adapter_path=[str(out / "a")],

@@ -5,10 +5,11 @@ the current one works.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from threading import Condition
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -119,12 +120,55 @@ class Shards:
         self._verified.add(file)
 
 
+class Flight:
+    """The bytes in flight of a walk: the block at work, and what is read ahead of the next one.
+
+    limit: bytes that both may take together; None for any. A block by itself is always let through.
+    """
+
+    def __init__(self, limit: int | None):
+        self.limit = limit
+        self.at_work = 0
+        self.ahead = 0
+        self.cancelled = False
+        self._changed = Condition()
+
+    def take(self, size: int) -> None:
+        """Wait until `size` more bytes may be read ahead. Raises CancelledError where the walk was left."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.cancelled or self._fits(size))
+            if self.cancelled:
+                raise CancelledError
+            self.ahead += size
+
+    def hand_over(self) -> None:
+        """What was read ahead is now at work."""
+        with self._changed:
+            self.at_work, self.ahead = self.ahead, 0
+
+    def done(self) -> None:
+        """The block at work was let go of."""
+        with self._changed:
+            self.at_work = 0
+            self._changed.notify()
+
+    def cancel(self) -> None:
+        """Nobody waits for the next block any more."""
+        with self._changed:
+            self.cancelled = True
+            self._changed.notify()
+
+    def _fits(self, size: int) -> bool:
+        return not self.at_work or self.limit is None or self.at_work + self.ahead + size <= self.limit
+
+
 class BlockReader:
     """Hands out the weights of blocks in the order of a walk.
 
-    budget: bytes of weights that may stay in memory between walks, two blocks in flight included; None keeps all.
-    A fixed set of blocks stays (the first that fit): in a walk there and back, that reads no more than any other
-    choice. The budget changes what is read again, never a result.
+    budget: bytes of weights that may be in memory; None keeps all. First comes the block at work, then as much of the
+    next one as fits, tensor by tensor, and what is left keeps blocks between walks: a fixed set (the first that fit),
+    which in a walk there and back reads no more than any other choice. The budget changes what is read again and when,
+    never a result.
     """
 
     def __init__(self, shards: Shards, stack: Stack, budget: int | None = None, prefetch: bool = True):
@@ -162,28 +206,35 @@ class BlockReader:
         The caller lets the weights go (`del`) before it asks for the next block; then at most two are in memory.
         """
         order = list(blocks)
+        limit = None
         if self.budget is not None:
             largest = max((self.nbytes(index, part) for index in set(order)), default=0)
             self._room = self.budget - (2 if self.prefetch else 1) * largest
+            limit = self.budget - max(0, self._room)
+        flight = Flight(limit)
         if not self.prefetch:
             for index in order:
-                yield index, self._get(index, part)
+                yield index, self._get(index, part, flight)
+                flight.done()
             return
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="block-reader") as pool:
-            ahead: Future | None = pool.submit(self._get, order[0], part) if order else None
+            ahead: Future | None = pool.submit(self._get, order[0], part, flight) if order else None
             weights: dict[str, mx.array] = {}
             try:
                 for position, index in enumerate(order):
                     if ahead is not None:
                         weights, ahead = ahead.result(), None
+                        flight.hand_over()
                     following = order[position + 1] if position + 1 < len(order) else index
                     if following == index:  # the turning point of a walk there and back, or the end
                         yield index, weights
                         continue
-                    ahead = pool.submit(self._get, following, part)
+                    ahead = pool.submit(self._get, following, part, flight)
                     taken, weights = weights, {}
                     yield index, _handed_over(taken)
+                    flight.done()
             finally:
+                flight.cancel()
                 if ahead is not None and not ahead.cancel():
                     ahead.exception()
 
@@ -192,7 +243,7 @@ class BlockReader:
         self._kept.clear()
         self._kept_bytes = 0
 
-    def _get(self, index: int, part: Part) -> dict[str, mx.array]:
+    def _get(self, index: int, part: Part, flight: Flight) -> dict[str, mx.array]:
         kept = self._kept.get((index, part))
         if kept is not None:
             return dict(kept)
@@ -200,7 +251,10 @@ class BlockReader:
         names = self.names(index, part)
         if not names and part != "modulation":
             raise UserError(f"{self.shards.path}: has no tensors under {prefix}; convert the model again")
-        weights = {name[len(prefix) :]: array for name, array in self.shards.load(names).items()}
+        weights: dict[str, mx.array] = {}
+        for name in names:
+            flight.take(self.shards.nbytes([name]))
+            weights[name[len(prefix) :]] = self.shards.load([name])[name]
         size = self.shards.nbytes(names)
         self.bytes_read += size
         if self.budget is None or self._kept_bytes + size <= self._room:

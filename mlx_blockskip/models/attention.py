@@ -1,6 +1,13 @@
 """The one attention seam: scaled dot product, rotary positions, the image-to-text mask, exact query chunks."""
 
+from collections.abc import Callable, Sequence
+from typing import cast
+
 import mlx.core as mx
+
+Attend = Callable[[mx.array, mx.array, mx.array], mx.array]
+Rows = Callable[[mx.array, mx.array, mx.array, int], mx.array]
+"""`(queries of some rows, keys, values, first row) -> attended`."""
 
 IMAGE_TO_TEXT = "image_to_text"
 """The mask of DiT-BlockSkip's block selection (section 3.3): image queries do not see text keys."""
@@ -37,13 +44,48 @@ def attention(
         masked = image_to_text_bias(length, keys, text_length, q.dtype)
         bias = masked if bias is None else bias + masked
 
-    def rows(start: int, stop: int) -> mx.array:
+    def rows(queries: mx.array, keys: mx.array, values: mx.array, start: int) -> mx.array:
+        stop = start + queries.shape[2]
         part = None if bias is None else bias[..., start:stop, :] if bias.shape[-2] > 1 else bias
-        return mx.fast.scaled_dot_product_attention(q[:, :, start:stop], k, v, scale=scale, mask=part)
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=part)
 
     if chunk >= length:
-        return rows(0, length)
-    return mx.concatenate([rows(s, min(s + chunk, length)) for s in range(0, length, chunk)], axis=2)
+        return rows(q, k, v, 0)
+    return _in_chunks(rows, chunk)(q, k, v)
+
+
+def _in_chunks(rows: Rows, chunk: int) -> Attend:
+    """Attention by query rows, whose gradient goes by the same rows: one chunk's scores at a time both ways.
+
+    Each chunk is made to depend on the one before it: MLX evaluates many branches of a graph side by side, and
+    autograd keeps every chunk's scores for the way back.
+    """
+
+    @mx.custom_function
+    def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        done: list[mx.array] = []
+        for s in range(0, q.shape[2], chunk):
+            queries = q[:, :, s : s + chunk]
+            if done:
+                queries = mx.depends([queries], done[-1:])[0]
+            done.append(rows(queries, k, v, s))
+        return mx.concatenate(done, axis=2)
+
+    @attend.vjp
+    def pull_back(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+        q, k, v = primals
+        dq: list[mx.array] = []
+        dk, dv = mx.zeros_like(k), mx.zeros_like(v)
+        for s in range(0, q.shape[2], chunk):
+            queries, upstream = q[:, :, s : s + chunk], cotangent[:, :, s : s + chunk]
+            if dq:
+                queries, upstream = mx.depends([queries, upstream], [dq[-1], dk, dv])
+            _, pulled = mx.vjp(lambda *a, s=s: [rows(*a, s)], [queries, k, v], [upstream])
+            dq.append(pulled[0])
+            dk, dv = dk + pulled[1], dv + pulled[2]
+        return mx.concatenate(dq, axis=2), dk, dv
+
+    return cast(Attend, attend)
 
 
 def image_to_text_bias(queries: int, keys: int, text_length: int, dtype: mx.Dtype) -> mx.array:

@@ -5,10 +5,13 @@ Weights carry diffusers' module paths: `linear(w, "attn.to_q", x)` reads `attn.t
 """
 
 from collections.abc import Mapping
+from typing import cast
 
 import mlx.core as mx
 
 Weights = Mapping[str, mx.array]
+
+GELU_SLOPE, GELU_CUBE = 0.7978845608028654, 0.044715
 
 
 def linear(w: Weights, name: str, x: mx.array, trainable: Weights | None = None) -> mx.array:
@@ -55,8 +58,27 @@ def silu(x: mx.array) -> mx.array:
 
 
 def gelu_tanh(x: mx.array) -> mx.array:
-    """The tanh approximation of GELU (`gelu-approximate` in diffusers, `gelu_new` in transformers)."""
-    return 0.5 * x * (1 + mx.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    """The tanh approximation of GELU (`gelu-approximate` in diffusers, `gelu_new` in transformers).
+
+    Its derivative is written out: autograd would hold ten arrays of x's size.
+    """
+    return cast(mx.array, _gelu(x))
+
+
+@mx.custom_function
+def _gelu(x: mx.array) -> mx.array:
+    return 0.5 * x * (1 + _gelu_tanh(x))
+
+
+@_gelu.vjp
+def _gelu_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+    t = _gelu_tanh(x)
+    slope = GELU_SLOPE * (1 + 3 * GELU_CUBE * (x * x))
+    return cotangent * (0.5 * (1 + t + x * (1 - t * t) * slope))
+
+
+def _gelu_tanh(x: mx.array) -> mx.array:
+    return mx.tanh(GELU_SLOPE * (x + GELU_CUBE * x * x * x))
 
 
 def quick_gelu(x: mx.array) -> mx.array:

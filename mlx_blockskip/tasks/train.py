@@ -114,6 +114,9 @@ def describe(job: Job) -> Generator[Event, None, None]:
     share = sum(coverage([d.patch], size) for d, size in zip(draws, sizes, strict=True)) / len(draws)
     yield Note(f"{recipe.plan}; {recipe.plan.source or 'given'}")
     yield Note(f"{len(recipe.dataset.examples)} images; a crop covers {share:.0%} of its image on average")
+    batches = settings.iters * settings.grad_accumulation
+    if settings.residuals == "fresh" and recipe.plan.later and batches <= job.chunk_length:
+        yield Warning("the run fits into one chunk, so its fresh residuals are those of the base model")
     if recipe.prior:
         yield Note(f"every other sample is one of {len(recipe.prior.examples)} class images")
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import time
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -181,6 +182,38 @@ def test_doubling_the_depth_adds_only_kept_inputs_and_trainable_state(tmp_path):
     growth = peaks[12] - peaks[6]
     assert growth <= kept[12] - kept[6] + trained[12] - trained[6] + 65536
     assert peaks[6] < 6 * block, "the whole stack was in memory"
+
+
+def test_what_is_read_ahead_stays_within_the_budget(tmp_path):
+    """Where two blocks do not fit, the next one is read tensor by tensor."""
+    width = 256
+    stack, shards = make(tmp_path / "m", 6, width)
+    block, largest = BlockReader(shards, stack).nbytes(0), width * width * 4
+    waiting = samples(width=width)
+    mx.eval([(s.state, s.context) for s in waiting])
+    mx.set_cache_limit(0)
+    peaks = {}
+    for budget in (block, block + largest, 2 * block, 3 * block):
+        reader = BlockReader(shards, stack, budget)
+
+        def slowly(reader=reader):
+            for _, weights in reader.walk(range(6)):
+                time.sleep(0.02)  # the reader has all the time it needs
+                del weights
+
+        peaks[budget] = peak_of(slowly)
+        assert peaks[budget] <= budget
+        reader.release()
+    assert peaks[block] < peaks[block + largest] < peaks[2 * block] < peaks[3 * block]
+
+
+def test_a_walk_that_is_left_does_not_hang(tmp_path):
+    stack, shards = make(tmp_path / "m", 6)
+    reader = BlockReader(shards, stack, 0)
+    for _, weights in reader.walk(range(6)):
+        del weights
+        break
+    assert [index for index, _ in reader.walk(range(6))] == list(range(6))
 
 
 def test_a_block_that_is_not_visited_is_never_read(tmp_path):

@@ -41,6 +41,37 @@ def test_equals_the_dense_reference_in_chunks_of_every_size(chunk, mask, with_bi
     assert relative_error(ours, dense(bias, mask)) <= 1e-5
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 16, 40])
+@pytest.mark.parametrize("mask", [None, IMAGE_TO_TEXT])
+def test_gradients_in_chunks_equal_those_of_the_whole(chunk, mask):
+    upstream = mx.array(philox.normal(0, 7, shape=Q.shape))
+
+    def pulled(query_chunk):
+        def run(*qkv):
+            return [attention(*qkv, scale=0.3, text_length=TEXT, mask=mask, query_chunk=query_chunk)]
+
+        return mx.vjp(run, [Q, K, V], [upstream])[1]
+
+    for ours, whole in zip(pulled(chunk), pulled(17), strict=True):
+        assert relative_error(ours, whole) <= 1e-5
+
+
+def test_the_way_back_holds_the_scores_of_one_chunk():
+    """Many queries and few channels, so that scores are nearly all there is."""
+    x = mx.array(philox.normal(0, shape=(1, 1, 2048, 4)))
+    scores = 2048 * 2048 * 4
+    peaks = {}
+    mx.eval(x)
+    for chunk in (2048, 64):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        start = mx.get_active_memory()
+        mx.eval(mx.grad(lambda q, chunk=chunk: mx.square(attention(q, x, x, scale=1.0, query_chunk=chunk)).sum())(x))
+        peaks[chunk] = mx.get_peak_memory() - start
+    assert peaks[2048] >= 2 * scores
+    assert peaks[64] <= scores / 2
+
+
 def test_text_queries_are_not_touched_by_the_mask():
     plain = attention(Q, K, V, scale=0.3, text_length=TEXT)
     masked = attention(Q, K, V, scale=0.3, text_length=TEXT, mask=IMAGE_TO_TEXT)

@@ -38,3 +38,17 @@ def random_tree(model, blocks, rank=3, targets="all", seed=0, b_scale=0.05):
             if name.endswith("lora_b"):
                 factors[name] = mx.array(philox.normal(seed, index, number, shape=factors[name].shape)) * b_scale
     return tree
+
+
+def prepared(settings):
+    """The set-up of a training run, made but not begun."""
+    from mlx_blockskip.data import load_dataset
+    from mlx_blockskip.events import finish
+    from mlx_blockskip.models.registry import open_model
+    from mlx_blockskip.tasks import job
+
+    model = open_model(Path(settings.model))
+    settings = job.complete(settings, model)
+    dataset = load_dataset(Path(settings.data), settings.prompt)
+    plan = job.choose_plan(settings, model)
+    return finish(job.prepare(settings, Path(settings.adapter_path), model, dataset, plan))

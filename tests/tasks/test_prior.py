@@ -2,21 +2,18 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 from support.compare import assert_same_adapter, factors, same_bits
-from support.models import HEDGEHOG
+from support.models import HEDGEHOG, prepared
 
 from mlx_blockskip import generate, train
-from mlx_blockskip.data import load_dataset
 from mlx_blockskip.engine import philox
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, PhaseEnd
 from mlx_blockskip.models.registry import open_model
-from mlx_blockskip.tasks.job import choose_plan, complete, prepare
 from mlx_blockskip.tasks.samples import CLASS_NOISE
 
 CLASSES = {"class_prompt": ["a ghost on a blue background", "a dog on a red background"], "class_images": 3}
@@ -35,18 +32,6 @@ def class_data(tmp_path):
         return str(target)
 
     return directory
-
-
-def job_of(settings, tmp_path):
-    model = open_model(Path(settings.model), None)
-    settings = complete(settings, model)
-    dataset = load_dataset(HEDGEHOG, settings.prompt)
-    task = prepare(settings, tmp_path / "job", model, dataset, choose_plan(settings, model))
-    while True:
-        try:
-            next(task)
-        except StopIteration as done:
-            return done.value
 
 
 def test_class_images_are_made_once_and_captioned_in_turn(quick):
@@ -94,8 +79,8 @@ def test_a_class_image_is_what_generate_draws(tiny_flux, quick, tmp_path):
     assert Image.open(path).convert("RGB").tobytes() == Image.open(directory / "0001.png").convert("RGB").tobytes()
 
 
-def test_every_other_sample_is_a_class_image_and_all_take_turns(quick, class_data, tmp_path):
-    recipe = job_of(quick(class_data=class_data("given", 3), prior_weight=0.25), tmp_path).recipe
+def test_every_other_sample_is_a_class_image_and_all_take_turns(quick, class_data):
+    recipe = prepared(quick(class_data=class_data("given", 3), prior_weight=0.25)).recipe
     subjects = len(recipe.dataset.examples)
     images = [recipe.image_of(k) for k in range(2 * subjects * 3)]
     assert all((image < subjects) == (k % 2 == 0) for k, image in enumerate(images))
@@ -145,5 +130,5 @@ def test_class_images_of_the_user_need_captions_or_one_class_prompt(quick, tmp_p
     shutil.copyfile(next(HEDGEHOG.glob("*.png")), bare / "1.png")
     with pytest.raises(UserError, match="has no caption.*--class-prompt"):
         train(quick(class_data=str(bare)))
-    recipe = job_of(quick("b", class_data=str(bare), class_prompt=["a dog"]), tmp_path).recipe
+    recipe = prepared(quick("b", class_data=str(bare), class_prompt=["a dog"])).recipe
     assert recipe.examples[-1].caption == "a dog"

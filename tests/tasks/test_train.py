@@ -15,12 +15,12 @@ import pytest
 from conftest import QUICK
 from PIL import Image
 from support.compare import assert_same_adapter, factors, same_bits
-from support.models import HEDGEHOG
+from support.models import HEDGEHOG, prepared
 
 from mlx_blockskip import generate, train
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.events import Note, PhaseEnd, Step
+from mlx_blockskip.events import Note, PhaseEnd, Step, Warning
 from mlx_blockskip.settings import TrainSettings
 from mlx_blockskip.tasks import optimizer
 from mlx_blockskip.tasks.checkpoints import State
@@ -57,6 +57,7 @@ def test_refuses_to_write_over_an_adapter(quick):
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, residuals, monkeypatch):
     """Kill the process in the middle of a chunk, go on, and compare with a run that was never stopped."""
     common = ["--data", str(HEDGEHOG), "--rank", "2", "--learning-rate", "1e-3", "--batch-size", "1"]
+    common += ["--class-images", "0"]
     common += ["--train-resolution", "32", "--resolution", "64", "--patch-mode", "dynamic", "--steps-per-save", "3"]
     common += ["--residuals", residuals, "--cache-limit", "400KB", "--skip-first", "3", "--skip-last", "3"]
     command = [sys.executable, "-m", "mlx_blockskip", "train", *common, "--json"]
@@ -92,6 +93,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, residuals, monkeypatch)
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     command = [sys.executable, "-m", "mlx_blockskip", "train", "--data", str(HEDGEHOG), "--rank", "2"]
     command += [
+        "--class-images",
+        "0",
         "--adapter-path",
         str(tmp_path / "a"),
         "--iters",
@@ -134,12 +137,14 @@ def test_fresh_residuals_follow_the_adapter_from_the_second_chunk_on(quick):
     """A first chunk starts from an adapter that changes nothing, so one chunk is the same in both modes."""
     options = {"skip_first": 1, "skip_last": 1, "iters": 4}
     few = {**options, "cache_limit": str(record_bytes(quick, **options) + 100)}
+    said = []
     made = {
-        (mode, name): train(quick(f"{mode}-{name}", residuals=mode, **more)).adapter_path
+        (mode, name): train(quick(f"{mode}-{name}", residuals=mode, **more), on_event=said.append).adapter_path
         for mode in ("base", "fresh")
         for name, more in (("one", options), ("many", few))
     }
     assert_same_adapter(made["base", "one"], made["fresh", "one"])
+    assert sum("fits into one chunk" in e.message for e in said if isinstance(e, Warning)) == 1
     assert_same_adapter(made["base", "one"], made["base", "many"])
     first, second = factors(made["base", "many"]), factors(made["fresh", "many"])
     assert not all(same_bits(first[name], second[name]) for name in first)
@@ -147,27 +152,9 @@ def test_fresh_residuals_follow_the_adapter_from_the_second_chunk_on(quick):
 
 def record_bytes(quick, **options):
     """Bytes of one record of a short run."""
-    from mlx_blockskip.models.registry import open_model
-    from mlx_blockskip.tasks import train as task
-
-    settings = quick("probe", **options)
-    model = open_model(Path(settings.model))
-    settings = task.complete(settings, model)
-    directory = Path(settings.adapter_path)
-    job = drive(
-        task.prepare(settings, directory, model, task.load_dataset(HEDGEHOG), task.choose_plan(settings, model))
-    )
-    size = job.layout.nbytes
-    shutil.rmtree(directory)
-    return size
-
-
-def drive(task):
-    while True:
-        try:
-            next(task)
-        except StopIteration as done:
-            return done.value
+    job = prepared(quick("probe", **options))
+    shutil.rmtree(job.directory)
+    return job.layout.nbytes
 
 
 def test_a_streamed_run_gives_the_same_adapter_as_a_resident_one(quick):
