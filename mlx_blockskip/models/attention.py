@@ -79,8 +79,13 @@ def _in_chunks(rows: Rows, chunk: int) -> Attend:
         for s in range(0, q.shape[2], chunk):
             queries, upstream = q[:, :, s : s + chunk], cotangent[:, :, s : s + chunk]
             if dq:
-                queries, upstream = mx.depends([queries, upstream], [dq[-1], dk, dv])
-            _, pulled = mx.vjp(lambda *a, s=s: [rows(*a, s)], [queries, k, v], [upstream])
+                ready = mx.depends([queries, upstream], [dq[-1], dk, dv])
+                queries, upstream = ready[0], ready[1]
+
+            def these(*qkv: mx.array, first: int = s) -> list[mx.array]:
+                return [rows(qkv[0], qkv[1], qkv[2], first)]
+
+            _, pulled = mx.vjp(these, [queries, k, v], [upstream])
             dq.append(pulled[0])
             dk, dv = dk + pulled[1], dv + pulled[2]
         return mx.concatenate(dq, axis=2), dk, dv
