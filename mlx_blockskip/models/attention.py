@@ -72,7 +72,7 @@ def _in_chunks(rows: Rows, chunk: int) -> Attend:
         return mx.concatenate(done, axis=2)
 
     @attend.vjp
-    def pull_back(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+    def pull_back(primals: Sequence[mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
         q, k, v = primals
         dq: list[mx.array] = []
         dk, dv = mx.zeros_like(k), mx.zeros_like(v)
