@@ -91,9 +91,7 @@ class TrainSettings:
     grad_accumulation: int = option(1, "Micro-batches an optimizer step; all wait in one sweep.", group=RUN)
     seed: int = option(0, "Seed of everything random.", group=RUN)
     cache_limit: str = option("8GB", "Largest residual cache on disk.", group=RUN)
-    memory_budget: str | None = option(
-        None, "Memory for weights that stay loaded, e.g. 2GB; all by default.", group=RUN
-    )
+    memory_budget: str | None = option(None, "MLX memory to stay within, e.g. 2GB; any by default.", group=RUN)
     steps_per_save: int = option(100, "Steps between checkpoints; 0 for none.", group=RUN)
     steps_per_sample: int = option(0, "Steps between sample images; 0 for none.", group=RUN)
     sample_prompt: list[str] = option([], "Prompt of sample images; repeatable.", group=RUN)
@@ -119,7 +117,7 @@ class GenerateSettings:
     height: int | None = option(None, "Pixels.")
     max_sequence_length: int | None = option(None, "Text tokens, padding included.")
     noise: str | None = option(None, "safetensors file with `noise` (B x C x h x w) to start from, instead of a seed.")
-    memory_budget: str | None = option(None, "Memory for weights that stay loaded, e.g. 2GB; all by default.")
+    memory_budget: str | None = option(None, "MLX memory to stay within, e.g. 2GB; any by default.")
     from_image: str | None = option(None, "PNG made by this tool, whose settings are taken.")
     output: str = option("out.png", "File to write; numbered where there are several images.")
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
-from mlx_blockskip.engine import files
+from mlx_blockskip.engine import files, memory
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.stack import Stack
 
@@ -165,10 +165,11 @@ class Flight:
 class BlockReader:
     """Hands out the weights of blocks in the order of a walk.
 
-    budget: bytes of weights that may be in memory; None keeps all. First comes the block at work, then as much of the
-    next one as fits, tensor by tensor, and what is left keeps blocks between walks: a fixed set (the first that fit),
-    which in a walk there and back reads no more than any other choice. The budget changes what is read again and when,
-    never a result.
+    budget: bytes of MLX memory for all there is; None keeps every block. The first walk has one block in memory at a
+    time and measures what the work itself takes beside it. From then on comes first the block at work, then as much of
+    the next one as fits, tensor by tensor, and what is left keeps blocks between walks: a fixed set (the first that
+    fit), which in a walk there and back reads no more than any other choice. The budget changes what is read again and
+    when, never a result.
     """
 
     def __init__(self, shards: Shards, stack: Stack, budget: int | None = None, prefetch: bool = True):
@@ -177,6 +178,7 @@ class BlockReader:
         self.budget = budget
         self.prefetch = prefetch
         self.bytes_read = 0
+        self.overhead: dict[Part, int] = {}  # bytes beside the weights, the highest so far
         self._kept: dict[tuple[int, Part], dict[str, mx.array]] = {}
         self._kept_bytes = 0
         self._room = 0
@@ -206,17 +208,33 @@ class BlockReader:
         The caller lets the weights go (`del`) before it asks for the next block; then at most two are in memory.
         """
         order = list(blocks)
-        limit = None
-        if self.budget is not None:
-            largest = max((self.nbytes(index, part) for index in set(order)), default=0)
-            self._room = self.budget - (2 if self.prefetch else 1) * largest
-            limit = self.budget - max(0, self._room)
-        flight = Flight(limit)
-        if not self.prefetch:
-            for index in order:
-                yield index, self._get(index, part, flight)
-                flight.done()
+        if self.budget is None:
+            yield from self._read_ahead(order, part, Flight(None))
             return
+        largest = max((self.nbytes(index, part) for index in set(order)), default=0)
+        if not self.prefetch or part not in self.overhead:
+            self._room = 0 if part not in self.overhead else self.budget - self.overhead[part] - largest
+            yield from self._one_by_one(order, part)
+            return
+        weights = self.budget - self.overhead[part]
+        self._room = weights - 2 * largest
+        yield from self._read_ahead(order, part, Flight(weights - max(0, self._room)))
+
+    def _one_by_one(self, order: Sequence[int], part: Part) -> Iterator[tuple[int, dict[str, mx.array]]]:
+        """One block in memory at a time, and what the work takes beside it measured."""
+        held: dict[str, mx.array] = {}
+        for position, index in enumerate(order):
+            weights = held or self._get(index, part, Flight(None))
+            turns = order[position + 1 : position + 2] == [index]
+            held = dict(weights) if turns else {}
+            memory.mark()
+            size = self._kept_bytes + (0 if (index, part) in self._kept else self.nbytes(index, part))
+            yield index, _handed_over(weights)
+            self.overhead[part] = max(self.overhead.get(part, 0), memory.since_mark() - size)
+
+    def _read_ahead(
+        self, order: Sequence[int], part: Part, flight: Flight
+    ) -> Iterator[tuple[int, dict[str, mx.array]]]:
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="block-reader") as pool:
             ahead: Future | None = pool.submit(self._get, order[0], part, flight) if order else None
             weights: dict[str, mx.array] = {}
@@ -239,9 +257,15 @@ class BlockReader:
                     ahead.exception()
 
     def release(self) -> None:
-        """Let go of every block that was kept."""
+        """Let go of every block that was kept, and of what was measured: other work comes."""
         self._kept.clear()
         self._kept_bytes = 0
+        self.overhead.clear()
+
+    def reserve(self, size: int, part: Part = "body") -> None:
+        """Count `size` more bytes as taken beside the weights."""
+        if part in self.overhead:
+            self.overhead[part] += size
 
     def _get(self, index: int, part: Part, flight: Flight) -> dict[str, mx.array]:
         kept = self._kept.get((index, part))

@@ -3,14 +3,12 @@
 from collections.abc import Generator
 from pathlib import Path
 
-import mlx.core as mx
-
 from mlx_blockskip.converters import run
 from mlx_blockskip.converters.run import Precision, default_dtype
 from mlx_blockskip.converters.table import Component
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.events import Event, Note, Saved, Step
+from mlx_blockskip.events import Event, Note, Saved
 from mlx_blockskip.models.family import Family
 from mlx_blockskip.models.registry import find_family
 from mlx_blockskip.settings import ConvertSettings
@@ -59,7 +57,7 @@ def convert_directory(source: Path, target: Path, precision: Precision, origin: 
         yield track.begin
         with files.atomic_directory(target) as temporary:
             for done, _ in enumerate(run.write_model(source, temporary, family, precision, opened, origin), 1):
-                yield Step("convert", done, peak_memory=mx.get_peak_memory())
+                yield track.step(done)
     yield track.end
 
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 
+from mlx_blockskip.engine import memory
 from mlx_blockskip.events import Phase, PhaseEnd, Step
 
 CACHE_LIMIT = 64 << 20
@@ -22,7 +23,7 @@ class Track:
         self.end = PhaseEnd(name, 0.0, 0)
 
     def step(self, done: int, loss: float | None = None, learning_rate: float | None = None) -> Step:
-        return Step(self.name, done, loss, learning_rate, mx.get_peak_memory())
+        return Step(self.name, done, loss, learning_rate, memory.peak())
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def phase(name: str, total: int | None = None, unit: str = "it") -> Iterator[Tra
     """Count peak memory and time from here to the end of the block."""
     mx.set_cache_limit(CACHE_LIMIT)
     mx.clear_cache()
-    mx.reset_peak_memory()
+    memory.reset()
     track = Track(name, total, unit)
     yield track
-    track.end = PhaseEnd(name, time.perf_counter() - track.started, mx.get_peak_memory())
+    track.end = PhaseEnd(name, time.perf_counter() - track.started, memory.peak())

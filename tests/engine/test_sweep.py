@@ -10,7 +10,7 @@ import pytest
 from support.compare import relative_error, same_bits
 from support.component import save_component
 
-from mlx_blockskip.engine import philox, sweep
+from mlx_blockskip.engine import memory, philox, sweep
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.stack import Block, BlockKind, Stack
 from mlx_blockskip.engine.sweep import Sample
@@ -184,27 +184,39 @@ def test_doubling_the_depth_adds_only_kept_inputs_and_trainable_state(tmp_path):
     assert peaks[6] < 6 * block, "the whole stack was in memory"
 
 
-def test_what_is_read_ahead_stays_within_the_budget(tmp_path):
-    """Where two blocks do not fit, the next one is read tensor by tensor."""
-    width = 256
+def test_a_walk_stays_within_its_budget(tmp_path):
+    """The first walk measures what the work takes; then the next block is read ahead, as far as it fits, and kept."""
+    width, work = 256, 600_000
     stack, shards = make(tmp_path / "m", 6, width)
-    block, largest = BlockReader(shards, stack).nbytes(0), width * width * 4
-    waiting = samples(width=width)
-    mx.eval([(s.state, s.context) for s in waiting])
+    block, tensor = BlockReader(shards, stack).nbytes(0, "body"), width * width * 4
     mx.set_cache_limit(0)
-    peaks = {}
-    for budget in (block, block + largest, 2 * block, 3 * block):
-        reader = BlockReader(shards, stack, budget)
+    peaks, read = {}, {}
+    for weights in (block, block + tensor, 2 * block, 4 * block):
+        gc.collect()
+        base = mx.get_active_memory()
+        reader = BlockReader(shards, stack, base + work + weights + 4096)
 
-        def slowly(reader=reader):
-            for _, weights in reader.walk(range(6)):
-                time.sleep(0.02)  # the reader has all the time it needs
+        def walk(reader=reader):
+            for _, weights in reader.walk(range(6), "body"):
+                time.sleep(0.02)  # the thread that reads ahead has all the time it needs
+                mx.eval(mx.zeros((work // 4,)) + 1)
                 del weights
 
-        peaks[budget] = peak_of(slowly)
-        assert peaks[budget] <= budget
+        walk()
+        assert reader.overhead["body"] - base == pytest.approx(work, rel=0.05)
+        memory.reset()
+        before = reader.bytes_read
+        walk()
+        peaks[weights], read[weights] = memory.peak(), reader.bytes_read - before
+        assert peaks[weights] <= reader.budget
+        assert peaks[weights] >= base + work + weights - 8192, "memory is there and was not used"
         reader.release()
-    assert peaks[block] < peaks[block + largest] < peaks[2 * block] < peaks[3 * block]
+    assert read[block] == read[2 * block] == 6 * reader.nbytes(0, "body")
+    walk()
+    walk()
+    before = reader.bytes_read
+    walk()
+    assert reader.bytes_read - before == 4 * reader.nbytes(0, "body"), "two blocks of four stay, two are in flight"
 
 
 def test_a_walk_that_is_left_does_not_hang(tmp_path):
