@@ -262,6 +262,13 @@ class BlockReader:
         self._kept_bytes = 0
         self.overhead.clear()
 
+    def spare(self, part: Part = "body") -> int | None:
+        """Bytes of the budget left beside the work, as measured, and the largest block; None for any number."""
+        if self.budget is None:
+            return None
+        largest = max(self.nbytes(index, part) for index in range(self.stack.depth))
+        return self.budget - self.overhead.get(part, 0) - largest
+
     def reserve(self, size: int, part: Part = "body") -> None:
         """Count `size` more bytes as taken beside the weights."""
         if part in self.overhead:

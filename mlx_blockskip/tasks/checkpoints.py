@@ -5,23 +5,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from mlx_blockskip import lora
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.stack import Stack
 from mlx_blockskip.tasks.adapters import read_tensors
+from mlx_blockskip.tasks.moments import BlockMoments, Moments
 
 KEPT = 2
 
 
 @dataclass
 class State:
-    """What changes while training. step: optimizer steps done. at_chunk: the adapter as it was at its chunk's start."""
+    """What changes while training. step: optimizer steps done. at_chunk: the adapter as it was at its chunk's start,
+    where residuals are fresh.
+    """
 
     tree: lora.Tree
-    moments: dict[str, dict[str, mx.array]]
+    moments: Moments = field(default_factory=Moments)
     step: int = 0
     updates: int = 0
     skipped: int = 0
@@ -34,8 +35,7 @@ def save(directory: Path, state: State, stack: Stack, settings: dict[str, Any]) 
     with files.atomic_directory(target, replace=True) as temporary:
         files.save_tensors(temporary / "adapters.safetensors", lora.flatten(state.tree, stack))
         files.save_tensors(temporary / "chunk_adapters.safetensors", lora.flatten(state.at_chunk, stack))
-        flat = {f"{kind}/{name}": value for name, both in state.moments.items() for kind, value in both.items()}
-        files.save_tensors(temporary / "moments.safetensors", flat)
+        _save_moments(temporary / "moments.safetensors", state)
         counts = {"step": state.step, "updates": state.updates, "skipped": state.skipped}
         files.write_json(temporary / "state.json", {**counts, "settings": settings})
     for old in found(directory)[:-KEPT]:
@@ -43,13 +43,43 @@ def save(directory: Path, state: State, stack: Stack, settings: dict[str, Any]) 
     return target
 
 
+def _save_moments(path: Path, state: State) -> None:
+    """`m/3/attn.to_q.lora_a`, written block by block."""
+    entries = [
+        files.TensorEntry(f"{kind}/{block}/{name}", tuple(value.shape), "F32")
+        for block in state.moments.blocks
+        for name, value in state.tree[block].items()
+        for kind in ("m", "v")
+    ]
+    with files.SafetensorsWriter(path, entries) as writer:
+        for block in state.moments.blocks:
+            for name, both in state.moments.get(block).items():
+                for kind, value in both.items():
+                    writer.write(f"{kind}/{block}/{name}", value)
+
+
+def _load_moments(path: Path, moments: Moments) -> None:
+    """Read block by block."""
+    stored = files.MappedTensors(path)
+    names = [key.split("/", 2) for key in stored.header.entries]
+    for block in sorted({int(block) for _, block, _ in names}):
+        found: BlockMoments = {}
+        for kind, owner, name in names:
+            if int(owner) == block:
+                found.setdefault(name, {})[kind] = stored.read(f"{kind}/{owner}/{name}")
+        moments.put(block, found)
+
+
 def found(directory: Path) -> list[Path]:
     """Checkpoints, oldest first."""
     return sorted(p for p in (directory / "checkpoints").glob("step-*") if (p / "state.json").is_file())
 
 
-def load(path: Path, stack: Stack, settings: dict[str, Any]) -> State:
-    """Read a checkpoint. Raises UserError where it was made with other settings, by name."""
+def load(path: Path, stack: Stack, settings: dict[str, Any], moments: Moments) -> State:
+    """Read a checkpoint, its moments into `moments`.
+
+    Raises UserError where it was made with other settings, by name.
+    """
     saved = files.read_json(path / "state.json")
     for name, value in saved["settings"].items():
         if settings.get(name) != value:
@@ -57,10 +87,7 @@ def load(path: Path, stack: Stack, settings: dict[str, Any]) -> State:
                 f"{path}: was made with {name} = {value!r}, and this run has {settings.get(name)!r}; "
                 "give the same settings, or another --adapter-path"
             )
-    moments: dict[str, dict[str, mx.array]] = {}
-    for key, value in read_tensors(path / "moments.safetensors").items():
-        kind, name = key.split("/", 1)
-        moments.setdefault(name, {})[kind] = value
+    _load_moments(path / "moments.safetensors", moments)
     trees = [
         lora.unflatten(read_tensors(path / f"{name}.safetensors"), stack, path)
         for name in ("adapters", "chunk_adapters")

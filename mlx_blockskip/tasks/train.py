@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -28,6 +28,7 @@ from mlx_blockskip.tasks import checkpoints, optimizer
 from mlx_blockskip.tasks.adapters import TENSORS, save_adapter
 from mlx_blockskip.tasks.checkpoints import State
 from mlx_blockskip.tasks.job import Job, choose_plan, complete, prepare
+from mlx_blockskip.tasks.moments import Moments
 from mlx_blockskip.tasks.phases import phase
 from mlx_blockskip.tasks.precompute import compute_chunk
 from mlx_blockskip.tasks.resolve import open_named
@@ -91,16 +92,17 @@ def logged(task: Generator[Event, None, TrainResult], log: TextIO) -> Generator[
 def first_state(job: Job) -> Generator[Event, None, State]:
     """The last checkpoint where the run goes on, else new factors."""
     settings, model = job.settings, job.model
+    moments = Moments(job.directory / "cache" / "moments" if settings.memory_budget else None)
     if settings.resume:
         saved = checkpoints.found(job.directory)
         if not saved:
             raise UserError(f"{job.directory}: has no checkpoint to go on from; run without --resume")
         yield Note(f"Going on from {saved[-1].name}")
-        return checkpoints.load(saved[-1], model.stack, job.identity)
+        return checkpoints.load(saved[-1], model.stack, job.identity, moments)
     assert settings.rank
     modules = lora.targets(family_named(read_config(model.path)["family"]).lora_targets, settings.lora_targets)
     tree = lora.init(model.reader, job.recipe.plan.retained, modules, settings.rank, settings.seed)
-    return State(tree, {}, at_chunk=tree)
+    return State(tree, moments)
 
 
 def describe(job: Job) -> Generator[Event, None, None]:
@@ -134,7 +136,7 @@ def run(job: Job, state: State) -> Generator[Event, None, TrainResult]:
             with phase("train", settings.iters, "step") as track:
                 yield track.begin
                 while state.step < last:
-                    state, loss = train_step(job, chunk, state)
+                    loss = train_step(job, chunk, state)
                     finite = math.isfinite(loss)
                     failures = 0 if finite else failures + 1
                     losses = [*losses[-49:], loss] if finite else losses
@@ -167,9 +169,9 @@ def next_chunk(job: Job, state: State) -> Generator[Event, None, tuple[range, Ch
     index = position // job.chunk_length
     start = index * job.chunk_length
     stop = min(start + job.chunk_length, settings.iters * settings.grad_accumulation)
-    if position == start:
-        state.at_chunk = state.tree
     fresh = settings.residuals == "fresh"
+    if position == start and fresh:
+        state.at_chunk = state.tree
     adapter = state.at_chunk if fresh else {}
     parts = {**job.identity, "chunk": [start, stop], "adapter": lora.checksum(adapter)}
     path = job.directory / "cache" / f"chunk-{index:04d}.safetensors"
@@ -180,8 +182,11 @@ def next_chunk(job: Job, state: State) -> Generator[Event, None, tuple[range, Ch
     return numbers, (yield from compute_chunk(job.recipe, job.layout, numbers, path, expected, adapter))
 
 
-def train_step(job: Job, chunk: Chunk, state: State) -> tuple[State, float]:
-    """One optimizer step: all its micro-batches wait in one sweep there and back."""
+def train_step(job: Job, chunk: Chunk, state: State) -> float:
+    """One optimizer step: all its micro-batches wait in one sweep there and back.
+
+    Returns the loss; not a number where the step was skipped.
+    """
     settings, recipe, model = job.settings, job.recipe, job.model
     count = settings.grad_accumulation
     numbers = range(state.step * count, (state.step + 1) * count)
@@ -198,11 +203,7 @@ def train_step(job: Job, chunk: Chunk, state: State) -> tuple[State, float]:
         error = velocity.astype(mx.float32) - chunk.target(numbers[i])
         return mx.mean(mx.square(error) * weights[i]) / count
 
-    grads: dict[str, mx.array] = {}
-
-    def on_grad(block: int, found: dict[str, mx.array]) -> None:
-        grads.update({f"{block}/{name}": value for name, value in found.items()})
-
+    grads: optimizer.Grads = {}
     losses = sweep.backward(
         recipe.stack,
         model.reader,
@@ -210,16 +211,28 @@ def train_step(job: Job, chunk: Chunk, state: State) -> tuple[State, float]:
         recipe.plan.retained,
         trainable=state.tree,
         loss=loss,
-        on_grad=on_grad,
+        on_grad=grads.__setitem__,
         bridge=residuals.bridge(chunk, numbers, recipe.mode),
     )
     value = sum(float(loss) for loss in losses)
     norm = optimizer.global_norm(grads)
     if math.isfinite(value) and math.isfinite(norm):
-        state = optimizer.update(state, grads, settings, norm)
+        optimizer.update(state, grads, settings, norm)
     else:
-        state, value = replace(state, skipped=state.skipped + 1), math.nan
-    return replace(state, step=state.step + 1), value
+        state.skipped += 1
+        value = math.nan
+    state.step += 1
+    settle_moments(job, state)
+    return value
+
+
+def settle_moments(job: Job, state: State) -> None:
+    """After the first step it is known what a step takes: where there is room, the moments stay in memory."""
+    reader, size = job.model.reader, 2 * sum(v.nbytes for factors in state.tree.values() for v in factors.values())
+    if state.moments.directory is None or "body" not in reader.overhead or (reader.spare() or 0) < size:
+        return
+    state.moments.into_memory()
+    reader.reserve(size)
 
 
 def after_step(job: Job, state: State) -> Generator[Event, None, None]:

@@ -18,12 +18,13 @@ from support.compare import assert_same_adapter, factors, same_bits
 from support.models import HEDGEHOG, prepared
 
 from mlx_blockskip import generate, train
-from mlx_blockskip.engine import files
+from mlx_blockskip.engine import files, interrupt
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, PhaseEnd, Step, Warning
 from mlx_blockskip.settings import TrainSettings
 from mlx_blockskip.tasks import optimizer
 from mlx_blockskip.tasks.checkpoints import State
+from mlx_blockskip.tasks.moments import Moments
 
 
 def test_writes_an_adapter_directory_that_says_what_it_is(quick):
@@ -53,11 +54,11 @@ def test_refuses_to_write_over_an_adapter(quick):
         train(quick(iters=1))
 
 
-@pytest.mark.parametrize("residuals", ["base", "fresh"])
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, residuals, monkeypatch):
+@pytest.mark.parametrize(("residuals", "budget"), [("base", []), ("fresh", []), ("fresh", ["--memory-budget", "0"])])
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, residuals, budget):
     """Kill the process in the middle of a chunk, go on, and compare with a run that was never stopped."""
     common = ["--data", str(HEDGEHOG), "--rank", "2", "--learning-rate", "1e-3", "--batch-size", "1"]
-    common += ["--class-images", "0"]
+    common += ["--class-images", "0", *budget]
     common += ["--train-resolution", "32", "--resolution", "64", "--patch-mode", "dynamic", "--steps-per-save", "3"]
     common += ["--residuals", residuals, "--cache-limit", "400KB", "--skip-first", "3", "--skip-last", "3"]
     command = [sys.executable, "-m", "mlx_blockskip", "train", *common, "--json"]
@@ -266,15 +267,33 @@ def test_learning_rate_schedules(schedule):
     assert rates[60] == pytest.approx({"constant": 1.0, "linear": 0.5, "cosine": 0.5}[schedule])
 
 
-def test_adamw_is_bias_corrected_and_clipped():
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_adamw_is_bias_corrected_and_clipped(tmp_path, on_disk):
     """The first bias-corrected AdamW step has the size of the learning rate, whatever the gradient's."""
     settings = TrainSettings(learning_rate=0.1, iters=10, weight_decay=0.0, clip=1.0)
-    state = State({0: {"m.lora_a": mx.zeros((2, 2))}}, {})
-    grads = {"0/m.lora_a": mx.array([[3.0, -4.0], [0.1, 0.0]])}
-    new = optimizer.update(state, grads, settings, optimizer.global_norm(grads))
+    state = State({0: {"m.lora_a": mx.zeros((2, 2))}}, Moments(tmp_path / "m" if on_disk else None))
+    grads = {0: {"m.lora_a": mx.array([[3.0, -4.0], [0.1, 0.0]])}}
+    optimizer.update(state, grads, settings, optimizer.global_norm(grads))
     expected = [[-0.1, 0.1], [-0.1, 0.0]]
-    assert np.allclose(np.array(new.tree[0]["m.lora_a"]), expected, atol=1e-6)
-    assert float(mx.abs(new.moments["0/m.lora_a"]["m"]).max()) == pytest.approx(0.1 * 4 / 5.001, rel=1e-3)
+    assert np.allclose(np.array(state.tree[0]["m.lora_a"]), expected, atol=1e-6)
+    assert float(mx.abs(state.moments.get(0)["m.lora_a"]["m"]).max()) == pytest.approx(0.1 * 4 / 5.001, rel=1e-3)
+    assert (tmp_path / "m").exists() == on_disk
+
+
+@pytest.mark.parametrize(("budget", "stay"), [("0", False), ("1GB", True)])
+def test_moments_stay_in_memory_where_there_is_room(quick, monkeypatch, budget, stay):
+    moved = []
+    monkeypatch.setattr(Moments, "into_memory", lambda self: moved.append(self.blocks))
+    directory = train(quick(iters=3, memory_budget=budget)).adapter_path
+    assert bool(moved) == stay
+    assert not (directory / "cache").exists()
+
+
+def test_a_ctrl_c_never_leaves_a_step_half_done():
+    with pytest.raises(KeyboardInterrupt), interrupt.deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        done = True
+    assert done
 
 
 @pytest.mark.parametrize(

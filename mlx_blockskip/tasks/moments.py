@@ -1,0 +1,63 @@
+"""AdamW's moments, a block at a time: in memory, or in files beside each other where the memory budget is small."""
+
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_blockskip.engine import files
+
+BlockMoments = dict[str, dict[str, mx.array]]
+"""`{"attn.to_q.lora_a": {"m": array, "v": array}, ...}`, float32."""
+
+
+class Moments:
+    """The moments of every block that has been updated. directory: where they are kept; None for memory."""
+
+    def __init__(self, directory: Path | None = None):
+        self.directory = directory
+        self._held: dict[int, BlockMoments] = {}
+        self._blocks: set[int] = set()
+        if directory is not None:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    @property
+    def blocks(self) -> list[int]:
+        return sorted(self._blocks)
+
+    def get(self, block: int) -> BlockMoments:
+        """A block's moments; empty before its first update."""
+        if block not in self._blocks:
+            return {}
+        if self.directory is None:
+            return self._held[block]
+        found: BlockMoments = {}
+        stored = files.load_lazily(self._file(block))
+        mx.eval(stored)
+        for key, value in stored.items():
+            kind, name = key.split("/", 1)
+            found.setdefault(name, {})[kind] = value
+        return found
+
+    def put(self, block: int, moments: BlockMoments) -> None:
+        self._blocks.add(block)
+        if self.directory is None:
+            self._held[block] = moments
+        else:
+            files.save_tensors(self._file(block), flat(moments))
+
+    def into_memory(self) -> None:
+        """From now on they stay in memory."""
+        self._held = {block: self.get(block) for block in self.blocks}
+        if self.directory is not None:
+            shutil.rmtree(self.directory, ignore_errors=True)
+        self.directory = None
+
+    def _file(self, block: int) -> Path:
+        assert self.directory is not None
+        return self.directory / f"{block}.safetensors"
+
+
+def flat(moments: BlockMoments) -> dict[str, mx.array]:
+    """`{"m/attn.to_q.lora_a": array}`."""
+    return {f"{kind}/{name}": value for name, both in moments.items() for kind, value in both.items()}
