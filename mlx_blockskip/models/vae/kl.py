@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.attention import SCORE_BYTES, attention
 from mlx_blockskip.models.layers import Weights, linear, silu
-from mlx_blockskip.models.vae.strips import conv2d, group_norm
+from mlx_blockskip.models.vae.strips import Rows, conv2d, group_norm
 
 EPS = 1e-6
 
@@ -53,8 +53,8 @@ def encode(
             name = f"encoder.down_blocks.{i}.downsamplers.0.conv"
             x = _done(conv2d(w, name, x, stride=2, padding=(0, 1), rows=rows))
     x = _middle(w, "encoder.mid_block", x, config, rows)
-    x = silu(group_norm(w, "encoder.conv_norm_out", x, groups, EPS, rows))
-    x = _done(conv2d(w, "encoder.conv_out", x, rows=rows))
+    last = _normed_silu(w, "encoder.conv_norm_out", x, groups, rows)
+    x = _done(conv2d(w, "encoder.conv_out", x, rows=rows, before=last))
     if config.get("use_quant_conv", True):
         x = linear(w, "quant_conv", x)
     mean, logvar = mx.split(x, 2, axis=-1)
@@ -75,18 +75,26 @@ def decode(w: Weights, config: Mapping[str, Any], z: mx.array, rows: int | None 
             x = _resnet(w, f"decoder.up_blocks.{i}.resnets.{j}", x, groups, rows)
         if i < levels - 1:
             x = _done(conv2d(w, f"decoder.up_blocks.{i}.upsamplers.0.conv", x, upsample=2, rows=rows))
-    x = silu(group_norm(w, "decoder.conv_norm_out", x, groups, EPS, rows))
-    return _done(conv2d(w, "decoder.conv_out", x, rows=rows))
+    last = _normed_silu(w, "decoder.conv_norm_out", x, groups, rows)
+    return _done(conv2d(w, "decoder.conv_out", x, rows=rows, before=last))
 
 
 def _resnet(w: Weights, name: str, x: mx.array, groups: int, rows: int | None) -> mx.array:
-    y = silu(group_norm(w, f"{name}.norm1", x, groups, EPS, rows))
-    y = _done(conv2d(w, f"{name}.conv1", y, rows=rows))
-    y = silu(group_norm(w, f"{name}.norm2", y, groups, EPS, rows))
-    y = conv2d(w, f"{name}.conv2", y, rows=rows)
-    if f"{name}.conv_shortcut.weight" in w:
-        x = conv2d(w, f"{name}.conv_shortcut", x, padding=(0, 0), rows=rows)
-    return _done(x + y)
+    first = _normed_silu(w, f"{name}.norm1", x, groups, rows)
+    y = _done(conv2d(w, f"{name}.conv1", x, rows=rows, before=first))
+    second = _normed_silu(w, f"{name}.norm2", y, groups, rows)
+
+    def shortcut(start: int, stop: int) -> mx.array:
+        if f"{name}.conv_shortcut.weight" not in w:
+            return x[:, start:stop]
+        return conv2d(w, f"{name}.conv_shortcut", x[:, start:stop], padding=(0, 0), rows=stop - start)
+
+    return _done(conv2d(w, f"{name}.conv2", y, rows=rows, before=second, add=shortcut))
+
+
+def _normed_silu(w: Weights, name: str, x: mx.array, groups: int, rows: int | None) -> Rows:
+    norm = group_norm(w, name, x, groups, EPS, rows)
+    return lambda part: silu(norm(part))
 
 
 def _middle(w: Weights, name: str, x: mx.array, config: Mapping[str, Any], rows: int | None) -> mx.array:
@@ -103,7 +111,7 @@ def _attention(w: Weights, name: str, x: mx.array, groups: int, rows: int | None
     Chunks that wait for one evaluation would keep all their scores at once.
     """
     b, h, width, c = x.shape
-    normed = group_norm(w, f"{name}.group_norm", x, groups, EPS, rows).reshape(b, 1, h * width, c)
+    normed = group_norm(w, f"{name}.group_norm", x, groups, EPS, rows)(x).reshape(b, 1, h * width, c)
     q, k, v = (linear(w, f"{name}.to_{part}", normed) for part in "qkv")
     chunk = max(1, SCORE_BYTES // (4 * b * h * width)) if rows is None else rows * width
     parts = [

@@ -1,11 +1,16 @@
 """Convolution and group norm over large feature maps, exact, in strips of rows. Maps are (B, H, W, C)."""
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 from mlx_blockskip.models.layers import Weights
 
-STRIP_BYTES = 32 << 20
+STRIP_BYTES = 8 << 20
 """Input of one strip, in bytes. A constant, so that strips follow from shapes alone."""
+
+Rows = Callable[[mx.array], mx.array]
+"""Acts on some rows of a map, each pixel by itself: (B, rows, W, C) -> the same."""
 
 
 def strip_rows(shape: tuple[int, ...], itemsize: int, rows: int | None = None) -> int:
@@ -25,30 +30,46 @@ def conv2d(
     padding: tuple[int, int] = (1, 1),
     upsample: int = 1,
     rows: int | None = None,
+    before: Rows | None = None,
+    add: Callable[[int, int], mx.array] | None = None,
 ) -> mx.array:
     """A k x k convolution, weights OHWI, in strips of output rows with their halo.
 
     padding: rows and columns of zeros (before, after), the same in both directions. upsample: nearest-neighbour factor
-    applied to x first, strip by strip.
+    applied to x first, strip by strip. before: applied to the input's rows first, pixel by pixel, so that its result is
+    never there as a whole map. add: gives rows start..stop-1 of a map that is added to the output.
     """
-    weight, bias = w[f"{name}.weight"], w.get(f"{name}.bias")
+    weight = w[f"{name}.weight"]
     kernel = weight.shape[1]
-    height = x.shape[1] * upsample
-    before, after = padding
-    out_height = (height + before + after - kernel) // stride + 1
-    grown = (x.shape[0], height, x.shape[2] * upsample, max(x.shape[3], weight.shape[0]))
+    height, width = x.shape[1] * upsample, x.shape[2] * upsample
+    first, after = padding
+    out_height = (height + first + after - kernel) // stride + 1
+    out_width = (width + first + after - kernel) // stride + 1
+    grown = (x.shape[0], height, width, max(x.shape[3], weight.shape[0]))
     step = strip_rows(grown, x.dtype.size, rows)
-    strips = []
-    for start in range(0, out_height, step):
-        stop = min(start + step, out_height)
-        top, bottom = start * stride - before, (stop - 1) * stride - before + kernel
+
+    def strip(start: int, stop: int) -> mx.array:
+        top, bottom = start * stride - first, (stop - 1) * stride - first + kernel
         part = _rows(x, max(top, 0), min(bottom, height), upsample)
-        part = mx.pad(part, [(0, 0), (max(-top, 0), max(bottom - height, 0)), (before, after), (0, 0)])
+        part = part if before is None else before(part)
+        part = mx.pad(part, [(0, 0), (max(-top, 0), max(bottom - height, 0)), (first, after), (0, 0)])
         y = mx.conv2d(part, weight, stride=stride)
-        strips.append(y if bias is None else y + bias)
-        if step < out_height:
-            mx.eval(strips[-1])
-    return strips[0] if len(strips) == 1 else mx.concatenate(strips, axis=1)
+        y = y + w[f"{name}.bias"] if f"{name}.bias" in w else y
+        return y if add is None else y + add(start, stop)
+
+    return in_strips(strip, (x.shape[0], out_height, out_width, weight.shape[0]), x.dtype, step)
+
+
+def in_strips(strip: Callable[[int, int], mx.array], shape: tuple[int, ...], dtype: mx.Dtype, step: int) -> mx.array:
+    """A map whose rows start..stop-1 are `strip(start, stop)`, each evaluated into its place."""
+    if step >= shape[1]:
+        return strip(0, shape[1])
+    out = mx.zeros(shape, dtype)
+    for start in range(0, shape[1], step):
+        stop = min(start + step, shape[1])
+        out[:, start:stop] = strip(start, stop)
+        mx.eval(out)
+    return out
 
 
 def _rows(x: mx.array, top: int, bottom: int, upsample: int) -> mx.array:
@@ -60,28 +81,33 @@ def _rows(x: mx.array, top: int, bottom: int, upsample: int) -> mx.array:
     return part[:, top - first * upsample : bottom - first * upsample]
 
 
-def group_norm(w: Weights, name: str, x: mx.array, groups: int, eps: float, rows: int | None = None) -> mx.array:
-    """GroupNorm with statistics over the whole map, in float32, mean first and then the variance around it."""
+def group_norm(w: Weights, name: str, x: mx.array, groups: int, eps: float, rows: int | None = None) -> Rows:
+    """GroupNorm with statistics over the whole map, as a function of some of its rows.
+
+    In float32, mean first and then the variance around it.
+    """
     b, h, width, c = x.shape
     step = strip_rows(x.shape, 4, rows)
     count = h * width * c // groups
 
-    def grouped(start: int) -> mx.array:
-        part = x[:, start : start + step].astype(mx.float32)
-        return part.reshape(b, -1, groups, c // groups)
+    def grouped(part: mx.array) -> mx.array:
+        return part.astype(mx.float32).reshape(b, -1, groups, c // groups)
 
     mean = mx.zeros((b, 1, groups, 1))
     for start in range(0, h, step):
-        mean = mean + grouped(start).sum(axis=(1, 3), keepdims=True) / count
+        mean = mean + grouped(x[:, start : start + step]).sum(axis=(1, 3), keepdims=True) / count
         mx.eval(mean)
     variance = mx.zeros((b, 1, groups, 1))
     for start in range(0, h, step):
-        variance = variance + ((grouped(start) - mean) ** 2).sum(axis=(1, 3), keepdims=True) / count
+        part = grouped(x[:, start : start + step]) - mean
+        variance = variance + (part**2).sum(axis=(1, 3), keepdims=True) / count
+        del part
         mx.eval(variance)
     inverse = mx.rsqrt(variance + eps)
-    strips = []
-    for start in range(0, h, step):
-        part = ((grouped(start) - mean) * inverse).reshape(b, -1, width, c)
-        strips.append((part * w[f"{name}.weight"] + w[f"{name}.bias"]).astype(x.dtype))
-        mx.eval(strips[-1])
-    return strips[0] if len(strips) == 1 else mx.concatenate(strips, axis=1)
+    mx.eval(inverse)
+
+    def normed(part: mx.array) -> mx.array:
+        y = ((grouped(part) - mean) * inverse).reshape(part.shape)
+        return (y * w[f"{name}.weight"] + w[f"{name}.bias"]).astype(part.dtype)
+
+    return normed
