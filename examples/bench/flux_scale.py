@@ -1,20 +1,24 @@
 """FLUX.1-dev at full width, phase by phase: peak of MLX memory, and of private memory beside it. Prints Markdown.
 
-    python examples/bench/flux_scale.py WORK [--points all|quick]
+    python examples/bench/flux_scale.py WORK
 
-WORK gets a random checkpoint of FLUX.1-dev's architecture at full width, 2 + 2 blocks deep (T5-XXL with 2 layers, CLIP-L
-and the VAE whole), about 5 GiB, and its conversions. What is measured there is carried to full depth by the law in
-`law`: a training step has in memory one block's weights, what the work on a block takes (a function of the tokens,
-measured), each retained block's input, and its LoRA factors and their gradients; AdamW's moments are in files.
-Every point runs in a process of its own, with --memory-budget 0: the least that is possible.
+WORK gets a random checkpoint of FLUX.1-dev's architecture at full width, 2 + 2 blocks deep (T5-XXL with 2 layers,
+CLIP-L and the VAE whole), about 5 GiB, and its conversions. Prompts, images and conversion need one block at a time,
+so their peaks are those of full depth. A training step is carried there by a law: it has in memory one block's weights
+and what the work on it takes (a + b x tokens by kind, fitted), and, from shapes, each retained block's input, LoRA
+factors and gradients; AdamW's moments are in files. Each point runs once, in a process of its own, with
+--memory-budget 0 (the least that is possible), and is kept in WORK/points. Takes about an hour on 2 cores.
 """
 
 import argparse
 import json
+import os
+import platform
 import subprocess
 import sys
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 MIB = 2**20
@@ -101,7 +105,7 @@ class PrivateMemory:
 def child(job: dict) -> dict:
     """One point, in a process of its own."""
     import mlx_blockskip  # noqa: F401  (OpenBLAS goes before mlx.core)
-    from mlx_blockskip.events import PhaseEnd, finish
+    from mlx_blockskip.events import PhaseEnd
 
     private = PrivateMemory()
     found: dict[str, int] = {}
@@ -130,7 +134,6 @@ def child(job: dict) -> dict:
         with phases.phase(job["phase"]) as track:
             direct(job)
         found[job["phase"]] = track.end.peak_memory
-        finish(iter(()))  # type: ignore[arg-type]
     return {"peaks": found, "private": private.highest, "seconds": time.perf_counter() - started}
 
 
@@ -178,6 +181,128 @@ def measure(job: dict) -> dict:
     return result
 
 
+# (text tokens, side of the training patch, n, m) of 2 + 2 blocks; the last two are held out of the fit
+TRAIN = (
+    (64, 64, 3, 0), (64, 64, 0, 3), (64, 64, 2, 0), (64, 64, 0, 2), (192, 128, 3, 0), (192, 128, 0, 3),
+    (320, 128, 3, 0), (128, 64, 0, 2),
+)  # fmt: skip
+HELD_OUT = 2
+BODY = {"double": 432 * MIB, "single": 216 * MIB}
+"""Bytes of a block without its modulation, in bfloat16."""
+
+
+def lora_bytes(kind: str) -> int:
+    """Float32 factors of rank RANK in every linear layer of a block but its modulation."""
+    square, wide = 2 * WIDTH, 5 * WIDTH
+    widths = 8 * square + 4 * wide if kind == "double" else 3 * square + wide + 6 * WIDTH
+    return 4 * RANK * widths
+
+
+def tokens(text: int, side: int) -> int:
+    return text + (side // 16) ** 2
+
+
+def retained(n: int, m: int, depth: tuple[int, int]) -> list[str]:
+    kinds = ["double"] * depth[0] + ["single"] * depth[1]
+    return kinds[n : len(kinds) - m]
+
+
+def known(kinds: list[str], count: int) -> float:
+    """What a training step has in memory that follows from shapes: factors and gradients, and each block's input."""
+    return sum(2 * lora_bytes(kind) + 2 * count * WIDTH for kind in kinds)
+
+
+def fit(points: list[tuple[list[str], int, int]]) -> dict[str, "list[float]"]:
+    """A block's weights and the work on it, a + b x tokens by kind, by least squares over (retained, tokens, peak)."""
+    import numpy as np
+
+    law = {}
+    for kind in BODY:
+        own = [(count, peak - known(kinds, count)) for kinds, count, peak in points if largest(kinds) == kind]
+        x = np.array([[1.0, count] for count, _ in own])
+        law[kind] = np.linalg.lstsq(x, np.array([rest for _, rest in own], float), rcond=None)[0].tolist()
+    return law
+
+
+def largest(kinds: list[str]) -> str:
+    """The kind whose block decides the peak."""
+    return "double" if "double" in kinds else "single"
+
+
+def predicted(law: dict[str, "list[float]"], kinds: list[str], count: int) -> float:
+    a, b = law[largest(kinds)]
+    return a + b * count + known(kinds, count)
+
+
+def row(name: str, limit: tuple[float, float], four: str, bf16: str) -> str:
+    return f"| {name} | {four} | {limit[0]:g} | {bf16} | {limit[1]:g} |"
+
+
+def gib(count: float) -> str:
+    return f"{count / 2**30:.2f}"
+
+
+def cell(result: dict, phase: str) -> str:
+    return f"{gib(result['peaks'][phase])} ({gib(result['private'])})"
+
+
+def main(work: Path) -> None:
+    from importlib import resources
+
+    work.mkdir(parents=True, exist_ok=True)
+    source = work / "source"
+    if not source.exists():
+        make_source(source)
+    models = {0: str(work / "bf16"), 4: str(work / "4-bit")}
+    data = str(resources.files("mlx_blockskip") / "assets" / "subjects" / "hedgehog")
+
+    def point(phase: str, bits: int, **job: object) -> dict:
+        return measure({"phase": phase, "bits": bits, "work": str(work), "model": models[bits], **job})
+
+    converted = {bits: point("convert", bits, source=str(source)) for bits in models}
+    encoded = {bits: point("encode prompts", bits, text=512 if bits == 0 else 64) for bits in models}
+    images = point("encode images", 0, side=512)
+    decoded = point("decode", 0, side=1024)
+    trained = [
+        point("train", 0, data=data, out=str(work / "adapter"), text=text, side=side, n=n, m=m)
+        for text, side, n, m in TRAIN
+    ]
+    measured = [
+        (retained(n, m, DEPTH), tokens(text, side), result["peaks"]["train"])
+        for (text, side, n, m), result in zip(TRAIN, trained, strict=True)
+    ]
+    law = fit(measured[:-HELD_OUT])
+    print(f"{platform.platform()}, {platform.machine()}, {os.cpu_count()} cores, mlx {version('mlx')}, CPU backend\n")
+    print("Peak of MLX memory, GiB (private memory of the process beside it), --memory-budget 0\n")
+    print("| phase | 4-bit | at most | bf16 | at most |\n|---|---|---|---|---|")
+    print(row("convert", (0.75, 0.75), cell(converted[4], "convert"), cell(converted[0], "convert")))
+    four = cell(encoded[4], "encode prompts") + " at 64 tokens"
+    print(row("prompt encoding, 512 tokens", (0.75, 1.25), four, cell(encoded[0], "encode prompts")))
+    shown = cell(images, "encode images")
+    print(row("image encoding, 512 px", (1.0, 1.0), "the same weights", shown))
+    shown = cell(decoded, "decode")
+    print(row("decoding, 1024 px", (1.5, 1.5), "the same weights", shown))
+    for n, m in ((28, 0), (14, 14), (0, 28)):
+        kinds = retained(n, m, FULL)
+        whole = predicted(law, kinds, 768)
+        smaller = BODY[largest(kinds)] * (1 - 4.5 / 16)
+        print(
+            row(
+                f"training step, (n, m) = ({n}, {m})",
+                (1.25, 1.5),
+                f"{gib(whole - smaller)} fitted",
+                f"{gib(whole)} fitted",
+            )
+        )
+    print(
+        "\n| training points, bf16, 2 + 2 blocks | tokens | measured, MiB | by the law, MiB | |\n|---|---|---|---|---|"
+    )
+    for i, (kinds, count, peak) in enumerate(measured):
+        by_law = predicted(law, kinds, count)
+        held = f"held out, {100 * (by_law / peak - 1):+.1f} %" if i >= len(measured) - HELD_OUT else "fitted"
+        print(f"| {' + '.join(kinds)} | {count} | {peak / MIB:.0f} | {by_law / MIB:.0f} | {held} |")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("work", nargs="?", type=Path)
@@ -185,4 +310,5 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(child(json.loads(arguments.child))))
-        sys.exit()
+    else:
+        main(arguments.work)

@@ -103,9 +103,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
         "--batch-size",
         "1",
         "--cache-limit",
-        "40MB",
+        "4MB",
         "--steps-per-save",
         "0",
+        "--train-resolution",
+        "64",
+        "--resolution",
+        "64",
     ]
     process = subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
