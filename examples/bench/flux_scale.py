@@ -148,8 +148,7 @@ def direct(job: dict) -> None:
     if job["phase"] == "encode prompts":
         mx.eval([list(p.values()) for p in model.encode_prompts(["a photo of sks dog"], job["text"]).prompts])
     elif job["phase"] == "encode images":
-        noise = mx.zeros((1, *model.latent_shape(side, side)))
-        mx.eval(model.encode_images(mx.zeros((1, side, side, 3)), noise))
+        mx.eval(model.encode_images(mx.zeros((1, side, side, 3))))
     elif job["phase"] == "decode":
         mx.eval(model.decode(mx.zeros((1, *model.latent_shape(side, side)))))
     else:

@@ -34,6 +34,10 @@ class Encoded(NamedTuple):
     truncated: list[bool]
 
 
+Posterior = tuple[mx.array, ...]
+"""What a VAE says of images, before anything is drawn from it: mean and log variance, or the latents themselves."""
+
+
 class DiffusionModel(Protocol):
     """An opened model directory. Latents are (B, h, w, C), sigma is (B,) in (0, 1], pixels are (B, H, W, 3) in [-1, 1].
 
@@ -54,7 +58,9 @@ class DiffusionModel(Protocol):
 
     def encode_prompts(self, prompts: Sequence[str], max_length: int) -> Encoded: ...
 
-    def encode_images(self, pixels: mx.array, noise: mx.array) -> mx.array: ...
+    def encode_images(self, pixels: mx.array) -> Posterior: ...
+
+    def draw_latents(self, posterior: Posterior, noise: mx.array) -> mx.array: ...
 
     def decode(self, latents: mx.array) -> mx.array: ...
 

@@ -4,39 +4,54 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_blockskip import lora
 from mlx_blockskip.blockskip import patches, residuals
+from mlx_blockskip.blockskip.patches import Patch
 from mlx_blockskip.blockskip.residuals import FINGERPRINT, Chunk, Layout
 from mlx_blockskip.data import to_pixels
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.stack import arrays
 from mlx_blockskip.engine.sweep import Sample, forward, modulations
 from mlx_blockskip.events import Event
-from mlx_blockskip.models.family import Tokens
+from mlx_blockskip.models.family import Posterior, Tokens
 from mlx_blockskip.tasks.phases import phase
-from mlx_blockskip.tasks.recipe import Recipe
+from mlx_blockskip.tasks.recipe import Draw, Recipe
+
+KNOWN_BYTES = 16 << 20
+"""What the VAE said of the last crops."""
 
 WAITING_BYTES = 192 << 20
 """Tokens that wait in one precompute sweep. How many wait changes no result: each micro-batch is applied by itself."""
 
 
 def encode_images(recipe: Recipe, numbers: range, path: Path) -> Generator[Event, None, None]:
-    """Latents x0 of the micro-batches, into a file."""
+    """Latents x0 of the micro-batches, into a file. The VAE takes one crop at a time; the last few stay in memory."""
     entries = [files.TensorEntry(str(number), recipe.latent_shape, "F32") for number in numbers]
+    known: dict[tuple[int, Patch], Posterior] = {}
     with phase("encode images", len(numbers) * recipe.batch_size, "image") as track:
         yield track.begin
         with files.SafetensorsWriter(path, entries) as writer:
             for done, number in enumerate(numbers, 1):
-                draws = recipe.draws(number)
-                cuts = [patches.cut(recipe.image(d.image), d.patch, recipe.patch) for d in draws]
-                pixels = mx.array(np.stack([to_pixels(cut) for cut in cuts]))
-                noise = mx.array(np.concatenate([d.posterior for d in draws]))
-                writer.write(str(number), recipe.model.encode_images(pixels, noise).astype(mx.float32))
+                latents = [_latents(recipe, draw, known) for draw in recipe.draws(number)]
+                writer.write(str(number), mx.concatenate(latents).astype(mx.float32))
                 yield track.step(done * recipe.batch_size)
     recipe.model.release()
     yield track.end
+
+
+def _latents(recipe: Recipe, draw: Draw, known: dict[tuple[int, Patch], Posterior]) -> mx.array:
+    """(1, h, w, C) of one sample. Where crops do not vary, each image is encoded once."""
+    key = draw.image, draw.patch
+    if key not in known:
+        if sum(array.nbytes for posterior in known.values() for array in posterior) > KNOWN_BYTES:
+            known.pop(next(iter(known)))
+        pixels = to_pixels(patches.cut(recipe.image(draw.image), draw.patch, recipe.patch))
+        known[key] = recipe.model.encode_images(mx.array(pixels)[None])
+        mx.eval(known[key])
+    latents = recipe.model.draw_latents(known[key], mx.array(draw.posterior))
+    mx.eval(latents)
+    return latents
 
 
 def layout(recipe: Recipe) -> Layout:

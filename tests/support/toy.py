@@ -95,10 +95,13 @@ class Toy:
             found.append({"text": mx.array(rows), "mask": mx.array(mask[None])})
         return Encoded(found, [len(p) > max_length for p in prompts])
 
-    def encode_images(self, pixels, noise):
+    def encode_images(self, pixels):
         b, h, w, _ = pixels.shape
         pooled = pixels.reshape(b, h // FACTOR, FACTOR, w // FACTOR, FACTOR, 3).mean(axis=(2, 4))
-        return mx.concatenate([pooled, pooled[..., :1]], axis=-1) + 0.01 * noise
+        return (mx.concatenate([pooled, pooled[..., :1]], axis=-1),)
+
+    def draw_latents(self, posterior, noise):
+        return posterior[0] + 0.01 * noise
 
     def decode(self, latents):
         return mx.repeat(mx.repeat(latents[..., :3], FACTOR, axis=1), FACTOR, axis=2)

@@ -18,11 +18,13 @@ from support.compare import assert_same_adapter, factors, same_bits
 from support.models import HEDGEHOG, prepared
 
 from mlx_blockskip import generate, train
+from mlx_blockskip.blockskip import patches
+from mlx_blockskip.data import to_pixels
 from mlx_blockskip.engine import files, interrupt
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.events import Note, PhaseEnd, Step, Warning
+from mlx_blockskip.events import Note, PhaseEnd, Step, Warning, finish
 from mlx_blockskip.settings import TrainSettings
-from mlx_blockskip.tasks import optimizer
+from mlx_blockskip.tasks import optimizer, precompute
 from mlx_blockskip.tasks.checkpoints import State
 from mlx_blockskip.tasks.moments import Moments
 
@@ -160,6 +162,27 @@ def record_bytes(quick, **options):
     job = prepared(quick("probe", **options))
     shutil.rmtree(job.directory)
     return job.layout.nbytes
+
+
+@pytest.mark.parametrize(("mode", "once"), [("none", True), ("dynamic", False)])
+def test_an_image_is_encoded_once_where_its_crops_do_not_vary(quick, tmp_path, mode, once):
+    recipe = prepared(quick(patch_mode=mode, train_resolution=32)).recipe
+    encode, seen = recipe.model.encode_images, []
+
+    def counted(pixels):
+        seen.append(pixels.shape[0])
+        return encode(pixels)
+
+    recipe.model.encode_images = counted
+    finish(precompute.encode_images(recipe, range(10), tmp_path / "latents.safetensors"))
+    assert seen == [1] * len(seen)
+    images = {recipe.image_of(k) for k in range(20)}
+    assert (len(seen) == len(images)) == once
+    latents = files.load_lazily(tmp_path / "latents.safetensors")["9"]
+    draw = recipe.draw(19)
+    pixels = to_pixels(patches.cut(recipe.image(draw.image), draw.patch, recipe.patch))
+    alone = recipe.model.draw_latents(encode(mx.array(pixels)[None]), mx.array(draw.posterior))
+    assert same_bits(latents[1:2], alone)
 
 
 def test_a_streamed_run_gives_the_same_adapter_as_a_resident_one(quick):

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.stack import Weights
 from mlx_blockskip.engine.weights import BlockReader, Shards
-from mlx_blockskip.models.family import Encoded, Prompt, Size, Tokens
+from mlx_blockskip.models.family import Encoded, Posterior, Prompt, Size, Tokens
 from mlx_blockskip.models.flux1 import transformer as net
 from mlx_blockskip.models.flux1.transformer import Context
 from mlx_blockskip.models.layers import linear
@@ -76,10 +76,14 @@ class Flux1:
         """One sweep for all prompts, each a sample of its own, so that its features do not depend on the others."""
         return encode(Shards(self.path / component), [row[None] for row in ids], self.budget)
 
-    def encode_images(self, pixels: mx.array, noise: mx.array) -> mx.array:
-        """A sample of the posterior, scaled: (B, H, W, 3) in [-1, 1] and noise (B, h, w, C) -> (B, h, w, C)."""
+    def encode_images(self, pixels: mx.array) -> Posterior:
+        """Mean and log variance of the posterior, each (B, h, w, C): (B, H, W, 3) in [-1, 1]."""
         weights = self._vae_weights(("encoder.", "quant_conv."))
-        mean, logvar = kl.encode(weights, self.vae.config, pixels.astype(_dtype_of(weights)))
+        return kl.encode(weights, self.vae.config, pixels.astype(_dtype_of(weights)))
+
+    def draw_latents(self, posterior: Posterior, noise: mx.array) -> mx.array:
+        """A sample of the posterior, scaled: noise (B, h, w, C) -> (B, h, w, C)."""
+        mean, logvar = posterior
         z = mean.astype(mx.float32) + mx.exp(0.5 * logvar.astype(mx.float32)) * noise.astype(mx.float32)
         return kl.scale(z, self.vae.config)
 
