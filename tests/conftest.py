@@ -49,6 +49,19 @@ def quick(family_model, tmp_path):
     return settings
 
 
+def pytest_sessionfinish(session):
+    """A worker hands what it held against references to the process that prints."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["parity"] = worst
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for name, (error, bound, count) in getattr(node, "workeroutput", {}).get("parity", {}).items():
+        before, _, seen = worst.get(name, (0.0, bound, 0))
+        worst[name] = (max(before, error), bound, seen + count)
+
+
 def pytest_terminal_summary(terminalreporter):
     """Print the parity table where something was held against a reference implementation."""
     if worst:

@@ -22,4 +22,6 @@ root="$(pwd)"
 "$bin/ruff" format --check .
 # from elsewhere, so that the installed package is checked: mypy does not see the mapping of convert/
 (cd tests && "$bin/mypy" -p mlx_blockskip --config-file "$root/pyproject.toml")
-(cd tests && "$bin/python" -P -m pytest -c "$root/pyproject.toml" --rootdir "$root" "$root/tests" "$@")
+# two workers: the machines that run this have two cores
+(cd tests && "$bin/python" -P -m pytest -c "$root/pyproject.toml" --rootdir "$root" -n 2 --dist worksteal \
+  "$root/tests" "$@")

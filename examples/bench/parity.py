@@ -15,7 +15,19 @@ TESTS = ("models", "test_pipeline.py", "convert/test_peft.py")
 
 if __name__ == "__main__":
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-c", str(root / "pyproject.toml"), "--rootdir", str(root)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pytest",
+        "-q",
+        "-c",
+        str(root / "pyproject.toml"),
+        "--rootdir",
+        str(root),
+        "-n",
+        "2",
+    ]
     done = subprocess.run([*command, *TESTS], cwd=root / "tests", stdout=subprocess.PIPE, text=True)
     peers = ", ".join(f"{name} {version(name)}" for name in ("mlx", "torch", "diffusers", "transformers", "peft"))
     print(f"{platform.platform()}, {platform.machine()}, {peers}\n")
