@@ -90,7 +90,7 @@ class Family:
     """A model family: how to recognise, open and train it.
 
     detect: whether a Hugging Face `model_index.json` is of this family.
-    open: `(model directory, budget in bytes of resident weights or None) -> DiffusionModel`.
+    open: `(model directory, budget in bytes of MLX memory or None) -> DiffusionModel`.
     defaults: `(transformer config) -> settings` that a model directory's own `defaults` override.
     lora_targets: modules by the name of a choice ("attention", "all") and by block kind.
     """
