@@ -1,5 +1,5 @@
 import pytest
-from support.compare import parity_table, worst
+from support.compare import gather, parity_table, worst
 from support.models import HEDGEHOG, assets, convert
 from support.toy import make_toy
 
@@ -58,8 +58,7 @@ def pytest_sessionfinish(session):
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
     for name, (error, bound, count) in getattr(node, "workeroutput", {}).get("parity", {}).items():
-        before, _, seen = worst.get(name, (0.0, bound, 0))
-        worst[name] = (max(before, error), bound, seen + count)
+        gather(name, error, bound, count)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -7,7 +7,7 @@ CLIP-L and the VAE whole), about 5 GiB, and its conversions. Prompts, images and
 so their peaks are those of full depth. A training step is carried there by a law: it has in memory one block's weights
 and what the work on it takes (a + b x tokens by kind, fitted), and, from shapes, each retained block's input, LoRA
 factors and gradients; AdamW's moments are in files. Each point runs once, in a process of its own, with
---memory-budget 0 (the least that is possible), and is kept in WORK/points. Takes about an hour on 2 cores.
+--memory-budget 0 (the least that is possible), and is kept in WORK/points.
 """
 
 import argparse
@@ -211,7 +211,7 @@ def known(kinds: list[str], count: int) -> float:
     return sum(2 * lora_bytes(kind) + 2 * count * WIDTH for kind in kinds)
 
 
-def fit(points: list[tuple[list[str], int, int]]) -> dict[str, "list[float]"]:
+def fit(points: list[tuple[list[str], int, int]]) -> dict[str, list[float]]:
     """A block's weights and the work on it, a + b x tokens by kind, by least squares over (retained, tokens, peak)."""
     import numpy as np
 
@@ -228,7 +228,7 @@ def largest(kinds: list[str]) -> str:
     return "double" if "double" in kinds else "single"
 
 
-def predicted(law: dict[str, "list[float]"], kinds: list[str], count: int) -> float:
+def predicted(law: dict[str, list[float]], kinds: list[str], count: int) -> float:
     a, b = law[largest(kinds)]
     return a + b * count + known(kinds, count)
 

@@ -4,7 +4,7 @@
 the current one works.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from functools import cached_property
 from hashlib import sha256
@@ -61,8 +61,11 @@ class Shards:
         """Bytes that the tensors take, on disk and in memory."""
         return sum(self._entry(name).nbytes for name in names)
 
-    def load(self, names: Iterable[str]) -> dict[str, mx.array]:
-        """Read these tensors and no others; they are evaluated when this returns."""
+    def load(self, names: Iterable[str], before: Callable[[int], None] | None = None) -> dict[str, mx.array]:
+        """Read these tensors and no others; they are evaluated when this returns.
+
+        before: told of each tensor's bytes before it is read, one tensor after the other.
+        """
         by_file: dict[str, list[str]] = {}
         for name in names:
             by_file.setdefault(self._file(name), []).append(name)
@@ -73,6 +76,10 @@ class Shards:
                 lazy = files.load_lazily(self.path / file)
                 part = {name: lazy[name] for name in wanted}
                 del lazy
+                if before is not None:
+                    for name in wanted:
+                        before(self.nbytes([name]))
+                        mx.eval(part[name])
                 mx.eval(part)
             except (RuntimeError, KeyError, ValueError) as error:
                 raise UserError(f"{self.path / file}: cannot be read ({error}); convert the model again") from error
@@ -282,10 +289,8 @@ class BlockReader:
         names = self.names(index, part)
         if not names and part != "modulation":
             raise UserError(f"{self.shards.path}: has no tensors under {prefix}; convert the model again")
-        weights: dict[str, mx.array] = {}
-        for name in names:
-            flight.take(self.shards.nbytes([name]))
-            weights[name[len(prefix) :]] = self.shards.load([name])[name]
+        loaded = self.shards.load(names, flight.take)
+        weights = {name[len(prefix) :]: array for name, array in loaded.items()}
         size = self.shards.nbytes(names)
         self.bytes_read += size
         if self.budget is None or self._kept_bytes + size <= self._room:

@@ -12,7 +12,10 @@ BlockMoments = dict[str, dict[str, mx.array]]
 
 
 class Moments:
-    """The moments of every block that has been updated. directory: where they are kept; None for memory."""
+    """The moments of every block that has been updated. directory: where they are kept; None for memory.
+
+    What an earlier run left in the directory is removed.
+    """
 
     def __init__(self, directory: Path | None = None):
         self.directory = directory

@@ -1,4 +1,4 @@
-"""AdamW on flat trees, with the learning rate a pure function of the step, and global-norm clipping."""
+"""AdamW, block by block, with the learning rate a pure function of the step, and global-norm clipping."""
 
 import math
 from typing import Any

@@ -90,10 +90,13 @@ class Recipe:
     def _in_epochs(self, stream: int, k: int, count: int) -> int:
         return int(philox.generator(self.seed, stream, k // count).permutation(count)[k % count])
 
+    def shows_subject(self, image: int) -> bool:
+        """Whether an image is the subject's and not a class image, by its number."""
+        return image < len(self.dataset.examples)
+
     def weights(self, number: int) -> mx.array:
         """(B,) what each sample of a micro-batch counts in the loss."""
-        own = len(self.dataset.examples)
-        return mx.array([1.0 if image < own else self.prior_weight for image in self.images(number)])
+        return mx.array([1.0 if self.shows_subject(image) else self.prior_weight for image in self.images(number)])
 
     def draw(self, k: int) -> Draw:
         """Sample k, a pure function of (seed, k)."""

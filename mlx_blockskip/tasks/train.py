@@ -109,14 +109,13 @@ def describe(job: Job) -> Generator[Event, None, None]:
     """Say what is trained, and how much of the images the crops cover."""
     recipe, settings = job.recipe, job.settings
     assert settings.iters
-    count = settings.iters * settings.grad_accumulation * recipe.batch_size
-    own = (k for k in range(count) if recipe.image_of(k) < len(recipe.dataset.examples))
+    batches = settings.iters * settings.grad_accumulation
+    own = (k for k in range(batches * recipe.batch_size) if recipe.shows_subject(recipe.image_of(k)))
     draws = [recipe.draw(k) for k in itertools.islice(own, 200)]
     sizes = [recipe.image(draw.image).size for draw in draws]
     share = sum(coverage([d.patch], size) for d, size in zip(draws, sizes, strict=True)) / len(draws)
     yield Note(f"{recipe.plan}; {recipe.plan.source or 'given'}")
     yield Note(f"{len(recipe.dataset.examples)} images; a crop covers {share:.0%} of its image on average")
-    batches = settings.iters * settings.grad_accumulation
     if settings.residuals == "fresh" and recipe.plan.later and batches <= job.chunk_length:
         yield Warning("the run fits into one chunk, so its fresh residuals are those of the base model")
     if recipe.prior:

@@ -275,11 +275,11 @@ def test_a_reader_that_fails_does_not_hang(tmp_path, monkeypatch):
     stack, shards = make(tmp_path / "m", 5)
     load = shards.load
 
-    def failing(names):
+    def failing(names, *more):
         names = list(names)
         if any("blocks.2" in n for n in names):
             raise OSError("the disk went away")
-        return load(names)
+        return load(names, *more)
 
     monkeypatch.setattr(shards, "load", failing)
     with pytest.raises(OSError, match="went away"):
