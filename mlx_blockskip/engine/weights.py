@@ -15,7 +15,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
-from mlx_blockskip.engine import files, memory
+from mlx_blockskip.engine import files, limits, memory
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.stack import Stack
 
@@ -174,9 +174,9 @@ class BlockReader:
 
     budget: bytes of MLX memory for all there is; None keeps every block. The first walk has one block in memory at a
     time and measures what the work itself takes beside it. From then on comes first the block at work, then as much of
-    the next one as fits, tensor by tensor, and what is left keeps blocks between walks: a fixed set (the first that
-    fit), which in a walk there and back reads no more than any other choice. The budget changes what is read again and
-    when, never a result.
+    the next one as fits, tensor by tensor, then room for MLX to run ahead, and what is left keeps blocks between walks:
+    a fixed set (the first that fit), which in a walk there and back reads no more than any other choice. The budget
+    changes what is read again and when, never a result.
     """
 
     def __init__(self, shards: Shards, stack: Stack, budget: int | None = None, prefetch: bool = True):
@@ -186,6 +186,7 @@ class BlockReader:
         self.prefetch = prefetch
         self.bytes_read = 0
         self.overhead: dict[Part, int] = {}  # bytes beside the weights, the highest so far
+        self._scratch: dict[Part, int] = {}  # of these, what the work on one block comes to and leaves again
         self._kept: dict[tuple[int, Part], dict[str, mx.array]] = {}
         self._kept_bytes = 0
         self._room = 0
@@ -224,7 +225,7 @@ class BlockReader:
             yield from self._one_by_one(order, part)
             return
         weights = self.budget - self.overhead[part]
-        self._room = weights - 2 * largest
+        self._room = weights - 2 * largest - self._scratch[part]  # as much again for MLX to run ahead in
         yield from self._read_ahead(order, part, Flight(weights - max(0, self._room)))
 
     def _one_by_one(self, order: Sequence[int], part: Part) -> Iterator[tuple[int, dict[str, mx.array]]]:
@@ -235,9 +236,12 @@ class BlockReader:
             turns = order[position + 1 : position + 2] == [index]
             held = dict(weights) if turns else {}
             memory.mark()
+            before = mx.get_active_memory()
             size = self._kept_bytes + (0 if (index, part) in self._kept else self.nbytes(index, part))
-            yield index, _handed_over(weights)
+            with limits.tight():
+                yield index, _handed_over(weights)
             self.overhead[part] = max(self.overhead.get(part, 0), memory.since_mark() - size)
+            self._scratch[part] = max(self._scratch.get(part, 0), memory.since_mark() - before)
 
     def _read_ahead(
         self, order: Sequence[int], part: Part, flight: Flight
@@ -268,6 +272,7 @@ class BlockReader:
         self._kept.clear()
         self._kept_bytes = 0
         self.overhead.clear()
+        self._scratch.clear()
 
     def spare(self, part: Part = "body") -> int | None:
         """Bytes of the budget left beside the work, as measured, and the largest block; None for any number."""

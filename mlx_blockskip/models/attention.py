@@ -5,6 +5,8 @@ from typing import cast
 
 import mlx.core as mx
 
+from mlx_blockskip.models import product
+
 Attend = Callable[[mx.array, mx.array, mx.array], mx.array]
 Rows = Callable[[mx.array, mx.array, mx.array, int], mx.array]
 """`(queries of some rows, keys, values, first row) -> attended`."""
@@ -47,7 +49,7 @@ def attention(
     def rows(queries: mx.array, keys: mx.array, values: mx.array, start: int) -> mx.array:
         stop = start + queries.shape[2]
         part = None if bias is None else bias[..., start:stop, :] if bias.shape[-2] > 1 else bias
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=part)
+        return product.attention(queries, keys, values, scale, part)
 
     if chunk >= length:
         return rows(q, k, v, 0)

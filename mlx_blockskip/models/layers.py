@@ -9,6 +9,8 @@ from typing import cast
 
 import mlx.core as mx
 
+from mlx_blockskip.models.product import matmul, quantized_matmul
+
 Weights = Mapping[str, mx.array]
 
 GELU_SLOPE, GELU_CUBE = 0.7978845608028654, 0.044715
@@ -19,21 +21,9 @@ def linear(w: Weights, name: str, x: mx.array, trainable: Weights | None = None)
 
     x: (..., in). The low-rank factors are cast to x's dtype.
     """
-    weight = w[f"{name}.weight"]
-    bias = w.get(f"{name}.bias")
-    scales = w.get(f"{name}.scales")
-    if scales is not None:
-        group_size = x.shape[-1] // scales.shape[-1]
-        bits = weight.shape[-1] * 32 // x.shape[-1]
-        y = mx.quantized_matmul(
-            x, weight, scales, w[f"{name}.biases"], transpose=True, group_size=group_size, bits=bits
-        )
-        if bias is not None:
-            y = y + bias
-    elif bias is not None:
-        y = mx.addmm(bias, x, weight.T)
-    else:
-        y = x @ weight.T
+    weight, bias, scales = w[f"{name}.weight"], w.get(f"{name}.bias"), w.get(f"{name}.scales")
+    packed = None if scales is None else (scales, w[f"{name}.biases"])
+    y = matmul(x, weight, bias) if packed is None else quantized_matmul(x, weight, *packed, bias)
     if trainable and (a := trainable.get(f"{name}.lora_a")) is not None:
         b = trainable[f"{name}.lora_b"]
         y = y + (x @ a.astype(x.dtype)) @ b.astype(x.dtype)

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 from mlx_blockskip.converters.run import Precision, default_dtype
-from mlx_blockskip.engine import files
+from mlx_blockskip.engine import files, limits
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Event, Note, finish
 from mlx_blockskip.models.family import DiffusionModel
@@ -54,7 +54,8 @@ def resolve(model: str) -> Generator[Event, None, Path]:
 
 
 def open_named(model: str, budget: int | None) -> Generator[Event, None, DiffusionModel]:
-    """Resolve and open a model."""
+    """Resolve and open a model. From then on MLX keeps to the budget (bytes; None for any)."""
+    limits.bound(budget)
     return open_model((yield from resolve(model)), budget)
 
 

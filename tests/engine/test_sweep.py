@@ -191,7 +191,7 @@ def test_a_walk_stays_within_its_budget(tmp_path):
     block, tensor = BlockReader(shards, stack).nbytes(0, "body"), width * width * 4
     mx.set_cache_limit(0)
     peaks, read = {}, {}
-    for weights in (block, block + tensor, 2 * block, 4 * block):
+    for weights in (block, block + tensor, 2 * block, 4 * block + work):
         gc.collect()
         base = mx.get_active_memory()
         reader = BlockReader(shards, stack, base + work + weights + 4096)
@@ -209,7 +209,8 @@ def test_a_walk_stays_within_its_budget(tmp_path):
         walk()
         peaks[weights], read[weights] = memory.peak(), reader.bytes_read - before
         assert peaks[weights] <= reader.budget
-        assert peaks[weights] >= base + work + weights - 8192, "memory is there and was not used"
+        spare = work if weights > 2 * block else 0
+        assert peaks[weights] >= base + work + weights - spare - 8192, "memory is there and was not used"
         reader.release()
     assert read[block] == read[2 * block] == 6 * reader.nbytes(0, "body")
     walk()

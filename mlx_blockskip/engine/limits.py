@@ -1,0 +1,32 @@
+"""How far MLX may run ahead of itself. It allocates the outputs of operations that it has only scheduled yet, dozens of
+them, until its memory limit is reached; from there on it waits for one to finish before it schedules the next. So the
+limit decides the peak of any graph, and never a result.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mlx.core as mx
+
+_own: int | None = None  # MLX's own limit, known once it was replaced
+
+
+def bound(budget: int | None) -> None:
+    """From here on MLX waits rather than go over `budget` bytes; None for MLX's own limit."""
+    global _own
+    if budget is None and _own is None:
+        return
+    limit = _own if budget is None else max(1, budget)
+    assert limit is not None
+    before = mx.set_memory_limit(limit)
+    _own = before if _own is None else _own
+
+
+@contextmanager
+def tight() -> Iterator[None]:
+    """Inside, one operation at a time is scheduled: the least memory that a graph can do with."""
+    before = mx.set_memory_limit(1)
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(before)
