@@ -2,7 +2,7 @@
 
 import importlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -118,28 +118,34 @@ def _bare(name: str) -> str:
 
 def write_component(component: Component, source: Source, target: Path, precision: Precision) -> Iterator[str]:
     """Write one component's shards and index; yields each shard's name when it is done."""
-    dtype = _dtype(component, precision)
-    weight_map: dict[str, str] = {}
     checksums: dict[str, str] = {}
-    groups: dict[str, int] = {}
-    total = 0
-    for shard in plan_shards(component, precision):
-        entries = [entry for row in shard.rows for entry in _entries(row, shard, precision, dtype)]
+    shards = plan_shards(component, precision)
+    for shard in shards:
+        entries = shard_entries(component, shard, precision)
         with files.SafetensorsWriter(target / shard.file, entries, {"format": "mlx"}) as writer:
             for row in shard.rows:
                 name = their_name(row, source)
                 assert name is not None
-                _write_row(writer, row, source.read(name), shard, precision, dtype)
-        weight_map |= {entry.name: shard.file for entry in entries}
-        total += sum(entry.nbytes for entry in entries)
+                _write_row(writer, row, source.read(name), shard, precision, _dtype(component, precision))
         checksums[shard.file] = files.sha256(target / shard.file)
-        groups |= {name.removesuffix(".weight"): size for name, size in shard.groups.items()}
         yield shard.file
-    metadata: dict[str, Any] = {"total_size": total, "sha256": checksums}
+    files.write_json(target / INDEX, index_of(component, shards, precision, checksums))
+    shutil.copyfile(source.folder / "config.json", target / "config.json")
+
+
+def index_of(
+    component: Component, shards: Sequence[Shard], precision: Precision, checksums: Mapping[str, str]
+) -> dict[str, Any]:
+    """The component's model.safetensors.index.json."""
+    entries = {shard.file: shard_entries(component, shard, precision) for shard in shards}
+    metadata: dict[str, Any] = {
+        "total_size": sum(entry.nbytes for found in entries.values() for entry in found),
+        "sha256": dict(checksums),
+    }
+    groups = {name.removesuffix(".weight"): size for shard in shards for name, size in shard.groups.items()}
     if groups:
         metadata["group_sizes"] = groups
-    files.write_json(target / INDEX, {"metadata": metadata, "weight_map": weight_map})
-    shutil.copyfile(source.folder / "config.json", target / "config.json")
+    return {"metadata": metadata, "weight_map": {e.name: file for file, found in entries.items() for e in found}}
 
 
 def plan_shards(component: Component, precision: Precision) -> list[Shard]:
@@ -158,9 +164,14 @@ def plan_shards(component: Component, precision: Precision) -> list[Shard]:
 
 def size_of(component: Component, precision: Precision) -> int:
     """Bytes that the component's tensors will take on disk."""
-    dtype = _dtype(component, precision)
     shards = plan_shards(component, precision)
-    return sum(entry.nbytes for s in shards for row in s.rows for entry in _entries(row, s, precision, dtype))
+    return sum(entry.nbytes for shard in shards for entry in shard_entries(component, shard, precision))
+
+
+def shard_entries(component: Component, shard: Shard, precision: Precision) -> list[files.TensorEntry]:
+    """The tensors of one shard, in order."""
+    dtype = _dtype(component, precision)
+    return [entry for row in shard.rows for entry in _entries(row, shard, precision, dtype)]
 
 
 def exceptions(component: Component, precision: Precision) -> dict[str, int]:
@@ -229,21 +240,25 @@ def model_config(
     source: Path, family: str, precision: Precision, opened: list[tuple[Component, Source]], origin: str
 ) -> Mapping[str, Any]:
     """config.json of the MLX model directory."""
-    quantization: dict[str, Any] | None = None
-    if precision.bits or precision.modulation_bits:
-        quantization = {
-            "bits": precision.bits,
-            "group_size": precision.group_size,
-            "modulation_bits": precision.modulation_bits,
-            "exceptions": {k: v for component, _ in opened for k, v in exceptions(component, precision).items()},
-        }
     own = source / "defaults.json"
     return {
         "format": 1,
         "family": family,
         "components": [component.folder for component, _ in opened],
         "dtype": precision.dtype,
-        "quantization": quantization,
+        "quantization": quantization_of(precision, [component for component, _ in opened]),
         "defaults": files.read_json(own) if own.is_file() else {},
         "source": origin,
+    }
+
+
+def quantization_of(precision: Precision, components: Sequence[Component]) -> dict[str, Any] | None:
+    """How layers are quantized, as config.json says it; None where none is."""
+    if not precision.bits and not precision.modulation_bits:
+        return None
+    return {
+        "bits": precision.bits,
+        "group_size": precision.group_size,
+        "modulation_bits": precision.modulation_bits,
+        "exceptions": {k: v for component in components for k, v in exceptions(component, precision).items()},
     }

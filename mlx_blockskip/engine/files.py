@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -190,6 +191,19 @@ def raw_bytes(array: mx.array | np.ndarray) -> memoryview:
     return memoryview(array).cast("B")  # type: ignore[arg-type]
 
 
+def encode_header(entries: Sequence[TensorEntry], metadata: Mapping[str, str] | None = None) -> tuple[bytes, int]:
+    """The beginning of a safetensors file with these tensors, one after the other, and the size of the whole file."""
+    fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for entry in entries:
+        end = offset + entry.nbytes
+        fields[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, 8 + len(text) + offset
+
+
 class SafetensorsWriter:
     """Write a safetensors file one tensor at a time, in any order; the sizes are known ahead, so the header is first.
 
@@ -199,18 +213,10 @@ class SafetensorsWriter:
 
     def __init__(self, path: Path, entries: Sequence[TensorEntry], metadata: Mapping[str, str] | None = None):
         self.path = path
-        fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-        offset = 0
-        for entry in entries:
-            end = offset + entry.nbytes
-            fields[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(fields, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._header = len(text).to_bytes(8, "little") + text
-        self._offsets = {name: f["data_offsets"][0] for name, f in fields.items() if name != "__metadata__"}
+        self._header, self._size = encode_header(entries, metadata)
+        starts = itertools.accumulate((entry.nbytes for entry in entries), initial=len(self._header))
+        self._offsets = {entry.name: start for entry, start in zip(entries, starts, strict=False)}
         self._entries = {entry.name: entry for entry in entries}
-        self._size = len(self._header) + offset
         self._missing = set(self._entries)
 
     def __enter__(self) -> "SafetensorsWriter":
@@ -225,7 +231,7 @@ class SafetensorsWriter:
         entry = self._entries.get(name)
         if entry is None or tuple(array.shape) != entry.shape or dtype_name(array.dtype) != entry.dtype:
             raise ValueError(f"{self.path}: {name} {array.shape} {array.dtype} is not what was announced: {entry}")
-        self._file.seek(len(self._header) + self._offsets[name])
+        self._file.seek(self._offsets[name])
         self._file.write(raw_bytes(array))
         self._missing.discard(name)
 

@@ -147,6 +147,7 @@ FAMILY = Family(
     open=Toy,
     defaults=lambda config: {},
     lora_targets={"all": {"cross": MODULES}, "attention": {"cross": MODULES[:8]}},
+    shallow=lambda configs: configs,
 )
 
 

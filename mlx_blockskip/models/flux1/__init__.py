@@ -6,6 +6,7 @@ from typing import Any
 
 from mlx_blockskip.engine import files
 from mlx_blockskip.models.family import DiffusionModel, Family
+from mlx_blockskip.models.flux1.presets import PRESETS, shallow
 
 ATTENTION = {
     "double": tuple(
@@ -51,4 +52,7 @@ FAMILY = Family(
         "attention": ATTENTION,
         "all": {kind: ATTENTION[kind] + FEED_FORWARD[kind] for kind in ATTENTION},
     },
+    presets=PRESETS,
+    shallow=shallow,
+    bundled="tiny-flux",
 )
