@@ -46,6 +46,7 @@ def draw_to(drawer: Drawer, task: Generator[Event, None, R]) -> R:
         except StopIteration as done:
             return done.value
         finally:
+            task.close()
             drawer.close()
 
 

@@ -1,6 +1,7 @@
 """What a task yields while it works. The CLI draws these; log.jsonl and reports hold the same."""
 
 from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,11 +79,15 @@ R = TypeVar("R")
 
 
 def finish(task: Generator[Event, None, R], on_event: Callable[[Event], None] | None = None) -> R:
-    """Run a task to its end, telling `on_event` what it yields; returns the task's result."""
-    while True:
-        try:
-            event = next(task)
-        except StopIteration as done:
-            return done.value
-        if on_event is not None:
-            on_event(event)
+    """Run a task to its end, telling `on_event` what it yields; returns the task's result.
+
+    What `on_event` raises ends the task at once.
+    """
+    with closing(task):
+        while True:
+            try:
+                event = next(task)
+            except StopIteration as done:
+                return done.value
+            if on_event is not None:
+                on_event(event)

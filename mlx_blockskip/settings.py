@@ -92,6 +92,9 @@ class TrainSettings:
     seed: int = option(0, "Seed of everything random.", group=RUN)
     cache_limit: str = option("8GB", "Largest residual cache on disk.", group=RUN)
     memory_budget: str | None = option(None, "MLX memory to stay within, e.g. 2GB; any by default.", group=RUN)
+    trace_memory: str | None = option(
+        None, "Write a timeline of MLX memory, block by block, as PATH.json and PATH.png.", group=RUN
+    )
     steps_per_save: int = option(100, "Steps between checkpoints; 0 for none.", group=RUN)
     steps_per_sample: int = option(0, "Steps between sample images; 0 for none.", group=RUN)
     sample_prompt: list[str] = option([], "Prompt of sample images; repeatable.", group=RUN)
@@ -118,6 +121,9 @@ class GenerateSettings:
     max_sequence_length: int | None = option(None, "Text tokens, padding included.")
     noise: str | None = option(None, "safetensors file with `noise` (B x C x h x w) to start from, instead of a seed.")
     memory_budget: str | None = option(None, "MLX memory to stay within, e.g. 2GB; any by default.")
+    trace_memory: str | None = option(
+        None, "Write a timeline of MLX memory, block by block, as PATH.json and PATH.png."
+    )
     from_image: str | None = option(None, "PNG made by this tool, whose settings are taken.")
     output: str = option("out.png", "File to write; numbered where there are several images.")
 

@@ -1,29 +1,54 @@
-"""Peaks of MLX memory that can be taken inside one another: a phase's, and a block's within it."""
+"""Peaks of MLX memory that are taken inside one another: a phase's, a block's within it, a timeline's within both."""
+
+from typing import ClassVar
+from weakref import WeakSet
 
 import mlx.core as mx
 
-_highest = 0  # the peak of the phase before the last mark
+
+class Peak:
+    """The highest bytes of MLX memory since `restart`.
+
+    MLX keeps one peak for all: who restarts hands what was reached so far to everybody else.
+    """
+
+    _all: ClassVar["WeakSet[Peak]"] = WeakSet()
+
+    def __init__(self) -> None:
+        self._before = 0  # the highest until MLX's own peak was last reset
+        self._all.add(self)
+
+    def restart(self, least: int = 0) -> None:
+        """Measure from here. least: bytes that count as reached already."""
+        reached = mx.get_peak_memory()
+        mx.reset_peak_memory()
+        for peak in self._all:
+            peak._before = max(peak._before, reached)
+        self._before = least
+
+    def read(self) -> int:
+        """Bytes, the highest since `restart`; 0 where nothing has been allocated since."""
+        return max(self._before, mx.get_peak_memory())
+
+
+_phase, _marked = Peak(), Peak()
 
 
 def reset() -> None:
     """A new phase begins: its peak starts from what is in memory now."""
-    global _highest
-    mx.reset_peak_memory()
-    _highest = 0
+    _phase.restart(mx.get_active_memory())
 
 
 def peak() -> int:
     """Bytes of MLX memory, the highest since `reset`."""
-    return max(_highest, mx.get_peak_memory())
+    return _phase.read()
 
 
 def mark() -> None:
     """Start a measurement inside the phase."""
-    global _highest
-    _highest = peak()
-    mx.reset_peak_memory()
+    _marked.restart()
 
 
 def since_mark() -> int:
     """Bytes of MLX memory, the highest since the last `mark`."""
-    return mx.get_peak_memory()
+    return _marked.read()

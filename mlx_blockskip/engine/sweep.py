@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_blockskip.engine import timeline
 from mlx_blockskip.engine.stack import Block, Context, Mask, Modulation, Stack, State, Trainable, Weights, arrays, like
 from mlx_blockskip.engine.weights import BlockReader, Part
 
@@ -61,7 +62,7 @@ def forward(
     trainable, masks, taps = trainable or {}, masks or {}, taps or {}
     path = range(stack.depth) if path is None else path
     before = path[0] if path else 0
-    for block, weights in reader.walk(path, _part(samples)):
+    for block, weights in timeline.walk(reader, path, _part(samples), "forward"):
         _cross(samples, before, block, bridge)
         _tap(taps, block, samples)
         kind = stack.blocks[block].kind
@@ -106,7 +107,9 @@ def backward(
     losses: list[mx.array] = []
     cotangents: list[list[mx.array]] = []
     before = path[0]
-    for step, (block, weights) in enumerate(reader.walk(path + path[::-1], _part(samples))):
+    steps = iter(range(2 * turn))
+    for block, weights in timeline.walk(reader, path + path[::-1], _part(samples), "forward", "backward"):
+        step = next(steps)  # enumerate would hold the weights of the block before
         tree = trainable.get(block, {})
         if step < turn:
             _cross(samples, before, block, bridge)
@@ -142,7 +145,7 @@ def modulations(
     """The modulation of every block on `path` for each context, in one sweep over the modulation weights alone."""
     found: list[dict[int, Modulation]] = [{} for _ in contexts]
     blocks = [b for b in (range(stack.depth) if path is None else path) if stack.blocks[b].kind.modulate]
-    for block, weights in reader.walk(blocks, "modulation"):
+    for block, weights in timeline.walk(reader, blocks, "modulation", "modulation"):
         modulate = stack.blocks[block].kind.modulate
         assert modulate is not None
         for per_block, context in zip(found, contexts, strict=True):

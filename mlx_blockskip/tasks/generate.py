@@ -19,22 +19,27 @@ from mlx_blockskip.tasks.adapters import load_adapters
 from mlx_blockskip.tasks.phases import phase
 from mlx_blockskip.tasks.resolve import open_named
 from mlx_blockskip.tasks.sampling import Request, check_size, sample, seeded_noise, to_images
+from mlx_blockskip.tasks.trace import trace_paths, traced
 
 PNG_KEY = "mlx-blockskip"
 FROM_MODEL = ("steps", "cfg_scale", "guidance", "width", "height", "max_sequence_length")
 
 
+@traced
 def generate(settings: GenerateSettings) -> Generator[Event, None, list[Path]]:
     """Generate `n_images` for every prompt; returns the paths of the PNG files, in that order."""
     if settings.from_image:
         settings = recall(settings)
     prompts = read_prompts(settings)
+    targets = output_paths(Path(settings.output).expanduser(), len(prompts) * settings.n_images)
+    for path in trace_paths(settings.trace_memory):
+        if path in targets:
+            raise UserError(f"--trace-memory: {path} is an image of this run; choose another name")
     model = yield from open_named(settings.model, parse_size(settings.memory_budget, "--memory-budget"))
     settings = complete(settings, model)
     width, height, count = required(settings, "width", "height", "steps")
     cfg_scale = settings.cfg_scale if settings.cfg_scale is not None else 1.0
     check_size(model, width, height)
-    targets = output_paths(Path(settings.output).expanduser(), len(prompts) * settings.n_images)
     tree = yield from load_adapters(model, settings.adapter_path, settings.lora_scale)
 
     encoded, negative = yield from encode(model, prompts, settings)
@@ -140,7 +145,8 @@ def output_paths(output: Path, count: int) -> list[Path]:
 def record(settings: GenerateSettings, prompt: str, seed: int) -> dict[str, Any]:
     """What makes this one image again."""
     kept = to_mapping(replace(settings, prompt=[prompt], seed=seed, n_images=1, prompt_file=None, from_image=None))
-    return {k: v for k, v in kept.items() if k not in ("output", "memory_budget", "from_image", "prompt_file")}
+    left_out = ("output", "memory_budget", "trace_memory", "from_image", "prompt_file")
+    return {k: v for k, v in kept.items() if k not in left_out}
 
 
 def write_png(path: Path, image: PillowImage.Image, record: dict[str, Any]) -> None:

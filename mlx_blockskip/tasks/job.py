@@ -36,8 +36,8 @@ FRESH_STEPS = 50
 """With fresh residuals a chunk holds at most this many optimizer steps, so that residuals do not go stale."""
 
 FREE_TO_CHANGE = (
-    *("model", "data", "adapter_path", "resume", "memory_budget", "cache_limit", "plan", "skip_ratio", "skip_first"),
-    *("skip_last", "steps_per_save", "steps_per_sample", "sample_prompt"),
+    *("model", "data", "adapter_path", "resume", "memory_budget", "trace_memory", "cache_limit", "plan"),
+    *("skip_ratio", "skip_first", "skip_last", "steps_per_save", "steps_per_sample", "sample_prompt"),
     *("class_prompt", "class_images", "class_data"),
 )
 """Settings that a resumed run may give differently; those that matter are in the fingerprint by what they mean."""

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 
-from mlx_blockskip.engine import memory
+from mlx_blockskip.engine import memory, timeline
 from mlx_blockskip.events import Phase, PhaseEnd, Step
 
 CACHE_LIMIT = 64 << 20
@@ -23,6 +23,7 @@ class Track:
         self.end = PhaseEnd(name, 0.0, 0)
 
     def step(self, done: int, loss: float | None = None, learning_rate: float | None = None) -> Step:
+        timeline.step(done)
         return Step(self.name, done, loss, learning_rate, memory.peak())
 
 
@@ -33,5 +34,6 @@ def phase(name: str, total: int | None = None, unit: str = "it") -> Iterator[Tra
     mx.clear_cache()
     memory.reset()
     track = Track(name, total, unit)
-    yield track
+    with timeline.phase(name):
+        yield track
     track.end = PhaseEnd(name, time.perf_counter() - track.started, memory.peak())

@@ -33,6 +33,7 @@ from mlx_blockskip.tasks.phases import phase
 from mlx_blockskip.tasks.precompute import compute_chunk
 from mlx_blockskip.tasks.resolve import open_named
 from mlx_blockskip.tasks.samples import write_samples
+from mlx_blockskip.tasks.trace import traced
 
 PATIENCE = 10
 """Steps in a row without a finite loss before the run stops."""
@@ -48,6 +49,7 @@ class TrainResult:
     loss: float
 
 
+@traced
 def train(settings: TrainSettings) -> Generator[Event, None, TrainResult]:
     """Train a LoRA on the images in `data` and write the adapter directory. See `TrainSettings` for the options."""
     if not settings.data:

@@ -184,6 +184,23 @@ def test_doubling_the_depth_adds_only_kept_inputs_and_trainable_state(tmp_path):
     assert peaks[6] < 6 * block, "the whole stack was in memory"
 
 
+def test_a_block_is_let_go_of_before_the_next_is_read(tmp_path, monkeypatch):
+    """In both directions: what is in memory when a block is read is less than a block more than at the start."""
+    width, depth, held = 256, 4, []
+    stack, shards = make(tmp_path / "m", depth, width)
+    tree, reader = factors(depth, width), BlockReader(shards, stack, 0)
+    get = reader._get
+    monkeypatch.setattr(reader, "_get", lambda *more: (held.append(mx.get_active_memory()), get(*more))[1])
+    gc.collect()
+    sweep.forward(stack, reader, samples(width=width))
+    reader.release()
+    sweep.backward(
+        stack, reader, samples(width=width), range(depth), trainable=tree, loss=loss, on_grad=lambda *_: None
+    )
+    assert len(held) == depth + 2 * depth - 1
+    assert max(held) - min(held) < reader.nbytes(0)
+
+
 def test_a_walk_stays_within_its_budget(tmp_path):
     """The first walk measures what the work takes; then the next block is read ahead, as far as it fits, and kept."""
     width, work = 256, 600_000
