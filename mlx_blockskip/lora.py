@@ -46,6 +46,7 @@ def init(
             a = philox.generator(seed, PHILOX_KEY, index, number).uniform(-bound, bound, (width_in, rank))
             tree[index][f"{module}.lora_a"] = mx.array(a.astype(np.float32))
             tree[index][f"{module}.lora_b"] = mx.zeros((rank, width_out))
+        mx.eval(tree[index])
     return tree
 
 

@@ -42,6 +42,7 @@ class ConvertSettings:
     revision: str | None = option(None, "Branch, tag or commit of the repo.")
 
 
+BUDGET = "MLX memory to stay within, e.g. 2GB; auto: what this machine has; 0: the least that is possible."
 DATA, PRIOR, METHOD = "Data", "Prior preservation", "Block skipping"
 LORA, OPTIMIZER, RUN = "LoRA", "Optimizer", "Run"
 
@@ -91,7 +92,7 @@ class TrainSettings:
     grad_accumulation: int = option(1, "Micro-batches an optimizer step; all wait in one sweep.", group=RUN)
     seed: int = option(0, "Seed of everything random.", group=RUN)
     cache_limit: str = option("8GB", "Largest residual cache on disk.", group=RUN)
-    memory_budget: str | None = option(None, "MLX memory to stay within, e.g. 2GB; any by default.", group=RUN)
+    memory_budget: str | None = option("auto", BUDGET, group=RUN)
     trace_memory: str | None = option(
         None, "Write a timeline of MLX memory, block by block, as PATH.json and PATH.png.", group=RUN
     )
@@ -120,7 +121,7 @@ class GenerateSettings:
     height: int | None = option(None, "Pixels.")
     max_sequence_length: int | None = option(None, "Text tokens, padding included.")
     noise: str | None = option(None, "safetensors file with `noise` (B x C x h x w) to start from, instead of a seed.")
-    memory_budget: str | None = option(None, "MLX memory to stay within, e.g. 2GB; any by default.")
+    memory_budget: str | None = option("auto", BUDGET)
     trace_memory: str | None = option(
         None, "Write a timeline of MLX memory, block by block, as PATH.json and PATH.png."
     )

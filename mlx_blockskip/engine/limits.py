@@ -3,12 +3,20 @@ them, until its memory limit is reached; from there on it waits for one to finis
 limit decides the peak of any graph, and never a result.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import mlx.core as mx
 
 _own: int | None = None  # MLX's own limit, known once it was replaced
+
+
+def machine() -> int:
+    """Bytes that one program may well take here: what Metal recommends; elsewhere three quarters of all memory."""
+    if mx.metal.is_available():
+        return int(mx.device_info()["max_recommended_working_set_size"])
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 0.75)
 
 
 def bound(budget: int | None) -> None:

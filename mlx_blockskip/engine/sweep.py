@@ -62,12 +62,12 @@ def forward(
     trainable, masks, taps = trainable or {}, masks or {}, taps or {}
     path = range(stack.depth) if path is None else path
     before = path[0] if path else 0
-    for block, weights in timeline.walk(reader, path, _part(samples), "forward"):
+    for block, weights in timeline.walk(reader, path, part_of(samples), "forward"):
         _cross(samples, before, block, bridge)
         _tap(taps, block, samples)
         kind = stack.blocks[block].kind
         for i, sample in enumerate(samples):
-            modulation = _modulation(stack.blocks[block], weights, sample, block)
+            modulation = modulation_of(stack.blocks[block], weights, sample, block)
             if on_modulation is not None:
                 on_modulation(i, block, modulation)
             tree = trainable.get(block, {})
@@ -108,14 +108,14 @@ def backward(
     cotangents: list[list[mx.array]] = []
     before = path[0]
     steps = iter(range(2 * turn))
-    for block, weights in timeline.walk(reader, path + path[::-1], _part(samples), "forward", "backward"):
+    for block, weights in timeline.walk(reader, path + path[::-1], part_of(samples), "forward", "backward"):
         step = next(steps)  # enumerate would hold the weights of the block before
         tree = trainable.get(block, {})
         if step < turn:
             _cross(samples, before, block, bridge)
             inputs.append([sample.state for sample in samples])
             for sample in samples:
-                modulation = _modulation(stack.blocks[block], weights, sample, block)
+                modulation = modulation_of(stack.blocks[block], weights, sample, block)
                 apply = stack.blocks[block].kind.apply
                 sample.state = apply(weights, tree, sample.state, sample.context, modulation, masks.get(block))
                 mx.eval(sample.state)
@@ -155,11 +155,13 @@ def modulations(
     return found
 
 
-def _part(samples: Sequence[Sample]) -> Part:
+def part_of(samples: Sequence[Sample]) -> Part:
+    """What of a block a sweep reads: its body alone where every sample brings the modulation."""
     return "body" if samples and all(sample.modulation is not None for sample in samples) else "all"
 
 
-def _modulation(block: Block, weights: Weights, sample: Sample, index: int) -> Modulation:
+def modulation_of(block: Block, weights: Weights, sample: Sample, index: int) -> Modulation:
+    """The modulation of one block for a sample: brought along, or computed from the block's own weights."""
     if block.kind.modulate is None:
         return None
     return block.kind.modulate(weights, sample.context) if sample.modulation is None else sample.modulation(index)
@@ -177,7 +179,7 @@ def _pull_back(
 ) -> tuple[list[mx.array], dict[str, mx.array]]:
     """The cotangent of the block's state (empty where it is not wanted) and the gradients of its trainable tree."""
     names = list(trainable)
-    modulation = _modulation(block, weights, sample, index)
+    modulation = modulation_of(block, weights, sample, index)
     own_state = arrays(sample.state)
     count = len(own_state) if wants_state else 0
 
@@ -209,13 +211,18 @@ def _loss_cotangents(samples: Sequence[Sample], loss: Loss) -> tuple[list[mx.arr
     return losses, cotangents
 
 
-def _cross(samples: Sequence[Sample], start: int, stop: int, bridge: Bridge | None) -> None:
+def cross(sample: int, start: int, stop: int, state: State, bridge: Bridge | None) -> State:
+    """The state after the blocks start..stop-1, which the path leaves out. Raises ValueError without a bridge."""
     if start == stop:
-        return
+        return state
     if bridge is None:
         raise ValueError(f"the path leaves out blocks {start} to {stop - 1}, and no bridge crosses them")
+    return bridge(sample, start, stop, state)
+
+
+def _cross(samples: Sequence[Sample], start: int, stop: int, bridge: Bridge | None) -> None:
     for i, sample in enumerate(samples):
-        sample.state = bridge(i, start, stop, sample.state)
+        sample.state = cross(i, start, stop, sample.state, bridge)
         mx.eval(sample.state)
 
 

@@ -151,6 +151,10 @@ class Timeline:
                 self._put(self._take("block", _visit(reader, index, part, direction)))
         next(walk, None)
 
+    def visit(self, reader: BlockReader, index: int, part: Part, direction: str) -> None:
+        """A sweep that is no walk is done with a block."""
+        self._put(self._take("block", _visit(reader, index, part, direction)))
+
     def _take(self, what: str, visit: Visit | None = None) -> Point:
         active, seconds = mx.get_active_memory(), time.perf_counter() - self._began
         highest = max(active, self._peak.read())
@@ -230,6 +234,12 @@ def step(done: int) -> None:
     """So many steps of the phase are done, for who records."""
     if _recording:
         _recording[-1].step(done)
+
+
+def visit(reader: BlockReader, index: int, part: Part, direction: str) -> None:
+    """A sweep whose weights all stay is done with a block, for who records."""
+    if _recording:
+        _recording[-1].visit(reader, index, part, direction)
 
 
 def walk(reader: BlockReader, blocks: Sequence[int], part: Part, *directions: str) -> Iterator[tuple[int, Any]]:

@@ -6,6 +6,7 @@ the current one works.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -21,6 +22,8 @@ from mlx_blockskip.engine.stack import Stack
 
 INDEX = "model.safetensors.index.json"
 Part = Literal["all", "body", "modulation"]
+Work = tuple[Part, str, bool]
+"""A part of the weights, a kind of block, and whether the walk meets the block again, on its way back."""
 
 
 class Shards:
@@ -128,14 +131,11 @@ class Shards:
 
 
 class Flight:
-    """The bytes in flight of a walk: the block at work, and what is read ahead of the next one.
+    """What may be read ahead while a block is at work. Reading waits for room, or for the block at work to be done."""
 
-    limit: bytes that both may take together; None for any. A block by itself is always let through.
-    """
-
-    def __init__(self, limit: int | None):
-        self.limit = limit
-        self.at_work = 0
+    def __init__(self) -> None:
+        self.at_work = False
+        self.room: int | None = None  # bytes beside the block at work; None for any number
         self.ahead = 0
         self.cancelled = False
         self._changed = Condition()
@@ -148,15 +148,15 @@ class Flight:
                 raise CancelledError
             self.ahead += size
 
-    def hand_over(self) -> None:
-        """What was read ahead is now at work."""
+    def begin(self, room: int | None) -> None:
+        """A block goes to work, and nothing is read ahead yet."""
         with self._changed:
-            self.at_work, self.ahead = self.ahead, 0
+            self.at_work, self.room, self.ahead = True, room, 0
 
     def done(self) -> None:
         """The block at work was let go of."""
         with self._changed:
-            self.at_work = 0
+            self.at_work = False
             self._changed.notify()
 
     def cancel(self) -> None:
@@ -166,17 +166,17 @@ class Flight:
             self._changed.notify()
 
     def _fits(self, size: int) -> bool:
-        return not self.at_work or self.limit is None or self.at_work + self.ahead + size <= self.limit
+        return not self.at_work or self.room is None or self.ahead + size <= self.room
 
 
 class BlockReader:
     """Hands out the weights of blocks in the order of a walk.
 
-    budget: bytes of MLX memory for all there is; None keeps every block. The first walk has one block in memory at a
-    time and measures what the work itself takes beside it. From then on comes first the block at work, then as much of
-    the next one as fits, tensor by tensor, then room for MLX to run ahead, and what is left keeps blocks between walks:
-    a fixed set (the first that fit), which in a walk there and back reads no more than any other choice. The budget
-    changes what is read again and when, never a result.
+    budget: bytes of MLX memory for all there is; None keeps every block. The first block of a kind works alone, and
+    what its work takes is measured. From then on comes first the block at work, then as much of the next one as fits,
+    tensor by tensor. After a whole walk it is known what is taken at most, and what is left (but for room in which MLX
+    runs ahead) keeps blocks between walks: a fixed set (the first that fit), which in a walk there and back reads no
+    more than any other choice. The budget changes what is read again and when, never a result.
     """
 
     def __init__(self, shards: Shards, stack: Stack, budget: int | None = None, prefetch: bool = True):
@@ -186,7 +186,7 @@ class BlockReader:
         self.prefetch = prefetch
         self.bytes_read = 0
         self.overhead: dict[Part, int] = {}  # bytes beside the weights, the highest so far
-        self._scratch: dict[Part, int] = {}  # of these, what the work on one block comes to and leaves again
+        self._scratch: dict[Work, int] = {}  # of these, what the work on one block comes to and leaves again
         self._kept: dict[tuple[int, Part], dict[str, mx.array]] = {}
         self._kept_bytes = 0
         self._room = 0
@@ -216,36 +216,8 @@ class BlockReader:
         The caller lets the weights go (`del`) before it asks for the next block; then at most two are in memory.
         """
         order = list(blocks)
-        if self.budget is None:
-            yield from self._read_ahead(order, part, Flight(None))
-            return
-        largest = max((self.nbytes(index, part) for index in set(order)), default=0)
-        if not self.prefetch or part not in self.overhead:
-            self._room = 0 if part not in self.overhead else self.budget - self.overhead[part] - largest
-            yield from self._one_by_one(order, part)
-            return
-        weights = self.budget - self.overhead[part]
-        self._room = weights - 2 * largest - self._scratch[part]  # as much again for MLX to run ahead in
-        yield from self._read_ahead(order, part, Flight(weights - max(0, self._room)))
-
-    def _one_by_one(self, order: Sequence[int], part: Part) -> Iterator[tuple[int, dict[str, mx.array]]]:
-        """One block in memory at a time, and what the work takes beside it measured."""
-        held: dict[str, mx.array] = {}
-        for position, index in enumerate(order):
-            weights = held or self._get(index, part, Flight(None))
-            turns = order[position + 1 : position + 2] == [index]
-            held = dict(weights) if turns else {}
-            memory.mark()
-            before = mx.get_active_memory()
-            size = self._kept_bytes + (0 if (index, part) in self._kept else self.nbytes(index, part))
-            with limits.tight():
-                yield index, _handed_over(weights)
-            self.overhead[part] = max(self.overhead.get(part, 0), memory.since_mark() - size)
-            self._scratch[part] = max(self._scratch.get(part, 0), memory.since_mark() - before)
-
-    def _read_ahead(
-        self, order: Sequence[int], part: Part, flight: Flight
-    ) -> Iterator[tuple[int, dict[str, mx.array]]]:
+        self._room = self._to_keep(order, part)
+        flight, seen = Flight(), set[int]()
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="block-reader") as pool:
             ahead: Future | None = pool.submit(self._get, order[0], part, flight) if order else None
             weights: dict[str, mx.array] = {}
@@ -253,19 +225,62 @@ class BlockReader:
                 for position, index in enumerate(order):
                     if ahead is not None:
                         weights, ahead = ahead.result(), None
-                        flight.hand_over()
-                    following = order[position + 1] if position + 1 < len(order) else index
-                    if following == index:  # the turning point of a walk there and back, or the end
-                        yield index, weights
-                        continue
-                    ahead = pool.submit(self._get, following, part, flight)
-                    taken, weights = weights, {}
-                    yield index, _handed_over(taken)
+                    work = part, self.stack.blocks[index].kind.name, index in seen
+                    seen.add(index)
+                    flight.begin(self._beside(index, work))
+                    following = order[position + 1 : position + 2]
+                    if following and following != [index]:
+                        ahead = pool.submit(self._get, following[0], part, flight)
+                    held = dict(weights) if following == [index] else {}  # a walk there and back turns here
+                    with self._measured(index, work):
+                        yield index, _handed_over(weights)
+                    weights = held
                     flight.done()
             finally:
                 flight.cancel()
                 if ahead is not None and not ahead.cancel():
                     ahead.exception()
+
+    def _to_keep(self, order: Sequence[int], part: Part) -> int:
+        """Bytes of blocks that may stay between walks, as far as is known what the work takes."""
+        if self.budget is None or part not in self.overhead:
+            return 0
+        largest = max((self.nbytes(index, part) for index in set(order)), default=0)
+        run_ahead = max(size for work, size in self._scratch.items() if work[0] == part)
+        return self.budget - self.overhead[part] - 2 * largest - run_ahead
+
+    def _beside(self, index: int, work: Work) -> int | None:
+        """Bytes that may be read ahead beside this block's work; None for any number."""
+        if self.budget is None:
+            return None
+        if not self.prefetch or work not in self._scratch:
+            return 0
+        self._count(index, work)
+        return self.budget - mx.get_active_memory() - self._scratch[work]
+
+    @contextmanager
+    def _measured(self, index: int, work: Work) -> Iterator[None]:
+        """Measure the first work of its sort: a kind of block, its weights' part, and whether it is met again."""
+        if self.budget is None or work in self._scratch:
+            yield
+            return
+        with limits.tight():
+            before = mx.get_active_memory()
+            memory.mark()
+            self._scratch[work] = 0
+            self._count(index, work)
+            yield
+        self._scratch[work] = memory.since_mark() - before
+        self.overhead[work[0]] = max(self.overhead[work[0]], self._beside_weights(index, work, before))
+
+    def _count(self, index: int, work: Work) -> None:
+        beside = self._beside_weights(index, work, mx.get_active_memory())
+        self.overhead[work[0]] = max(self.overhead.get(work[0], 0), beside)
+
+    def _beside_weights(self, index: int, work: Work, active: int) -> int:
+        """What is in memory beside weights while a block is at work. active: bytes as its work begins."""
+        own = 0 if (index, work[0]) in self._kept else self.nbytes(index, work[0])
+        return active - self._kept_bytes - own + self._scratch[work]
 
     def release(self) -> None:
         """Let go of every block that was kept, and of what was measured: other work comes."""

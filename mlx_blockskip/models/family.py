@@ -46,6 +46,7 @@ class DiffusionModel(Protocol):
 
     `context` splits into what `restore` can make again: `record` names the arrays that the blocks and the head take
     from a context besides the modulation, and `prompt_record` those of them that depend on the prompt alone.
+    `blank_prompt` is of the shapes and types of an encoded prompt, made without an encoder.
     """
 
     path: Path
@@ -60,6 +61,8 @@ class DiffusionModel(Protocol):
     def dtype(self) -> mx.Dtype: ...
 
     def encode_prompts(self, prompts: Sequence[str], max_length: int) -> Encoded: ...
+
+    def blank_prompt(self, max_length: int) -> Prompt: ...
 
     def encode_images(self, pixels: mx.array) -> Posterior: ...
 

@@ -14,8 +14,9 @@ from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Event, Image, Warning
 from mlx_blockskip.models.family import DiffusionModel, Encoded
-from mlx_blockskip.settings import GenerateSettings, defaults_of, from_mapping, parse_size, required, to_mapping
+from mlx_blockskip.settings import GenerateSettings, defaults_of, from_mapping, required, to_mapping
 from mlx_blockskip.tasks.adapters import load_adapters
+from mlx_blockskip.tasks.budget import budget_of, check_generation
 from mlx_blockskip.tasks.phases import phase
 from mlx_blockskip.tasks.resolve import open_named
 from mlx_blockskip.tasks.sampling import Request, check_size, sample, seeded_noise, to_images
@@ -35,11 +36,12 @@ def generate(settings: GenerateSettings) -> Generator[Event, None, list[Path]]:
     for path in trace_paths(settings.trace_memory):
         if path in targets:
             raise UserError(f"--trace-memory: {path} is an image of this run; choose another name")
-    model = yield from open_named(settings.model, parse_size(settings.memory_budget, "--memory-budget"))
+    model = yield from open_named(settings.model, budget_of(settings.memory_budget))
     settings = complete(settings, model)
     width, height, count = required(settings, "width", "height", "steps")
     cfg_scale = settings.cfg_scale if settings.cfg_scale is not None else 1.0
     check_size(model, width, height)
+    check_generation(settings, model, len(targets))
     tree = yield from load_adapters(model, settings.adapter_path, settings.lora_scale)
 
     encoded, negative = yield from encode(model, prompts, settings)

@@ -1,6 +1,7 @@
 """Setting a training run up: what was left open is filled, the plan chosen, captions encoded, chunks measured."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ FREE_TO_CHANGE = (
 
 @dataclass
 class Job:
-    """A run under way."""
+    """A run under way. ample: weights, activations and moments all stay in memory."""
 
     settings: TrainSettings
     directory: Path
@@ -54,6 +55,17 @@ class Job:
     layout: Layout
     chunk_length: int  # micro-batches
     identity: dict[str, Any]
+    ample: bool
+
+    @contextmanager
+    def resident(self) -> Iterator[None]:
+        """Inside, blocks that are read stay in memory, where it is ample."""
+        reader = self.model.reader
+        budget, reader.budget = reader.budget, None if self.ample else reader.budget
+        try:
+            yield
+        finally:
+            reader.budget = budget
 
 
 def complete(settings: TrainSettings, model: DiffusionModel) -> TrainSettings:
@@ -86,7 +98,7 @@ def choose_plan(settings: TrainSettings, model: DiffusionModel) -> SkipPlan:
 
 
 def prepare(
-    settings: TrainSettings, directory: Path, model: DiffusionModel, dataset: Dataset, plan: SkipPlan
+    settings: TrainSettings, directory: Path, model: DiffusionModel, dataset: Dataset, plan: SkipPlan, ample: bool
 ) -> Generator[Event, None, Job]:
     """Make the class images, encode the captions and set up what the records are made from."""
     s_max, s_min, length, batch_size = required(
@@ -131,7 +143,7 @@ def prepare(
     identity = {**kept, "model": model.identity, "data": dataset.identity, "plan": plan.to_json()["runs"]}
     identity["prior"] = prior.identity if prior else None
     shape = layout(recipe)
-    job = Job(settings, directory, model, recipe, shape, chunk_length(settings, shape), identity)
+    job = Job(settings, directory, model, recipe, shape, chunk_length(settings, shape), identity, ample)
     job.identity["chunk_length"] = job.chunk_length
     return job
 

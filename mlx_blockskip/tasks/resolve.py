@@ -54,9 +54,14 @@ def resolve(model: str) -> Generator[Event, None, Path]:
 
 
 def open_named(model: str, budget: int | None) -> Generator[Event, None, DiffusionModel]:
-    """Resolve and open a model. From then on MLX keeps to the budget (bytes; None for any)."""
+    """Resolve and open a model. From then on MLX keeps to the budget (bytes; None for any). A transformer that takes
+    less than half of it stays in memory.
+    """
     limits.bound(budget)
-    return open_model((yield from resolve(model)), budget)
+    opened = open_model((yield from resolve(model)), budget)
+    if budget and 2 * opened.reader.shards.nbytes(opened.reader.shards.names) <= budget:
+        opened.reader.budget = None
+    return opened
 
 
 def load(model: str = "tiny-flux", memory_budget: int | None = None) -> DiffusionModel:

@@ -11,7 +11,8 @@ from mlx_blockskip.engine import files, timeline
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.timeline import FIRST_SWEEPS, Point, Timeline
 from mlx_blockskip.events import Event, Saved, Warning
-from mlx_blockskip.settings import GenerateSettings, TrainSettings, parse_size
+from mlx_blockskip.settings import GenerateSettings, TrainSettings
+from mlx_blockskip.tasks.budget import AUTO, budget_of
 from mlx_blockskip.tasks.trace_plot import draw
 
 SUFFIXES = (".json", ".png")
@@ -33,7 +34,7 @@ def traced(task: Task[S, R]) -> Task[S, R]:
 
 def _recorded(task: Task[S, R], settings: S) -> Generator[Event, None, R]:
     targets = trace_paths(settings.trace_memory)
-    budget = parse_size(settings.memory_budget, "--memory-budget")
+    budget = None if settings.memory_budget == AUTO else budget_of(settings.memory_budget)
     check_writable(targets)
     try:
         with timeline.recording() as recorded:

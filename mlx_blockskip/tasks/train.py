@@ -17,15 +17,16 @@ from mlx_blockskip.blockskip import residuals
 from mlx_blockskip.blockskip.patches import coverage
 from mlx_blockskip.blockskip.residuals import Chunk
 from mlx_blockskip.data import load_dataset
-from mlx_blockskip.engine import files, sweep
+from mlx_blockskip.engine import files, kept, sweep
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.sweep import Sample
 from mlx_blockskip.events import Event, Note, Saved, Warning, as_record
 from mlx_blockskip.models.family import Tokens
 from mlx_blockskip.models.registry import family_named, read_config
-from mlx_blockskip.settings import TrainSettings, parse_size, to_mapping
+from mlx_blockskip.settings import TrainSettings, to_mapping
 from mlx_blockskip.tasks import checkpoints, optimizer
 from mlx_blockskip.tasks.adapters import TENSORS, save_adapter
+from mlx_blockskip.tasks.budget import budget_of, check_training
 from mlx_blockskip.tasks.checkpoints import State
 from mlx_blockskip.tasks.job import Job, choose_plan, complete, prepare
 from mlx_blockskip.tasks.moments import Moments
@@ -60,11 +61,12 @@ def train(settings: TrainSettings) -> Generator[Event, None, TrainResult]:
     dataset = load_dataset(Path(settings.data).expanduser(), settings.prompt)
     for text in dataset.warnings:
         yield Warning(text)
-    model = yield from open_named(settings.model, parse_size(settings.memory_budget, "--memory-budget"))
+    model = yield from open_named(settings.model, budget_of(settings.memory_budget))
     settings = complete(settings, model)
     plan = choose_plan(settings, model)
+    ample = check_training(settings, model, plan)
     with files.lock(directory / ".lock"):
-        job = yield from prepare(settings, directory, model, dataset, plan)
+        job = yield from prepare(settings, directory, model, dataset, plan, ample)
         state = yield from first_state(job)
         yield from describe(job)
         with (directory / "log.jsonl").open("a", encoding="utf-8") as log:
@@ -94,7 +96,7 @@ def logged(task: Generator[Event, None, TrainResult], log: TextIO) -> Generator[
 def first_state(job: Job) -> Generator[Event, None, State]:
     """The last checkpoint where the run goes on, else new factors."""
     settings, model = job.settings, job.model
-    moments = Moments(job.directory / "cache" / "moments" if settings.memory_budget else None)
+    moments = Moments(None if job.ample else job.directory / "cache" / "moments")
     if settings.resume:
         saved = checkpoints.found(job.directory)
         if not saved:
@@ -137,7 +139,8 @@ def run(job: Job, state: State) -> Generator[Event, None, TrainResult]:
             with phase("train", settings.iters, "step") as track:
                 yield track.begin
                 while state.step < last:
-                    loss = train_step(job, chunk, state)
+                    with job.resident():
+                        loss = train_step(job, chunk, state)
                     finite = math.isfinite(loss)
                     failures = 0 if finite else failures + 1
                     losses = [*losses[-49:], loss] if finite else losses
@@ -205,7 +208,7 @@ def train_step(job: Job, chunk: Chunk, state: State) -> float:
         return mx.mean(mx.square(error) * weights[i]) / count
 
     grads: optimizer.Grads = {}
-    losses = sweep.backward(
+    losses = (kept if job.ample else sweep).backward(
         recipe.stack,
         model.reader,
         samples,
@@ -230,7 +233,8 @@ def train_step(job: Job, chunk: Chunk, state: State) -> float:
 def settle_moments(job: Job, state: State) -> None:
     """After the first step it is known what a step takes: where there is room, the moments stay in memory."""
     reader, size = job.model.reader, 2 * sum(v.nbytes for factors in state.tree.values() for v in factors.values())
-    if state.moments.directory is None or "body" not in reader.overhead or (reader.spare() or 0) < size:
+    spare = reader.spare()
+    if state.moments.directory is None or (spare is not None and ("body" not in reader.overhead or spare < size)):
         return
     state.moments.into_memory()
     reader.reserve(size)
@@ -244,6 +248,7 @@ def after_step(job: Job, state: State) -> Generator[Event, None, None]:
     if settings.steps_per_sample and state.step % settings.steps_per_sample == 0:
         prompts = settings.sample_prompt or [job.recipe.dataset.examples[0].caption]
         tree = lora.combine([state.tree], [settings.scale])
+        job.model.release()
         yield from write_samples(job.model, prompts, tree, job.directory / "samples", state.step, settings.seed)
 
 

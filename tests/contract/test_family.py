@@ -10,7 +10,7 @@ from mlx_blockskip import lora
 from mlx_blockskip.blockskip import residuals
 from mlx_blockskip.blockskip.masking import image_to_text
 from mlx_blockskip.blockskip.plan import SkipPlan
-from mlx_blockskip.engine import philox, sweep
+from mlx_blockskip.engine import kept, philox, sweep
 from mlx_blockskip.engine.stack import arrays
 from mlx_blockskip.engine.sweep import Sample
 from mlx_blockskip.models.family import Tokens
@@ -34,12 +34,12 @@ def loss_of(model, sample, modulation, target):
     return loss
 
 
-def train_pass(model, path, tree, bridge=None, begin=None):
+def train_pass(model, path, tree, bridge=None, begin=None, backward=sweep.backward):
     sample, modulation, target, _ = start(model)
     if begin is not None:
         sample.state = begin
     grads = {}
-    losses = sweep.backward(
+    losses = backward(
         model.stack,
         model.reader,
         [sample],
@@ -81,6 +81,22 @@ def test_streamed_equals_resident_bit_for_bit(open_family):
         assert same_bits(loss, results[0][0])
         assert all(same_bits(a, b) for a, b in zip(arrays(state), arrays(results[0][2]), strict=True))
         assert all(same_bits(grads[b][n], results[0][1][b][n]) for b in grads for n in grads[b])
+
+
+@pytest.mark.parametrize("runs", [((0, 1),), ((0, 1), (2, 3)), ((1, 3), (4, 5))])
+def test_kept_activations_give_the_bits_of_recomputed_ones(open_family, runs):
+    model = open_family()
+    depth = model.stack.depth
+    plan = SkipPlan(depth, tuple((a, depth if b == 5 else b) for a, b in runs))
+    kept_tokens, _ = record_of(model, plan)
+    tree = random_tree(model, plan.retained)
+    given = {"bridge": bridge_over(kept_tokens), "begin": kept_tokens["entry"]}
+    loss, grads, state = train_pass(model, plan.retained, tree, **given)
+    own_loss, own, own_state = train_pass(model, plan.retained, tree, **given, backward=kept.backward)
+    assert same_bits(loss, own_loss)
+    assert all(same_bits(a, b) for a, b in zip(arrays(state), arrays(own_state), strict=True))
+    assert list(own) == list(grads)
+    assert all(same_bits(grads[b][n], own[b][n]) for b in grads for n in grads[b])
 
 
 @pytest.mark.parametrize("runs", [((0, 2),), ((0, 1), (3, 5)), ((1, 3),), ((0, 1), (2, 3), (4, 5))])

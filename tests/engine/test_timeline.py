@@ -107,7 +107,7 @@ def test_recording_changes_neither_results_nor_measurements(model):
         again, peak_again, overhead_again = measured()
     assert all(np.array_equal(a, b) for a, b in zip(arrays, again, strict=True))
     assert peak_again == pytest.approx(peak, rel=0.05)  # MLX lets go of arrays a little earlier or later
-    assert overhead_again == pytest.approx(overhead, rel=0.05)
+    assert overhead_again == pytest.approx(overhead, rel=0.1)
     assert recorded.phases[0].highest.peak == peak_again
     assert max(point.peak for point in recorded.points if point.phase == 0) == peak_again
 

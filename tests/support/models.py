@@ -51,4 +51,4 @@ def prepared(settings):
     settings = job.complete(settings, model)
     dataset = load_dataset(Path(settings.data), settings.prompt)
     plan = job.choose_plan(settings, model)
-    return finish(job.prepare(settings, Path(settings.adapter_path), model, dataset, plan))
+    return finish(job.prepare(settings, Path(settings.adapter_path), model, dataset, plan, ample=True))

@@ -95,6 +95,9 @@ class Toy:
             found.append({"text": mx.array(rows), "mask": mx.array(mask[None])})
         return Encoded(found, [len(p) > max_length for p in prompts])
 
+    def blank_prompt(self, max_length):
+        return {"text": mx.zeros((1, max_length, TEXT)), "mask": mx.zeros((1, max_length))}
+
     def encode_images(self, pixels):
         b, h, w, _ = pixels.shape
         pooled = pixels.reshape(b, h // FACTOR, FACTOR, w // FACTOR, FACTOR, 3).mean(axis=(2, 4))

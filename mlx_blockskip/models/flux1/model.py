@@ -72,6 +72,12 @@ class Flux1:
         ]
         return Encoded(found, list(truncated))
 
+    def blank_prompt(self, max_length: int) -> Prompt:
+        return {
+            "prompt_embeds": mx.zeros((1, max_length, self.config["joint_attention_dim"]), self.dtype),
+            "pooled": mx.zeros((1, self.config["pooled_projection_dim"]), self.dtype),
+        }
+
     def _sweep_text(self, encode: Any, component: str, ids: Any) -> list[mx.array]:
         """One sweep for all prompts, each a sample of its own, so that its features do not depend on the others."""
         return encode(Shards(self.path / component), [row[None] for row in ids], self.budget)

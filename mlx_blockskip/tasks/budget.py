@@ -1,0 +1,133 @@
+"""Whether a run fits its memory budget, before it begins; and, where it does not, the nearest setting that does."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from mlx_blockskip import lora
+from mlx_blockskip.blockskip.patches import PatchSettings
+from mlx_blockskip.blockskip.plan import SkipPlan
+from mlx_blockskip.engine import limits
+from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.models.family import DiffusionModel
+from mlx_blockskip.models.registry import family_named, read_config
+from mlx_blockskip.settings import GenerateSettings, TrainSettings, parse_size, required
+from mlx_blockskip.tasks import forecast
+from mlx_blockskip.tasks.forecast import Phase, Shape, Tracer
+from mlx_blockskip.tasks.samples import WAITING as CLASS_WAITING
+
+AUTO = "auto"
+LEAST = 0
+"""A budget of 0 asks for the least that is possible, whatever that is; nothing is refused then."""
+
+
+def budget_of(text: str | None) -> int | None:
+    """Bytes of a --memory-budget: a size, or "auto" for what this machine has. None: any. Raises UserError."""
+    return limits.machine() if text == AUTO else parse_size(text, "--memory-budget")
+
+
+def check_training(settings: TrainSettings, model: DiffusionModel, plan: SkipPlan) -> bool:
+    """Whether weights and activations can all stay in memory. Raises UserError where the run cannot fit at all."""
+    budget = budget_of(settings.memory_budget)
+    if budget is None or budget == LEAST:
+        return budget is None
+    phases = training_phases(settings, model, plan)
+    if max(phase.peak for phase in phases) > budget:
+        _refuse(settings.memory_budget, phases, _smaller_training(settings, model, plan, budget))
+    return next(phase for phase in phases if phase.name == "train").ample <= budget
+
+
+def check_generation(settings: GenerateSettings, model: DiffusionModel, images: int) -> None:
+    """Raise UserError where `images` images cannot be made within the budget."""
+    budget = budget_of(settings.memory_budget)
+    if budget is None or budget == LEAST:
+        return
+    phases = generation_phases(settings, model, images)
+    if max(phase.peak for phase in phases) > budget:
+        _refuse(settings.memory_budget, phases, _smaller_generation(settings, model, images, budget))
+
+
+def training_phases(settings: TrainSettings, model: DiffusionModel, plan: SkipPlan) -> list[Phase]:
+    """What the phases of a training run take; prompts are left out, whose encoders were not opened."""
+    s_max, s_min, length, batch, rank = required(
+        settings, "resolution", "train_resolution", "max_sequence_length", "batch_size", "rank"
+    )
+    side = PatchSettings(settings.patch_mode or "dynamic", s_min, s_max, model.granularity).output_side
+    family = family_named(read_config(model.path)["family"])
+    modules = lora.targets(family.lora_targets, settings.lora_targets)
+    tracer = Tracer(model, Shape(side, side, length, batch, settings.guidance), rank, modules)
+    phases = [forecast.images(model, side, side, decoding=False)]
+    phases += [tracer.precompute(plan, settings.residuals), tracer.train(plan.retained, settings.grad_accumulation)]
+    defaults = model.defaults
+    if settings.class_prompt and settings.class_images:
+        phases += _drawing(model, s_max, s_max, CLASS_WAITING, len(settings.class_prompt))
+    if settings.steps_per_sample:
+        prompts = max(1, len(settings.sample_prompt))
+        phases += _drawing(model, defaults["width"], defaults["height"], prompts, prompts)
+    return phases
+
+
+def generation_phases(settings: GenerateSettings, model: DiffusionModel, images: int) -> list[Phase]:
+    """What a step of all images takes, and decoding one."""
+    width, height, length, steps = required(settings, "width", "height", "max_sequence_length", "steps")
+    branches = 2 if (settings.cfg_scale or 1.0) > 1 else 1
+    tracer = Tracer(model, Shape(width, height, length, guidance=settings.guidance))
+    prompts = images // settings.n_images + branches - 1
+    return [
+        tracer.generate(steps, images * branches, prompts),
+        forecast.images(model, width, height, decoding=True),
+    ]
+
+
+def _drawing(model: DiffusionModel, width: int, height: int, images: int, prompts: int) -> list[Phase]:
+    d = model.defaults
+    settings = GenerateSettings(
+        width=width, height=height, max_sequence_length=d["max_sequence_length"], steps=d["steps"],
+        cfg_scale=d.get("cfg_scale"), guidance=d.get("guidance"), n_images=max(1, images // max(1, prompts)),
+    )  # fmt: skip
+    return generation_phases(settings, model, images)
+
+
+def _refuse(budget: str | None, phases: Sequence[Phase], fitting: Iterator[str]) -> None:
+    worst = max(phases, key=lambda phase: phase.peak)
+    need = f"{worst.peak / 2**20 + 1:.0f}MB"
+    found = next(fitting, None)
+    raise UserError(
+        f"--memory-budget {budget}: too small, {worst.name!r} takes {need} at least; give --memory-budget {need}"
+        + (f"; the nearest that fits: {found}" if found else "")
+    )
+
+
+def _smaller_training(settings: TrainSettings, model: DiffusionModel, plan: SkipPlan, budget: int) -> Iterator[str]:
+    """Changes that make a training run fit, the mildest first."""
+    batch, side, rank = required(settings, "batch_size", "train_resolution", "rank")
+    milder: Iterable[dict[str, Any]] = [
+        {"grad_accumulation": 1},
+        *({"batch_size": size, "grad_accumulation": 1} for size in (batch // 2, 1) if 0 < size < batch),
+        *({"train_resolution": side // 2, "batch_size": 1, "grad_accumulation": 1},)[: side // 2 >= model.granularity],
+        {
+            "train_resolution": max(model.granularity, side // 2),
+            "batch_size": 1,
+            "grad_accumulation": 1,
+            "rank": min(4, rank),
+        },
+    ]
+    for change in milder:
+        changed = replace(settings, **change)
+        if changed != settings and max(p.peak for p in training_phases(changed, model, plan)) <= budget:
+            yield " ".join(
+                f"--{name.replace('_', '-')} {value}"
+                for name, value in change.items()
+                if value != getattr(settings, name)
+            )
+
+
+def _smaller_generation(settings: GenerateSettings, model: DiffusionModel, images: int, budget: int) -> Iterator[str]:
+    """Changes that make the images fit: one at a time, then smaller ones."""
+    width, height = required(settings, "width", "height")
+    g = model.granularity
+    for share, count in ((1, 1), (0.75, 1), (0.5, 1), (0.25, 1)):
+        w, h = (max(g, int(side * share) // g * g) for side in (width, height))
+        changed = replace(settings, width=w, height=h, n_images=1)
+        if max(phase.peak for phase in generation_phases(changed, model, count)) <= budget:
+            yield "one image at a time" if share == 1 else f"--width {w} --height {h}"
