@@ -6,15 +6,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlx_blockskip.events import Event, finish
-from mlx_blockskip.settings import ConvertSettings, ExportSettings, GenerateSettings, TrainSettings, from_mapping
+from mlx_blockskip.settings import (
+    ConvertSettings,
+    EstimateSettings,
+    ExportSettings,
+    GenerateSettings,
+    TrainSettings,
+    from_mapping,
+)
 from mlx_blockskip.tasks import adapters
 from mlx_blockskip.tasks import convert as convert_task
+from mlx_blockskip.tasks import estimate as estimate_task
 from mlx_blockskip.tasks import generate as generate_task
 from mlx_blockskip.tasks import train as train_task
+from mlx_blockskip.tasks.estimate import Estimate
 from mlx_blockskip.tasks.resolve import load
 from mlx_blockskip.tasks.train import TrainResult
 
-__all__ = ["convert", "export", "generate", "load", "train"]
+__all__ = ["convert", "estimate", "export", "generate", "load", "train"]
 
 OnEvent = Callable[[Event], None]
 S = TypeVar("S")
@@ -35,6 +44,13 @@ def generate(
 ) -> list[Path]:
     """Generate images; returns the PNG files. Options: fields of GenerateSettings."""
     return finish(generate_task.generate(_settings(GenerateSettings, settings, options)), on_event)
+
+
+def estimate(
+    settings: EstimateSettings | None = None, *, on_event: OnEvent | None = None, **options: Any
+) -> list[Estimate]:
+    """Say what a run would take; returns a row a precision and skip ratio. Options: fields of EstimateSettings."""
+    return finish(estimate_task.estimate(_settings(EstimateSettings, settings, options)), on_event)
 
 
 def export(settings: ExportSettings | None = None, *, on_event: OnEvent | None = None, **options: Any) -> Path:

@@ -19,6 +19,7 @@ COMMANDS = {
     "convert": settings.ConvertSettings,
     "train": settings.TrainSettings,
     "generate": settings.GenerateSettings,
+    "estimate": settings.EstimateSettings,
     "export": settings.ExportSettings,
 }
 TASKS = {name: f"mlx_blockskip.tasks.{name}" for name in COMMANDS} | {"export": "mlx_blockskip.tasks.adapters"}

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
-from mlx_blockskip.events import Event, Image, Note, Phase, PhaseEnd, Saved, Step, Warning, as_record
+from mlx_blockskip.events import Event, Image, Note, Phase, PhaseEnd, Saved, Step, Table, Warning, as_record
 
 R = TypeVar("R")
 SECONDS_BETWEEN = 5.0
@@ -101,6 +101,16 @@ def message(event: Event) -> str | None:
     return None
 
 
+def markdown(table: Table) -> list[str]:
+    """The lines of a table, its columns as wide as they need."""
+    cells = [table.columns, *table.rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(table.columns))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    return ["", table.title, "", lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:], ""]
+
+
 class Plain:
     """Lines for a file or a pipe: a line a few seconds apart, or each tenth of a phase."""
 
@@ -115,6 +125,8 @@ class Plain:
             self.last_time, self.first_done, self.last_done = self.started, -1, 0
         elif isinstance(event, Step):
             self._step(event)
+        elif isinstance(event, Table):
+            print("\n".join(markdown(event)), flush=True)
         elif (text := message(event)) is not None:
             print(text, file=sys.stderr if isinstance(event, Warning) else sys.stdout, flush=True)
 

@@ -2,10 +2,11 @@
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from mlx_blockskip.display import memory, message
-from mlx_blockskip.events import Event, Phase, PhaseEnd, Step, Warning
+from mlx_blockskip.events import Event, Phase, PhaseEnd, Step, Table, Warning
 
 
 class Rate(ProgressColumn):
@@ -44,6 +45,11 @@ class Bars:
             detail = "" if event.loss is None else f"loss {event.loss:.4f}  "
             detail += f"peak {memory(event.peak_memory)}" if event.peak_memory else ""
             self.progress.update(self.task, completed=event.done, detail=detail)
+        elif isinstance(event, Table):
+            grid = RichTable(*event.columns, title=event.title)
+            for row in event.rows:
+                grid.add_row(*row)
+            self.progress.console.print(grid)
         elif (text := message(event)) is not None:
             if isinstance(event, PhaseEnd):
                 self._drop()

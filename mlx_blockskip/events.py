@@ -66,7 +66,16 @@ class Warning:
     message: str
 
 
-Event = Phase | Step | PhaseEnd | Image | Saved | Note | Warning
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under columns."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+Event = Phase | Step | PhaseEnd | Image | Saved | Note | Warning | Table
 
 
 def as_record(event: Event) -> dict[str, Any]:

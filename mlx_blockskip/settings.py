@@ -130,6 +130,24 @@ class GenerateSettings:
 
 
 @dataclass
+class EstimateSettings:
+    """Say what a run would take in memory, disk and time, before anything is downloaded."""
+
+    model: str = option("tiny-flux", "Directory of either layout, flux1-dev, flux1-schnell, or tiny-flux.")
+    memory: str = option("auto", "MLX memory there is, e.g. 8GB; auto: what this machine has.")
+    resolution: int | None = option(None, "Largest crop of training images (s_max).", group=METHOD)
+    train_resolution: int | None = option(None, "Side of a training patch (s_min).", group=METHOD)
+    max_sequence_length: int | None = option(None, "Text tokens, padding included.", group=METHOD)
+    rank: int | None = option(None, "Rank.", group=LORA)
+    iters: int | None = option(None, "Optimizer steps.", group=RUN)
+    batch_size: int | None = option(None, "Images a micro-batch.", group=RUN)
+    cache_limit: str = option("8GB", "Largest residual cache on disk.", group=RUN)
+    width: int | None = option(None, "Pixels of a generated image.")
+    height: int | None = option(None, "Pixels of a generated image.")
+    steps: int | None = option(None, "Steps from noise to image.")
+
+
+@dataclass
 class ExportSettings:
     """Write an adapter in the format of another tool."""
 

@@ -7,13 +7,14 @@ from typing import Any
 from mlx_blockskip import lora
 from mlx_blockskip.blockskip.patches import PatchSettings
 from mlx_blockskip.blockskip.plan import SkipPlan
-from mlx_blockskip.engine import limits
+from mlx_blockskip.engine import limits, planner
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import family_named, read_config
 from mlx_blockskip.settings import GenerateSettings, TrainSettings, parse_size, required
 from mlx_blockskip.tasks import forecast
 from mlx_blockskip.tasks.forecast import Phase, Shape, Tracer
+from mlx_blockskip.tasks.precompute import together
 from mlx_blockskip.tasks.samples import WAITING as CLASS_WAITING
 
 AUTO = "auto"
@@ -57,7 +58,12 @@ def training_phases(settings: TrainSettings, model: DiffusionModel, plan: SkipPl
     modules = lora.targets(family.lora_targets, settings.lora_targets)
     tracer = Tracer(model, Shape(side, side, length, batch, settings.guidance), rank, modules)
     phases = [forecast.images(model, side, side, decoding=False)]
-    phases += [tracer.precompute(plan, settings.residuals), tracer.train(plan.retained, settings.grad_accumulation)]
+    (iters,) = required(settings, "iters")
+    waiting = min(iters * settings.grad_accumulation, together(planner.nbytes(tracer.sample.state)))
+    phases += [
+        tracer.precompute(plan, settings.residuals, waiting),
+        tracer.train(plan.retained, settings.grad_accumulation, settings.residuals == "fresh"),
+    ]
     defaults = model.defaults
     if settings.class_prompt and settings.class_images:
         phases += _drawing(model, s_max, s_max, CLASS_WAITING, len(settings.class_prompt))

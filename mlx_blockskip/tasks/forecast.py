@@ -5,6 +5,8 @@ Images are traced small, at two sizes, since what a VAE takes grows along a line
 family.
 """
 
+import copy
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,6 +73,7 @@ class Tracer:
         floor = mx.get_active_memory()
         self.sample = self._sample(shape)
         self.embedders = mx.get_active_memory() - floor
+        self.target = 4 * math.prod((shape.batch, *model.latent_shape(shape.width, shape.height)))  # bytes
         contexts = [self.sample.context]
         self._modulation: dict[str, Modulation] = {
             kind: sweep.modulations(self.stack, self.reader, contexts, [index])[0].get(index)
@@ -90,6 +93,18 @@ class Tracer:
         self.model.head_modulation(context)  # its weights stay with the embedders'
         mx.eval(sample.state)
         return sample
+
+    def on(self, model: DiffusionModel) -> "Tracer":
+        """The same traces, for the same model with its weights in another precision."""
+        other = copy.copy(self)
+        other.reader = BlockReader(model.reader.shards, self.stack, 0, prefetch=False)
+        return other
+
+    def record_bytes(self, plan: SkipPlan) -> int:
+        """What one record takes on disk."""
+        modulation = sum(planner.nbytes(self._modulation[self.kind(index)] or ()) for index in plan.retained)
+        states = 1 + 2 * len(plan.later)
+        return states * planner.nbytes(self.sample.state) + self.target + modulation + planner.nbytes(self.head or ())
 
     def kind(self, index: int) -> str:
         return self.stack.blocks[index].kind.name
@@ -152,20 +167,22 @@ class Tracer:
         held = self.embedders + sum(self.adapter_bytes(index) for index in plan.retained)
         weights = [self.reader.nbytes(index) for index in visited]
         costs = [self.forward(index, modulated=False) for index in visited]
-        state = planner.nbytes(self.sample.state)
+        state = planner.nbytes(self.sample.state) + self.target
         peaks = [planner.forward_peak(weights, costs, state, waiting)] if weights else []
         modulation = [self.reader.nbytes(index, "modulation") for index in rest]
-        peaks += [max(modulation) + (waiting - 1) * state] if modulation else []
+        if modulation:
+            found = sum(planner.nbytes(self._modulation[self.kind(index)] or ()) for index in rest)
+            peaks.append(max(modulation) + (waiting - 1) * state + waiting * found)
         read = sum(weights) + sum(modulation)
         return Phase("precompute", held + max(peaks), read, sum(cost.seconds for cost in costs) * waiting, held + read)
 
-    def train(self, retained: Sequence[int], accumulation: int = 1) -> Phase:
-        """One optimizer step, its moments in files."""
+    def train(self, retained: Sequence[int], accumulation: int = 1, fresh: bool = False) -> Phase:
+        """One optimizer step, its moments in files. fresh: the adapter as it was at the chunk's start is there too."""
         weights = [self.nbytes(index) for index in retained]
         adapter = [self.adapter_bytes(index) for index in retained]
         costs = [self.backward(index) for index in retained]
         state = planner.nbytes(self.sample.state)
-        held = sum(adapter) + self._head_bytes()
+        held = (2 if fresh else 1) * sum(adapter) + max(adapter) + self._head_bytes()
         peak = held + max(
             planner.backward_peak(weights, costs, state, adapter, accumulation),
             sum(adapter) + 4 * max(adapter),  # AdamW on one block, all gradients there

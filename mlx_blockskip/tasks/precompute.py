@@ -113,10 +113,15 @@ def _prompt_records(recipe: Recipe, numbers: range) -> dict[str, mx.array]:
     return found
 
 
+def together(nbytes: int) -> int:
+    """Micro-batches of so many bytes of tokens that wait in one sweep."""
+    return max(1, WAITING_BYTES // nbytes)
+
+
 def _groups(recipe: Recipe, numbers: range) -> list[range]:
     """Micro-batches that wait together in one sweep."""
     tokens, _, _ = recipe.prepare(numbers.start, mx.zeros(recipe.latent_shape))
-    size = max(1, WAITING_BYTES // sum(array.nbytes for array in arrays(tokens)))
+    size = together(sum(array.nbytes for array in arrays(tokens)))
     return [numbers[i : i + size] for i in range(0, len(numbers), size)]
 
 

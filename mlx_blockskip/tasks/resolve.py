@@ -43,7 +43,7 @@ def resolve(model: str) -> Generator[Event, None, Path]:
             return (yield from _converted(_here(path), model, _stamp(path)))
         return path
     if model in BUNDLED:
-        source = Path(str(resources.files("mlx_blockskip") / "assets" / model))
+        source = bundled(model)
         return (yield from _converted(_here(source), model, _stamp(source)))
     if hub.looks_like_repo(model):
         return (yield from _from_hub(model))
@@ -51,6 +51,11 @@ def resolve(model: str) -> Generator[Event, None, Path]:
         f"{model}: no such model; give a directory, a repo id such as owner/name, or {', '.join(BUNDLED)}"
         + _similar(path, model)
     )
+
+
+def bundled(model: str) -> Path:
+    """The checkpoint of a model in the package, in Hugging Face layout."""
+    return Path(str(resources.files("mlx_blockskip") / "assets" / model))
 
 
 def open_named(model: str, budget: int | None) -> Generator[Event, None, DiffusionModel]:

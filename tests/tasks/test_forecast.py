@@ -1,16 +1,20 @@
-"""The least memory that is predicted, against the peak that is measured: settings of two families."""
+"""The least memory that is predicted, against the peak that is measured; and what is done with the prediction."""
 
 import gc
-from pathlib import Path
+import re
 
 import mlx.core as mx
 import pytest
+from conftest import QUICK
+from support.compare import assert_same_adapter
 
 from mlx_blockskip import generate, train
-from mlx_blockskip.events import PhaseEnd
+from mlx_blockskip.engine import kept, limits
+from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.events import Phase, PhaseEnd
 from mlx_blockskip.models.registry import open_model
-from mlx_blockskip.settings import GenerateSettings
-from mlx_blockskip.tasks import budget, job
+from mlx_blockskip.settings import GenerateSettings, TrainSettings
+from mlx_blockskip.tasks import budget, forecast, job
 from mlx_blockskip.tasks.generate import complete
 
 SETTINGS = [
@@ -23,6 +27,11 @@ SETTINGS = [
     {"skip_first": 1, "skip_last": 2, "batch_size": 2, "rank": 32, "lora_targets": "attention"},
     {"skip_first": 0, "skip_last": 1, "batch_size": 1, "rank": 4, "residuals": "none", "max_sequence_length": 24},
 ]
+
+
+def training(model, tmp_path, **options):
+    fixed = {**QUICK, "model": str(model), "train_resolution": 32, "resolution": 64, "batch_size": 2}
+    return TrainSettings(**{**fixed, "adapter_path": str(tmp_path / "a"), **options})
 
 
 def peaks(run, **options):
@@ -47,10 +56,10 @@ def assert_predicted(phases, measured):
 
 
 @pytest.mark.parametrize("options", SETTINGS)
-def test_training_takes_what_is_predicted(quick, options):
-    settings = quick(**{"iters": 3, "memory_budget": "0", "patch_mode": "resize", **options})
+def test_training_takes_what_is_predicted(tiny_flux, tmp_path, options):
+    settings = training(tiny_flux, tmp_path, iters=3, memory_budget="0", patch_mode="resize", **options)
     measured = peaks(train, settings=settings)
-    model = open_model(Path(settings.model), 0)
+    model = open_model(tiny_flux, 0)
     settings = job.complete(settings, model)
     phases = budget.training_phases(settings, model, job.choose_plan(settings, model))
     assert_predicted([p for p in phases if p.name in ("precompute", "train")], measured)
@@ -68,3 +77,57 @@ def test_generation_takes_what_is_predicted(tiny_flux, tmp_path, width, height, 
     model = open_model(tiny_flux, 0)
     phases = budget.generation_phases(complete(settings, model), model, count)
     assert_predicted([phase for phase in phases if phase.name == "generate"], measured)
+
+
+def test_images_beyond_the_traced_sizes_follow_the_line(tiny_flux):
+    for decoding in (False, True):
+        direct = [forecast._image(open_model(tiny_flux, 0), 640, 512, decoding)[0] for _ in range(2)]
+        predicted = forecast.images(open_model(tiny_flux, 0), 640, 512, decoding=decoding).peak
+        assert 0.95 * max(direct) <= predicted <= 1.10 * max(direct)
+
+
+def test_training_that_cannot_fit_is_refused_before_it_begins_and_what_it_names_fits(tiny_flux, tmp_path):
+    events = []
+    options = {"batch_size": 8, "train_resolution": 128, "resolution": 128, "memory_budget": "12MB", "rank": 4}
+    with pytest.raises(UserError, match=r"--memory-budget 12MB: too small, '.+' takes (\d+)MB at least") as refused:
+        train(settings=training(tiny_flux, tmp_path, **options), on_event=events.append)
+    assert not [event for event in events if isinstance(event, Phase)]
+    assert not list((tmp_path / "a").glob("*"))
+    need = re.search(r"takes (\d+MB) at least", str(refused.value))[1]
+    change = re.search(r"the nearest that fits: --(\S+) (\d+)", str(refused.value))
+    for fitting in ({"memory_budget": need}, {change[1].replace("-", "_"): int(change[2])}):
+        directory = tmp_path / next(iter(fitting))
+        found = peaks(train, settings=training(tiny_flux, directory, **{**options, **fitting, "iters": 2}))
+        limit = budget.budget_of(fitting.get("memory_budget", "12MB"))
+        assert max(found[name] for name in ("encode images", "precompute", "train")) <= limit
+
+
+def test_images_that_cannot_fit_are_refused_and_what_is_named_fits(tiny_flux, tmp_path):
+    options = {"model": str(tiny_flux), "prompt": ["a cat"], "steps": 1, "output": str(tmp_path / "o.png")}
+    options |= {"memory_budget": "40MB", "width": 512, "height": 512}
+    with pytest.raises(UserError, match="too small, 'decode' takes .* the nearest that fits: --width") as refused:
+        generate(**options)
+    width, height = re.search(r"--width (\d+) --height (\d+)", str(refused.value)).groups()
+    assert max(peaks(generate, **{**options, "width": int(width), "height": int(height)}).values()) <= 40 << 20
+
+
+def test_a_budget_of_zero_is_the_least_and_never_refused(tiny_flux, tmp_path):
+    settings = training(tiny_flux, tmp_path, iters=1, memory_budget="0", batch_size=4)
+    model = open_model(tiny_flux, 0)
+    assert budget.check_training(job.complete(settings, model), model, None) is False
+
+
+@pytest.mark.parametrize(("text", "ample"), [(None, True), ("auto", True), ("8GB", True), ("8MB", False)])
+def test_activations_are_kept_where_they_fit_and_the_adapter_is_the_same(tiny_flux, tmp_path, text, ample, monkeypatch):
+    used = []
+    backward = kept.backward
+    monkeypatch.setattr(kept, "backward", lambda *a, **k: (used.append(True), backward(*a, **k))[1])
+    path = train(settings=training(tiny_flux, tmp_path / "own", memory_budget=text, iters=3)).adapter_path
+    assert bool(used) == ample
+    least = train(settings=training(tiny_flux, tmp_path / "least", memory_budget="0", iters=3)).adapter_path
+    assert_same_adapter(path, least)
+
+
+def test_auto_is_what_the_machine_has():
+    found = budget.budget_of("auto")
+    assert 1 << 28 < found <= limits.machine()

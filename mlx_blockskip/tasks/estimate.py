@@ -1,0 +1,268 @@
+"""`estimate`: what converting, training and drawing would take, before anything is downloaded or converted.
+
+A hollow model (zeros that take no disk) stands in for the real one: one block of each kind is traced on this machine at
+the shapes of the run, in bfloat16. What a block takes beside its weights is the same where they are quantized.
+"""
+
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mlx_blockskip import lora
+from mlx_blockskip.blockskip import plan as plans
+from mlx_blockskip.blockskip.patches import PatchSettings
+from mlx_blockskip.blockskip.plan import SkipPlan
+from mlx_blockskip.converters import hollow
+from mlx_blockskip.converters.run import Precision, load_table, size_of
+from mlx_blockskip.engine import files, limits, planner
+from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.events import Event, Note, Table
+from mlx_blockskip.models.family import Configs, DiffusionModel, Family
+from mlx_blockskip.models.registry import families, family_named, open_model, read_config
+from mlx_blockskip.settings import EstimateSettings, parse_size
+from mlx_blockskip.tasks import forecast
+from mlx_blockskip.tasks.budget import AUTO, budget_of
+from mlx_blockskip.tasks.convert import family_of, is_converted
+from mlx_blockskip.tasks.forecast import Phase, Shape, Tracer
+from mlx_blockskip.tasks.job import FALLBACK
+from mlx_blockskip.tasks.phases import phase
+from mlx_blockskip.tasks.precompute import together
+from mlx_blockskip.tasks.resolve import BUNDLED, bundled
+
+PRECISIONS = {"bf16": 0, "8 bit": 8, "4 bit": 4}
+RATIOS = (0.0, 0.3, 0.4, 0.5)
+SAMPLE_BYTES = 256 << 20
+"""What is written and read back to measure the disk."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is asked about. beside: a directory with its tokenizers and scheduler."""
+
+    name: str
+    family: Family
+    configs: Configs
+    beside: Path
+    defaults: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One precision and one skip ratio: the phases, and what the run comes to.
+
+    model_bytes: on disk. cache_bytes: the residual cache. seconds: of a training step. read: bytes of it. hours: a run.
+    """
+
+    precision: str
+    ratio: float
+    plan: SkipPlan
+    phases: tuple[Phase, ...]
+    model_bytes: int
+    cache_bytes: int
+    read: int
+    seconds: float
+    hours: float
+
+    @property
+    def peak(self) -> int:
+        return max(phase.peak for phase in self.phases)
+
+
+def estimate(settings: EstimateSettings) -> Generator[Event, None, list[Estimate]]:
+    """Yield two tables, of memory and of time, and the flags to use; returns their rows."""
+    memory = budget_of(settings.memory)
+    if not memory:
+        raise UserError(f"--memory {settings.memory}: give a size such as 8GB, or auto")
+    subject = find(settings.model)
+    settings = complete(settings, subject)
+    limits.bound(memory)
+    rows: list[Estimate] = []
+    with tempfile.TemporaryDirectory(prefix="mlx-blockskip-") as directory, phase("trace blocks", 5, "part") as track:
+        yield track.begin
+        models = {name: _hollow(subject, bits, Path(directory) / f"{bits}") for name, bits in PRECISIONS.items()}
+        speed = disk_speed(Path(directory))
+        yield track.step(1)
+        first = next(iter(models.values()))
+        patch, tracers = _patches(settings, first).output_side, {}
+        family = subject.family
+        tracers["train"] = Tracer(
+            first, Shape(patch, patch, settings.max_sequence_length or 0, settings.batch_size or 1),
+            settings.rank or 0, lora.targets(family.lora_targets, "all"),
+        )  # fmt: skip
+        tracers["train"].train(range(first.stack.depth))
+        yield track.step(2)
+        width, height = settings.width or 0, settings.height or 0
+        tracers["generate"] = Tracer(first, Shape(width, height, settings.max_sequence_length or 0))
+        drawing = [tracers["generate"].generate(settings.steps or 1)]
+        yield track.step(3)
+        drawing.append(forecast.images(first, width, height, decoding=True))
+        encoding = forecast.images(first, patch, patch, decoding=False)
+        yield track.step(4)
+        for name, model in models.items():
+            small = _hollow(subject, PRECISIONS[name], Path(directory) / f"{PRECISIONS[name]}-shallow", shallow=True)
+            prompt = forecast.prompts(small, settings.max_sequence_length or 0)
+            for ratio in RATIOS:
+                rows.append(
+                    _row(settings, subject, name, ratio, model, tracers, [prompt, encoding, drawing[1]], memory, speed)
+                )
+        yield track.step(5)
+    yield track.end
+    yield from _tables(subject, settings, rows, memory, speed)
+    return rows
+
+
+def find(model: str) -> Subject:
+    """The configs of a directory (of either layout), a bundled model or a preset. Raises UserError for another."""
+    path = bundled(model) if model in BUNDLED else Path(model).expanduser()
+    if path.is_dir():
+        converted = is_converted(path)
+        family = family_named(read_config(path)["family"]) if converted else family_of(path)
+        folders = load_table(family.name).FOLDERS
+        configs = {folder: files.read_json(path / folder / "config.json") for folder in folders}
+        own = path / "defaults.json"
+        given = read_config(path).get("defaults", {}) if converted else files.read_json(own) if own.is_file() else {}
+        return Subject(model, family, configs, path, family.defaults(configs["transformer"]) | given)
+    for family in families().values():
+        for name, preset in family.presets.items():
+            if _plain(name) == _plain(model.rsplit("/", 1)[-1]):
+                return Subject(
+                    name, family, preset, bundled(family.bundled or ""), family.defaults(preset["transformer"])
+                )
+    known = sorted([*BUNDLED, *(name for family in families().values() for name in family.presets)])
+    raise UserError(f"--model {model}: no such directory, and not one of {', '.join(known)}")
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def complete(settings: EstimateSettings, subject: Subject) -> EstimateSettings:
+    """Fill what was left open as training and generation would."""
+    known = {**FALLBACK, **subject.defaults}
+    names = ("resolution", "train_resolution", "max_sequence_length", "batch_size", "rank", "iters", "width", "height")
+    return replace(settings, **{n: known[n] for n in (*names, "steps") if getattr(settings, n) is None})
+
+
+def disk_speed(directory: Path) -> float:
+    """Bytes a second that are read from the disk of `directory`, not from memory."""
+    path = directory / "sample"
+    with path.open("wb") as file:
+        for _ in range(SAMPLE_BYTES >> 20):
+            file.write(os.urandom(1 << 20))
+        file.flush()
+        os.fsync(file.fileno())
+    with path.open("rb", buffering=0) as file:
+        if sys.platform == "darwin":
+            import fcntl
+
+            fcntl.fcntl(file, fcntl.F_NOCACHE, 1)
+        else:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        started = time.perf_counter()
+        while file.read(8 << 20):
+            pass
+        seconds = time.perf_counter() - started
+    path.unlink()
+    return SAMPLE_BYTES / seconds
+
+
+def _patches(settings: EstimateSettings, model: DiffusionModel) -> PatchSettings:
+    mode = str(model.defaults.get("patch_mode", FALLBACK["patch_mode"]))
+    return PatchSettings(mode, settings.train_resolution or 0, settings.resolution or 0, model.granularity)
+
+
+def _hollow(subject: Subject, bits: int, target: Path, shallow: bool = False) -> DiffusionModel:
+    configs = subject.family.shallow(subject.configs) if shallow else subject.configs
+    hollow.write_hollow(
+        target, subject.family.name, configs, Precision("bfloat16", bits), subject.beside,
+        scheduler=configs.get("scheduler"), defaults=subject.defaults,
+    )  # fmt: skip
+    return open_model(target, 0)
+
+
+def _row(
+    settings: EstimateSettings,
+    subject: Subject,
+    precision: str,
+    ratio: float,
+    model: DiffusionModel,
+    tracers: dict[str, Tracer],
+    others: list[Phase],
+    memory: int,
+    speed: float,
+) -> Estimate:
+    plan = plans.choose(model.stack.depth, ratio=ratio, recorded=subject.defaults.get("plans"))
+    tracer = tracers["train"].on(model)
+    iters, batch = settings.iters or 1, settings.batch_size or 1
+    waiting = min(iters, together(planner.nbytes(tracer.sample.state)))
+    precompute, train = tracer.precompute(plan, "base", waiting), tracer.train(plan.retained)
+    prompt, encoding, decoding = others
+    drawing = tracers["generate"].on(model).generate(settings.steps or 1)
+    resident = train.ample <= memory
+    spare = max(0, memory - train.peak)
+    read = 0 if resident else max(0, train.read - 2 * spare)
+    seconds = max(train.seconds * (2 / 3 if resident else 1), read / speed)
+    record = tracer.record_bytes(plan)
+    groups = -(-iters // waiting)
+    ahead = max(precompute.seconds / waiting * iters, groups * precompute.read / speed)
+    if _patches(settings, model).mode not in ("resize", "none"):  # there each image is encoded once
+        ahead += encoding.seconds * iters * batch
+    table = load_table(subject.family.name)
+    components = table.components({folder: subject.configs[folder] for folder in table.FOLDERS})
+    limit = parse_size(settings.cache_limit, "--cache-limit") or 0
+    return Estimate(
+        precision, ratio, plan, (prompt, encoding, precompute, train, drawing, decoding),
+        sum(size_of(component, Precision("bfloat16", PRECISIONS[precision])) for component in components),
+        min(limit, record * iters), read, seconds, (iters * seconds + ahead) / 3600,
+    )  # fmt: skip
+
+
+def recommended(rows: list[Estimate], memory: int) -> Estimate | None:
+    """The finest precision that fits, and with it the smallest skip ratio; None where nothing fits."""
+    return next((row for row in rows if row.peak <= memory), None)
+
+
+def _tables(
+    subject: Subject, settings: EstimateSettings, rows: list[Estimate], memory: int, speed: float
+) -> Generator[Event, None, None]:
+    names = [phase.name for phase in rows[0].phases]
+    unit, size = ("GiB", 2**30) if max(row.peak for row in rows) >= 2**29 else ("MiB", 2**20)
+    gib = 2**30
+    yield Table(
+        f"{subject.name}: least peak of MLX memory, {unit}",
+        ("weights", "skipped", "plan (n, m)", *names, f"fits {memory / gib:.1f} GiB"),
+        tuple(
+            (row.precision, f"{row.ratio:.0%}", f"({row.plan.n}, {row.plan.m})",
+             *(f"{phase.peak / size:.2f}" for phase in row.phases), "yes" if row.peak <= memory else "no")
+            for row in rows
+        ),
+    )  # fmt: skip
+    yield Table(
+        f"{subject.name}: disk and time with {memory / gib:.1f} GiB, {settings.iters} steps",
+        ("weights", "skipped", f"model, {unit}", f"cache, {unit}", f"read a step, {unit}", "seconds a step", "hours a run"),
+        tuple(
+            (row.precision, f"{row.ratio:.0%}", f"{row.model_bytes / size:.2f}", f"{row.cache_bytes / size:.2f}",
+             f"{row.read / size:.2f}", f"{row.seconds:.3g}", f"{row.hours:.2g}")
+            for row in rows
+        ),
+    )  # fmt: skip
+    yield Note(
+        f"measured here: one block of each kind, and {speed / 1e9:.1f} GB/s from the disk; all else is predicted"
+    )
+    best = recommended(rows, memory)
+    if best is None:
+        least = min(rows, key=lambda row: row.peak)
+        need = f"{least.peak / gib:.2f} GiB with {least.precision} and {least.ratio:.0%} skipped"
+        yield Note(f"nothing fits {memory / gib:.2f} GiB; the least is {need}")
+        return
+    bits = PRECISIONS[best.precision]
+    quantize = f" -q --q-bits {bits}" if bits else " --dtype bfloat16"
+    budget = "" if settings.memory == AUTO else f" --memory-budget {settings.memory}"
+    yield Note(f"recommended: mlx-blockskip convert --hf-path CHECKPOINT --mlx-path MODEL{quantize}")
+    yield Note(f"then: mlx-blockskip train --model MODEL --data PHOTOS --skip-ratio {best.ratio:g}{budget}")
