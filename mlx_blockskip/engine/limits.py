@@ -31,6 +31,18 @@ def bound(budget: int | None) -> None:
 
 
 @contextmanager
+def at_least(nbytes: int) -> Iterator[None]:
+    """Inside, MLX's limit is no lower than this: where it is reached all the time, MLX waits busily."""
+    before = mx.set_memory_limit(nbytes)
+    if before > nbytes:
+        mx.set_memory_limit(before)
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(before)
+
+
+@contextmanager
 def tight() -> Iterator[None]:
     """Inside, one operation at a time is scheduled: the least memory that a graph can do with."""
     before = mx.set_memory_limit(1)

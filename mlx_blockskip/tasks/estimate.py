@@ -245,7 +245,7 @@ def _tables(
     )  # fmt: skip
     yield Table(
         f"{subject.name}: disk and time with {memory / gib:.1f} GiB, {settings.iters} steps",
-        ("weights", "skipped", f"model, {unit}", f"cache, {unit}", f"read a step, {unit}", "seconds a step", "hours a run"),
+        ("weights", "skipped", f"model, {unit}", f"cache, {unit}", f"read a step, {unit}", "s a step", "hours a run"),
         tuple(
             (row.precision, f"{row.ratio:.0%}", f"{row.model_bytes / size:.2f}", f"{row.cache_bytes / size:.2f}",
              f"{row.read / size:.2f}", f"{row.seconds:.3g}", f"{row.hours:.2g}")
