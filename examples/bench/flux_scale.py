@@ -24,13 +24,15 @@ from pathlib import Path
 MIB, GIB = 2**20, 2**30
 FULL = (19, 38)
 RANK = 16
+SAMPLES = 42
+"""Records of 768 tokens that wait in one sweep; 64 take two."""
+
 LIMITS = {
     "convert": (0.75, 0.75), "encode prompts": (0.75, 1.25), "encode images": (1.0, 1.0), "precompute": (1.25, 2.0),
     "train": (1.25, 1.5), "generate": (1.5, 2.0), "decode": (1.5, 1.5),
 }  # fmt: skip
 """GiB that a phase may take, in 4 bit and in bfloat16."""
 
-# training: blocks, (n, m), text tokens, side of the patch, micro-batches of the chunk
 TRAIN = (
     {"bits": 0, "depth": (1, 1), "n": 0, "m": 1, "text": 512, "side": 256},
     {"bits": 0, "depth": (1, 1), "n": 1, "m": 0, "text": 512, "side": 256},
@@ -215,7 +217,7 @@ def direct(job: dict) -> None:
 
 
 def predict(job: dict) -> dict[str, int]:
-    """What the planner says of a point: bytes by phase."""
+    """What the planner says: bytes by bits and (n, m). What a block takes beside its weights is traced in bfloat16."""
     import mlx_blockskip  # noqa: F401
     from mlx_blockskip import lora
     from mlx_blockskip.blockskip.plan import SkipPlan
@@ -224,18 +226,20 @@ def predict(job: dict) -> dict[str, int]:
     from mlx_blockskip.tasks.forecast import Shape, Tracer
 
     depth = tuple(job["depth"])
-    model = open_model(hollow(Path(job["work"]), job["bits"], depth, encoders=False), 0)
+    models = {bits: open_model(hollow(Path(job["work"]), bits, depth, encoders=False), 0) for bits in (0, 4)}
     shape = Shape(job["side"], job["side"], job["text"])
-    tracer = Tracer(model, shape, RANK, lora.targets(FAMILY.lora_targets, "all"))
-    if job["phase"] == "generate":
-        return {"generate": tracer.generate(1).peak}
-    if job["phase"] == "precompute":
-        plan = SkipPlan.ends(job.get("n", sum(depth) - 1), job.get("m", 0), sum(depth))
-        return {"precompute": tracer.precompute(plan, "base", job["samples"]).peak}
+    traced = Tracer(models[0], shape, RANK, lora.targets(FAMILY.lora_targets, "all"))
     found = {}
-    for n, m in job["plans"]:
-        plan = SkipPlan.ends(n, m, sum(depth))
-        found[f"train {n} {m}"] = tracer.train(plan.retained).peak
+    for bits, model in models.items():
+        tracer = traced.on(model)
+        if job["phase"] == "generate":
+            found[f"{bits}"] = tracer.generate(1).peak
+        for n, m in job.get("plans", ()):
+            plan = SkipPlan.ends(n, m, sum(depth))
+            if job["phase"] == "train":
+                found[f"{bits} {n} {m}"] = tracer.train(plan.retained).peak
+            else:
+                found[f"{bits} {n} {m}"] = tracer.precompute(plan, "base", job["samples"]).peak
     return found
 
 
@@ -268,24 +272,32 @@ def commit() -> str:
     return done.stdout.strip() or "no commit"
 
 
+def named(job: dict) -> str:
+    """A point in words."""
+    blocks = f"{job['bits'] or 16} bit, {job['depth'][0]} + {job['depth'][1]} blocks"
+    plan = f", (n, m) = ({job['n']}, {job['m']})" if "n" in job else ""
+    samples = f", {job['samples']} samples" if "samples" in job else ""
+    held = ", held out" if job in HELD_OUT else ""
+    return f"{blocks}{plan}, {job['text']} + {(job['side'] // 16) ** 2} tokens{samples}{held}"
+
+
 def points(work: Path, full_depth: bool) -> list[tuple[str, str, dict, float]]:
     """(phase, what, measured, predicted bytes) of every point that has a prediction."""
     found = []
-    for job in (*TRAIN, *(HELD_OUT if full_depth else ())):
-        given = {**job, "work": str(work)}
-        ask = {key: given[key] for key in ("bits", "depth", "text", "side", "work")}
-        key = (job["n"], job["m"])
-        predicted = measure({**ask, "phase": "train", "plans": [key]}, True)["peaks"][f"train {key[0]} {key[1]}"]
-        shown = f"{job['bits'] or 16} bit, {job['depth'][0]} + {job['depth'][1]} blocks, (n, m) = {key}, "
-        shown += f"{job['text']} + {(job['side'] // 16) ** 2} tokens" + (", held out" if job in HELD_OUT else "")
-        found.append(("train", shown, measure({**given, "phase": "train"}), predicted))
-    for phase, jobs in (("precompute", PRECOMPUTE), ("generate", GENERATE)):
-        for job in jobs:
-            given = {**job, "work": str(work), "phase": phase}
-            shown = f"{job['bits'] or 16} bit, {job['depth'][0]} + {job['depth'][1]} blocks, "
-            shown += f"{job['text']} + {(job['side'] // 16) ** 2} tokens"
-            shown += f", {job['samples']} samples" if "samples" in job else ""
-            found.append((phase, shown, measure(given), measure(given, True)["peaks"][phase]))
+    wanted = [("train", job) for job in (*TRAIN, *(HELD_OUT if full_depth else ()))]
+    wanted += [("precompute", job) for job in PRECOMPUTE] + [("generate", job) for job in GENERATE]
+    for phase, job in wanted:
+        shape = {key: job[key] for key in ("depth", "text", "side", "samples") if key in job}
+        key = f"{job['bits']}"
+        if phase == "train":
+            shape["plans"] = [(job["n"], job["m"])]
+            key += f" {job['n']} {job['m']}"
+        elif phase == "precompute":
+            last = sum(job["depth"]) - 1
+            shape["plans"] = [(last, 0)]
+            key += f" {last} 0"
+        predicted = measure({**shape, "phase": phase, "work": str(work)}, True)["peaks"][key]
+        found.append((phase, named(job), measure({**job, "phase": phase, "work": str(work)}), predicted))
     return found
 
 
@@ -300,30 +312,30 @@ def cells(work: Path, full_depth: bool) -> dict[str, dict[int, str]]:
         result = measure({"phase": phase, "bits": bits, "work": str(work), "depth": (1, 1), **job})
         return f"{gib(result['peaks'][phase])} ({gib(result['private'])})"
 
+    def predicted(phase: str, side: int, **job: object) -> dict[str, int]:
+        return measure({"phase": phase, "depth": FULL, "text": 512, "work": str(work), "side": side, **job}, True)[
+            "peaks"
+        ]
+
+    plans = [(28, 0), (14, 14), (0, 28)]
+    steps = predicted("train", 256, plans=plans)
+    chunks = predicted("precompute", 256, plans=plans, samples=SAMPLES)
+    drawing = predicted("generate", 1024)
     for bits in (4, 0):
         put("convert", bits, measured("convert", bits))
-        put("encode prompts", bits, measured("encode prompts", bits, text=512))
-        put("encode images", bits, measured("encode images", 0, side=512))
-        put("decode", bits, measured("decode", 0, side=1024))
-        at = {"bits": bits, "depth": FULL, "text": 512, "work": str(work)}
-        plans = [(28, 0), (14, 14), (0, 28)]
-        found = measure({**at, "phase": "train", "side": 256, "plans": plans}, True)["peaks"]
+        put("encode prompts, 512 tokens", bits, measured("encode prompts", bits, text=512))
+        put("encode images, 512 px", bits, measured("encode images", 0, side=512))
+        for n, m in plans:
+            put(f"precompute, 64 samples, ({n}, {m})", bits, f"{gib(chunks[f'{bits} {n} {m}'])} predicted")
         for n, m in plans:
             held = next((job for job in HELD_OUT if (job["bits"], job["n"], job["m"]) == (bits, n, m)), None)
-            text = f"{gib(found[f'train {n} {m}'])} predicted"
+            text = f"{gib(steps[f'{bits} {n} {m}'])} predicted"
             if full_depth and held:
                 result = measure({**held, "work": str(work), "phase": "train"})
                 text = f"{gib(result['peaks']['train'])} ({gib(result['private'])})"
-            put(f"train, (n, m) = ({n}, {m})", bits, text)
-        for samples, n, m in ((64, 28, 0), (64, 0, 28)):
-            job = {**at, "phase": "precompute", "side": 256, "samples": min(samples, 40), "n": n, "m": m}
-            put(
-                f"precompute, {samples} samples, ({n}, {m})",
-                bits,
-                f"{gib(measure(job, True)['peaks']['precompute'])} predicted",
-            )
-        job = {**at, "phase": "generate", "side": 1024}
-        put("generate, 1024 px: a step", bits, f"{gib(measure(job, True)['peaks']['generate'])} predicted")
+            put(f"train, a step, ({n}, {m})", bits, text)
+        put("generate, 1024 px: a step", bits, f"{gib(drawing[f'{bits}'])} predicted")
+        put("decode, 1024 px", bits, measured("decode", 0, side=1024))
     return table
 
 

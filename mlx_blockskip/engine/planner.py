@@ -18,7 +18,9 @@ from mlx_blockskip.engine.weights import BlockReader, Shards
 
 @dataclass(frozen=True)
 class Cost:
-    """What the work on one block takes: bytes beside its weights and its input, and seconds without the reading."""
+    """What the work on one block takes: bytes beside its weights and its input, and seconds without the reading (0
+    where they were not asked for).
+    """
 
     nbytes: int
     seconds: float
@@ -29,16 +31,22 @@ def nbytes(arrays: Iterable[mx.array | None]) -> int:
     return sum(array.nbytes for array in arrays if array is not None)
 
 
-def forward_cost(stack: Stack, shards: Shards, sample: Sample, index: int, trainable: Trainable | None = None) -> Cost:
+def forward_cost(
+    stack: Stack, shards: Shards, sample: Sample, index: int, trainable: Trainable | None = None, timed: bool = False
+) -> Cost:
     """Block `index` applied once. sample: evaluated."""
     one = Sample(sample.state, sample.context, sample.modulation)
     trees = {index: trainable} if trainable else {}
-    return _traced(
-        stack, shards, one, [index], lambda reader: sweep.forward(stack, reader, [one], [index], trainable=trees)
-    )
+
+    def run(reader: BlockReader) -> None:
+        sweep.forward(stack, reader, [one], [index], trainable=trees)
+
+    return _traced(stack, shards, one, index, run, timed)
 
 
-def backward_cost(stack: Stack, shards: Shards, sample: Sample, index: int, trainable: Trainable) -> Cost:
+def backward_cost(
+    stack: Stack, shards: Shards, sample: Sample, index: int, trainable: Trainable, timed: bool = False
+) -> Cost:
     """Block `index` recomputed and pulled back, with the gradients of its input and of its trainable tree.
 
     It is visited twice in a row, since the first block of a path has no use for its input's gradient.
@@ -51,8 +59,10 @@ def backward_cost(stack: Stack, shards: Shards, sample: Sample, index: int, trai
             on_grad=lambda block, grads: None, bridge=_as_it_is,
         )  # fmt: skip
 
-    cost = _traced(stack, shards, one, [index], run)
-    forward = forward_cost(stack, shards, sample, index, trainable)
+    cost = _traced(stack, shards, one, index, run, timed)
+    if not timed:
+        return cost
+    forward = forward_cost(stack, shards, sample, index, trainable, timed)
     return Cost(cost.nbytes, max(0.0, cost.seconds / 2 - forward.seconds))
 
 
@@ -89,9 +99,9 @@ def _as_it_is(sample: int, start: int, stop: int, state: State) -> State:
 
 
 def _traced(
-    stack: Stack, shards: Shards, sample: Sample, blocks: Sequence[int], run: Callable[[BlockReader], None]
+    stack: Stack, shards: Shards, sample: Sample, index: int, run: Callable[[BlockReader], None], timed: bool
 ) -> Cost:
-    """Peak of `run` over what is there before it, less the weights of one block."""
+    """Peak of `run` over what is there before it, less the weights of the block."""
     reader = BlockReader(shards, stack, 0, prefetch=False)
     part = sweep.part_of([sample])
     mx.clear_cache()
@@ -101,12 +111,14 @@ def _traced(
         highest.restart()
         run(reader)
         peak = highest.read()
-    one = BlockReader(shards, stack, None)  # what was read is in the page cache: this is the work alone
-    dict(one.walk(blocks, part))
+    cost = Cost(peak - before - reader.nbytes(index, part), 0.0)
+    if not timed:
+        return cost
+    resident = BlockReader(shards, stack, None)
+    dict(resident.walk([index], part))
     started = time.perf_counter()
-    run(one)
-    seconds = time.perf_counter() - started
-    return Cost(peak - before - max(one.nbytes(index, part) for index in blocks), seconds)
+    run(resident)
+    return Cost(cost.nbytes, time.perf_counter() - started)
 
 
 def forward_peak(weights: Sequence[int], costs: Sequence[Cost], state: int, waiting: int = 1) -> int:

@@ -93,12 +93,12 @@ def estimate(settings: EstimateSettings) -> Generator[Event, None, list[Estimate
         family = subject.family
         tracers["train"] = Tracer(
             first, Shape(patch, patch, settings.max_sequence_length or 0, settings.batch_size or 1),
-            settings.rank or 0, lora.targets(family.lora_targets, "all"),
+            settings.rank or 0, lora.targets(family.lora_targets, "all"), timed=True,
         )  # fmt: skip
         tracers["train"].train(range(first.stack.depth))
         yield track.step(2)
         width, height = settings.width or 0, settings.height or 0
-        tracers["generate"] = Tracer(first, Shape(width, height, settings.max_sequence_length or 0))
+        tracers["generate"] = Tracer(first, Shape(width, height, settings.max_sequence_length or 0), timed=True)
         drawing = [tracers["generate"].generate(settings.steps or 1)]
         yield track.step(3)
         drawing.append(forecast.images(first, width, height, decoding=True))

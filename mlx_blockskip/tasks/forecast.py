@@ -59,14 +59,19 @@ class Shape:
 class Tracer:
     """Traces blocks at one shape, each kind once.
 
-    rank, modules: of the LoRA, where training is asked for.
+    rank, modules: of the LoRA, where training is asked for. timed: whether seconds are wanted too.
     """
 
     def __init__(
-        self, model: DiffusionModel, shape: Shape, rank: int = 0, modules: Mapping[str, Sequence[str]] | None = None
+        self,
+        model: DiffusionModel,
+        shape: Shape,
+        rank: int = 0,
+        modules: Mapping[str, Sequence[str]] | None = None,
+        timed: bool = False,
     ):
         self.model, self.stack, self.shards = model, model.stack, model.reader.shards
-        self.rank, self.modules = rank, modules or {}
+        self.rank, self.modules, self.timed = rank, modules or {}, timed
         self.reader = BlockReader(self.shards, self.stack, 0, prefetch=False)
         self.first = {self.stack.blocks[i].kind.name: i for i in reversed(range(self.stack.depth))}
         model.release()
@@ -145,13 +150,15 @@ class Tracer:
         sample = self.recorded if modulated else self.sample
         return self._once(
             f"forward {modulated}", self.kind(index),
-            lambda: planner.forward_cost(self.stack, self.shards, sample, self.first[self.kind(index)]),
+            lambda: planner.forward_cost(
+                self.stack, self.shards, sample, self.first[self.kind(index)], timed=self.timed
+            ),
         )  # fmt: skip
 
     def backward(self, index: int) -> Cost:
         kind = self.kind(index)
         return self._once("backward", kind, lambda: planner.backward_cost(
-            self.stack, self.shards, self.recorded, self.first[kind], self._factors(kind)
+            self.stack, self.shards, self.recorded, self.first[kind], self._factors(kind), self.timed
         ))  # fmt: skip
 
     def kept(self, index: int) -> int:
@@ -187,7 +194,9 @@ class Tracer:
             planner.backward_peak(weights, costs, state, adapter, accumulation),
             sum(adapter) + 4 * max(adapter),  # AdamW on one block, all gradients there
         )
-        seconds = sum(2 * self.forward(i, modulated=True).seconds + self.backward(i).seconds for i in retained)
+        seconds = 0.0
+        if self.timed:
+            seconds = sum(self.forward(i, modulated=True).seconds + self.backward(i).seconds for i in retained)
         ample = held + 3 * sum(adapter) + sum(weights) + sum(self.kept(index) for index in retained)
         ample += 2 * max(cost.nbytes for cost in costs) + accumulation * state
         return Phase("train", peak, 2 * sum(weights), seconds * accumulation, ample)
