@@ -143,6 +143,7 @@ def _write_group(
             writer.write(f"{number}.{name}", part)
         mx.eval(tokens)
         waiting.append(Sample(tokens, context))
+        del tokens, context, target  # the sweep replaces what waits
     retained = set(plan.retained)
 
     def keep_modulation(i: int, block: int, modulation: Sequence[mx.array] | None) -> None:
