@@ -17,8 +17,8 @@ with --threads 1 (threads that wait for others spin).
 A straight line through both depths is carried to FLUX.1's 19 + 38; blocks come one double to two single, so it is the
 same line by blocks, by parameters, or by products. For this project it goes through MLX's own peaks, which waver less
 than a process's memory, and the most that the process took beside them is added. --full-depth also runs this project's
-step there, once with all blocks and once with 50 % skipped, which takes half an hour or more on 2 cores. What skips
-still needs its records: one forward sweep through all blocks for each sample, which is not in its seconds.
+step there, once with all blocks and once with 50 % skipped, about 27 times the work of the smallest depth's step. What
+skips still needs its records: one forward sweep through all blocks for each sample, which is not in its seconds.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def measure(side: str, depth: tuple[int, int], skip: tuple[int, int] = (0, 0), t
         job["targets"] = targets(*depth)
     done = subprocess.run([sys.executable, __file__, "--child", json.dumps(job)], stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise SystemExit(f"{side} failed at depth {depth}")
+        raise SystemExit(f"{side} failed at depth {depth} (exit code {done.returncode})")
     return json.loads(done.stdout.splitlines()[-1])
 
 
