@@ -22,6 +22,7 @@ root="$(pwd)"
 "$bin/ruff" format --check .
 # from elsewhere, so that the installed package is checked: mypy does not see the mapping of convert/
 (cd tests && "$bin/mypy" -p mlx_blockskip --config-file "$root/pyproject.toml")
-# two workers: the machines that run this have two cores
+# two workers, and one thread of BLAS for each: the machines that run this have two cores, and threads that wait spin
+export OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}"
 (cd tests && "$bin/python" -P -m pytest -c "$root/pyproject.toml" --rootdir "$root" -n 2 --dist worksteal \
   "$root/tests" "$@")

@@ -13,15 +13,14 @@ to them. Conversion is measured on 2 + 2 blocks: it has one tensor in memory at 
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import threading
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-MIB, GIB = 2**20, 2**30
+from steps import GIB, MIB, machine
+
 FULL = (19, 38)
 RANK = 16
 SAMPLES = 42
@@ -266,13 +265,6 @@ def gib(count: float) -> str:
     return f"{count / GIB:.2f}"
 
 
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return done.stdout.strip() or "no commit"
-
-
 def named(job: dict) -> str:
     """A point in words."""
     blocks = f"{job['bits'] or 16} bit, {job['depth'][0]} + {job['depth'][1]} blocks"
@@ -343,8 +335,7 @@ def cells(work: Path, full_depth: bool) -> dict[str, dict[int, str]]:
 def main(work: Path, full_depth: bool) -> None:
     work.mkdir(parents=True, exist_ok=True)
     table, found = cells(work, full_depth), points(work, full_depth)
-    machine = f"{platform.platform()}, {platform.machine()}, {os.cpu_count()} cores, mlx {version('mlx')}, CPU backend"
-    print(f"{machine}, commit {commit()}\n")
+    print(f"{machine('mlx')}; CPU backend\n")
     print(
         "Peak of MLX memory, GiB (private memory of the process beside it), --memory-budget 0; measured or predicted\n"
     )

@@ -1,4 +1,4 @@
-"""What peers.py and scaling.py share: the machine in a line, a process's memory, a model of zeros, a training step.
+"""What the benchmarks share: the machine in a line, a process's memory, a model of zeros, a training step.
 
 The models are hollow (`mlx_blockskip.converters.hollow`): real names, shapes and types over sparse files of zeros.
 Memory and time depend on none of the values; what a disk takes to deliver the weights is not in the seconds.

@@ -96,7 +96,7 @@ def _drawing(model: DiffusionModel, width: int, height: int, images: int, prompt
 
 def _refuse(budget: str | None, phases: Sequence[Phase], fitting: Iterator[str]) -> None:
     worst = max(phases, key=lambda phase: phase.peak)
-    need = f"{worst.peak / 2**20 + 1:.0f}MB"
+    need = f"{1.05 * worst.peak / 2**20 + 1:.0f}MB"  # predictions are held to 5 % under what is measured
     found = next(fitting, None)
     raise UserError(
         f"--memory-budget {budget}: too small, {worst.name!r} takes {need} at least; give --memory-budget {need}"

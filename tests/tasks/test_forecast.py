@@ -79,17 +79,26 @@ def test_generation_takes_what_is_predicted(tiny_flux, tmp_path, width, height, 
     assert_predicted([phase for phase in phases if phase.name == "generate"], measured)
 
 
-def test_images_beyond_the_traced_sizes_follow_the_line(tiny_flux):
-    for decoding in (False, True):
-        direct = [forecast._image(open_model(tiny_flux, 0), 640, 512, decoding)[0] for _ in range(2)]
-        predicted = forecast.images(open_model(tiny_flux, 0), 640, 512, decoding=decoding).peak
-        assert 0.95 * max(direct) <= predicted <= 1.10 * max(direct)
+def test_images_beyond_the_traced_sizes_follow_the_line(tiny_flux, monkeypatch):
+    traced = []
+
+    def image(model, width, height, decoding):
+        traced.append((width, height))
+        return 1000 + 3 * width * height, 2e-6 * width * height
+
+    monkeypatch.setattr(forecast, "_image", image)
+    model = open_model(tiny_flux, 0)
+    assert forecast.images(model, 128, 96, decoding=True).peak == 1000 + 3 * 128 * 96
+    large = forecast.images(model, 1024, 768, decoding=True)
+    assert traced == [(128, 96), *((side, side) for side in forecast.TRACED_SIDES)]
+    assert large.peak == pytest.approx(1000 + 3 * 1024 * 768, abs=1)
+    assert large.seconds == pytest.approx(2e-6 * 1024 * 768)
 
 
 def test_training_that_cannot_fit_is_refused_before_it_begins_and_what_it_names_fits(tiny_flux, tmp_path):
     events = []
-    options = {"batch_size": 8, "train_resolution": 128, "resolution": 128, "memory_budget": "12MB", "rank": 4}
-    with pytest.raises(UserError, match=r"--memory-budget 12MB: too small, '.+' takes (\d+)MB at least") as refused:
+    options = {"batch_size": 8, "train_resolution": 64, "resolution": 64, "memory_budget": "6MB", "rank": 4}
+    with pytest.raises(UserError, match=r"--memory-budget 6MB: too small, '.+' takes (\d+)MB at least") as refused:
         train(settings=training(tiny_flux, tmp_path, **options), on_event=events.append)
     assert not [event for event in events if isinstance(event, Phase)]
     assert not list((tmp_path / "a").glob("*"))
@@ -98,17 +107,17 @@ def test_training_that_cannot_fit_is_refused_before_it_begins_and_what_it_names_
     for fitting in ({"memory_budget": need}, {change[1].replace("-", "_"): int(change[2])}):
         directory = tmp_path / next(iter(fitting))
         found = peaks(train, settings=training(tiny_flux, directory, **{**options, **fitting, "iters": 2}))
-        limit = budget.budget_of(fitting.get("memory_budget", "12MB"))
+        limit = budget.budget_of(fitting.get("memory_budget", "6MB"))
         assert max(found[name] for name in ("encode images", "precompute", "train")) <= limit
 
 
 def test_images_that_cannot_fit_are_refused_and_what_is_named_fits(tiny_flux, tmp_path):
     options = {"model": str(tiny_flux), "prompt": ["a cat"], "steps": 1, "output": str(tmp_path / "o.png")}
-    options |= {"memory_budget": "40MB", "width": 512, "height": 512}
+    options |= {"memory_budget": "24MB", "width": 160, "height": 160}
     with pytest.raises(UserError, match="too small, 'decode' takes .* the nearest that fits: --width") as refused:
         generate(**options)
     width, height = re.search(r"--width (\d+) --height (\d+)", str(refused.value)).groups()
-    assert max(peaks(generate, **{**options, "width": int(width), "height": int(height)}).values()) <= 40 << 20
+    assert max(peaks(generate, **{**options, "width": int(width), "height": int(height)}).values()) <= 24 << 20
 
 
 def test_a_budget_of_zero_is_the_least_and_never_refused(tiny_flux, tmp_path):
