@@ -243,11 +243,11 @@ class BlockReader:
 
     def _to_keep(self, order: Sequence[int], part: Part) -> int:
         """Bytes of blocks that may stay between walks, as far as is known what the work takes."""
-        if self.budget is None or part not in self.overhead:
+        measured = [size for work, size in self._scratch.items() if work[0] == part]
+        if self.budget is None or not measured:
             return 0
         largest = max((self.nbytes(index, part) for index in set(order)), default=0)
-        run_ahead = max(size for work, size in self._scratch.items() if work[0] == part)
-        return self.budget - self.overhead[part] - 2 * largest - run_ahead
+        return self.budget - self.overhead[part] - 2 * largest - max(measured)
 
     def _beside(self, index: int, work: Work) -> int | None:
         """Bytes that may be read ahead beside this block's work; None for any number."""
@@ -272,7 +272,6 @@ class BlockReader:
         with limits.tight():
             before = mx.get_active_memory()
             memory.mark()
-            self._scratch[work] = 0
             self._count(index, work)
             yield
         self._scratch[work] = memory.since_mark() - before
@@ -285,7 +284,7 @@ class BlockReader:
     def _beside_weights(self, index: int, work: Work, active: int) -> int:
         """What is in memory beside weights while a block is at work. active: bytes as its work begins."""
         own = 0 if (index, work[0]) in self._kept else self.nbytes(index, work[0])
-        return active - self._kept_bytes - own + self._scratch[work]
+        return active - self._kept_bytes - own + self._scratch.get(work, 0)
 
     def release(self) -> None:
         """Let go of every block that was kept, and of what was measured: other work comes."""

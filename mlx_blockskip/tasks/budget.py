@@ -1,6 +1,6 @@
 """Whether a run fits its memory budget, before it begins; and, where it does not, the nearest setting that does."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -107,16 +107,14 @@ def _refuse(budget: str | None, phases: Sequence[Phase], fitting: Iterator[str])
 def _smaller_training(settings: TrainSettings, model: DiffusionModel, plan: SkipPlan, budget: int) -> Iterator[str]:
     """Changes that make a training run fit, the mildest first."""
     batch, side, rank = required(settings, "batch_size", "train_resolution", "rank")
-    milder: Iterable[dict[str, Any]] = [
+    smaller = max(model.granularity, side // 2 // model.granularity * model.granularity)
+    single = {"batch_size": 1, "grad_accumulation": 1}
+    milder: list[dict[str, Any]] = [
         {"grad_accumulation": 1},
-        *({"batch_size": size, "grad_accumulation": 1} for size in (batch // 2, 1) if 0 < size < batch),
-        *({"train_resolution": side // 2, "batch_size": 1, "grad_accumulation": 1},)[: side // 2 >= model.granularity],
-        {
-            "train_resolution": max(model.granularity, side // 2),
-            "batch_size": 1,
-            "grad_accumulation": 1,
-            "rank": min(4, rank),
-        },
+        {"batch_size": max(1, batch // 2), "grad_accumulation": 1},
+        single,
+        {"train_resolution": smaller, **single},
+        {"train_resolution": smaller, **single, "rank": min(4, rank)},
     ]
     for change in milder:
         changed = replace(settings, **change)

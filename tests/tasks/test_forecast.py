@@ -111,6 +111,16 @@ def test_training_that_cannot_fit_is_refused_before_it_begins_and_what_it_names_
         assert max(found[name] for name in ("encode images", "precompute", "train")) <= 1.05 * limit  # one operation
 
 
+def test_what_is_proposed_instead_is_always_possible(tiny_flux, tmp_path):
+    settings = training(tiny_flux, tmp_path, batch_size=2, train_resolution=48, patch_mode="resize", iters=1)
+    model = open_model(tiny_flux, 0)
+    settings = job.complete(settings, model)
+    plan = job.choose_plan(settings, model)
+    found = list(budget._smaller_training(settings, model, plan, 1 << 30))
+    assert found == [*["--batch-size 1"] * 2, *["--train-resolution 16 --batch-size 1"] * 2]
+    assert list(budget._smaller_training(settings, model, plan, 1)) == []
+
+
 def test_images_that_cannot_fit_are_refused_and_what_is_named_fits(tiny_flux, tmp_path):
     options = {"model": str(tiny_flux), "prompt": ["a cat"], "steps": 1, "output": str(tmp_path / "o.png")}
     options |= {"memory_budget": "24MB", "width": 160, "height": 160}
