@@ -1,4 +1,4 @@
-"""Similarity of embeddings: cosine, as DreamBooth's DINO, CLIP-I and CLIP-T and the distance D of block selection take it.
+"""Cosine of embeddings: the similarity of DreamBooth's DINO, CLIP-I and CLIP-T, and the distance D of Eq. 2.
 
 cos(a, b) = <a, b> / (|a| |b|),   D(a, b) = 1 - cos(a, b)
 """
