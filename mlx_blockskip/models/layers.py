@@ -4,7 +4,7 @@ Weights carry diffusers' module paths: `linear(w, "attn.to_q", x)` reads `attn.t
 `.bias`, `.scales` and `.biases` (quantized by `mx.quantize`; bits and group size follow from the shapes).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import mlx.core as mx
@@ -14,6 +14,25 @@ from mlx_blockskip.models.product import matmul, quantized_matmul
 Weights = Mapping[str, mx.array]
 
 GELU_SLOPE, GELU_CUBE = 0.7978845608028654, 0.044715
+
+TOKEN_ROWS = 1024
+"""Tokens that a feed-forward takes at a time. A constant, so that parts follow from shapes alone."""
+
+
+def by_rows(function: Callable[..., mx.array], *inputs: mx.array) -> mx.array:
+    """function(*inputs), TOKEN_ROWS tokens at a time: exact where each token's output depends on that token alone.
+
+    inputs: (B, L, ...) each. What the function makes in between is then in memory for some tokens only: each part waits
+    for the one before it, because MLX evaluates many branches of a graph side by side.
+    """
+    length = inputs[0].shape[1]
+    if length <= TOKEN_ROWS:
+        return function(*inputs)
+    done: list[mx.array] = []
+    for start in range(0, length, TOKEN_ROWS):
+        part = [x[:, start : start + TOKEN_ROWS] for x in inputs]
+        done.append(function(*(mx.depends(part, done[-1:]) if done else part)))
+    return mx.concatenate(done, axis=1)
 
 
 def linear(w: Weights, name: str, x: mx.array, trainable: Weights | None = None) -> mx.array:

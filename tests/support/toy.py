@@ -13,7 +13,7 @@ from mlx_blockskip.engine.weights import BlockReader, Shards
 from mlx_blockskip.models import registry
 from mlx_blockskip.models.attention import IMAGE_TO_TEXT, attention
 from mlx_blockskip.models.family import Encoded, Family, Tokens
-from mlx_blockskip.models.layers import gelu_tanh, layer_norm, linear, merge_heads, silu, split_heads
+from mlx_blockskip.models.layers import by_rows, gelu_tanh, layer_norm, linear, merge_heads, silu, split_heads
 from support.component import save_component
 
 WIDTH, HEADS, CHANNELS, TEXT, FACTOR = 32, 2, 4, 12, 8
@@ -37,7 +37,7 @@ def block(w, trainable, tokens, context, modulation, mask):
         k, v = (split_heads(linear(w, f"attn2.to_{n}", context.text, trainable), HEADS) for n in "kv")
         crossed = attention(q, k, v, scale=0.25, bias=context.text_mask[:, None, None])
         x = x + linear(w, "attn2.to_out.0", merge_heads(crossed), trainable)
-    return Tokens(x + linear(w, "ff.2", gelu_tanh(linear(w, "ff.0", x, trainable)), trainable))
+    return Tokens(x + by_rows(lambda x: linear(w, "ff.2", gelu_tanh(linear(w, "ff.0", x, trainable)), trainable), x))
 
 
 def modulate(w, context):

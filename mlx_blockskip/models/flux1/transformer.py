@@ -10,7 +10,7 @@ import numpy as np
 from mlx_blockskip.engine.stack import Block, BlockKind, Stack, Trainable, Weights
 from mlx_blockskip.models.attention import apply_rope, attention
 from mlx_blockskip.models.family import Size, Tokens
-from mlx_blockskip.models.layers import gelu_tanh, layer_norm, linear, merge_heads, rms_norm, silu, split_heads
+from mlx_blockskip.models.layers import by_rows, gelu_tanh, layer_norm, linear, merge_heads, rms_norm, silu, split_heads
 
 EPS = 1e-6
 TIME_FACTOR = 1000.0
@@ -114,8 +114,11 @@ def single_block(
     v = split_heads(linear(w, "attn.to_v", normed, trainable), heads)
     attended = _attend(q, k, v, c, text_length, mask)
 
-    mlp = gelu_tanh(linear(w, "proj_mlp", normed, trainable))
-    out = joined + gate * linear(w, "proj_out", mx.concatenate([attended, mlp], axis=-1), trainable)
+    def project(normed: mx.array, attended: mx.array) -> mx.array:
+        mlp = gelu_tanh(linear(w, "proj_mlp", normed, trainable))
+        return linear(w, "proj_out", mx.concatenate([attended, mlp], axis=-1), trainable)
+
+    out = joined + gate * by_rows(project, normed, attended)
     if out.dtype == mx.float16:
         out = mx.clip(out, -65504, 65504)
     return Tokens(out[:, text_length:], out[:, :text_length])
@@ -132,7 +135,10 @@ def _modulated(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
 
 
 def _feed_forward(w: Weights, name: str, x: mx.array, trainable: Trainable) -> mx.array:
-    return linear(w, f"{name}.net.2", gelu_tanh(linear(w, f"{name}.net.0.proj", x, trainable)), trainable)
+    def rows(x: mx.array) -> mx.array:
+        return linear(w, f"{name}.net.2", gelu_tanh(linear(w, f"{name}.net.0.proj", x, trainable)), trainable)
+
+    return by_rows(rows, x)
 
 
 def time_text_embedding(w: Weights, sigma: mx.array, pooled: mx.array, guidance: mx.array | None) -> mx.array:
