@@ -61,7 +61,9 @@ class TrainSettings:
         None, "Images of the class prompts the base model makes; 0 for none.", group=PRIOR
     )
     class_data: str | None = option(None, "Directory of class images to use instead, with captions.", group=PRIOR)
-    prior_weight: float = option(1.0, "What a class image counts in the loss.", group=PRIOR)
+    prior_weight: float | None = option(
+        None, "What a class image counts in the loss, beside 1 of the subject's (1 by default).", group=PRIOR
+    )
     adapter_path: str = option("adapters", "Adapter directory to write.", group=RUN)
     skip_ratio: float | None = option(None, "Share of blocks to skip; 0 is plain LoRA.", group=METHOD)
     skip_first: int | None = option(None, "Blocks to skip at the start (n).", group=METHOD)

@@ -1,5 +1,6 @@
 """Setting a training run up: what was left open is filled, the plan chosen, captions encoded, chunks measured."""
 
+import math
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ FALLBACK: dict[str, Any] = {
     "iters": 1000,
     "batch_size": 1,
     "class_images": 100,
+    "prior_weight": 1.0,
 }
 """Where neither the model nor its family records a default."""
 
@@ -80,9 +82,23 @@ def complete(settings: TrainSettings, model: DiffusionModel) -> TrainSettings:
     least = {"iters": 1, "batch_size": 1, "grad_accumulation": 1, "rank": 1, "warmup": 0, "steps_per_save": 0}
     least |= {"steps_per_sample": 0, "seed": 0, "class_images": 0, "prior_weight": 0}
     for name, value in least.items():
-        if getattr(filled, name) < value:
+        if not value <= getattr(filled, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(filled, name)}: must be at least {value}")
-    return filled
+    return _complete_prior(settings, filled)
+
+
+def _complete_prior(given: TrainSettings, filled: TrainSettings) -> TrainSettings:
+    """No images to make where there is nothing to make them of. Raises UserError for options that then mean nothing."""
+    if filled.class_prompt and not filled.class_data:
+        return filled
+    if given.class_images:
+        raise UserError(f"--class-images {given.class_images}: say of what with --class-prompt, or give --class-data")
+    if given.prior_weight is not None and given.class_images is None and not given.class_data:
+        raise UserError(
+            f"--prior-weight {given.prior_weight:g}: there are no class images to weigh; "
+            "give --class-prompt or --class-data"
+        )
+    return replace(filled, class_images=0)
 
 
 def choose_plan(settings: TrainSettings, model: DiffusionModel) -> SkipPlan:
@@ -104,6 +120,7 @@ def prepare(
     s_max, s_min, length, batch_size = required(
         settings, "resolution", "train_resolution", "max_sequence_length", "batch_size"
     )
+    assert settings.prior_weight is not None
     patch = PatchSettings(settings.patch_mode or "dynamic", s_min, s_max, model.granularity)
     prior = yield from prior_dataset(settings, directory, model)
     examples = dataset.examples + (prior.examples if prior else ())

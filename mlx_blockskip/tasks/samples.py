@@ -56,43 +56,55 @@ def write_samples(
     images = render(model, encode(model, prompts), prompts, [noise] * len(prompts), tree)
     for i, (image, prompt) in enumerate(zip(images, prompts, strict=True), 1):
         path = directory / f"step-{step:06d}-{i}.png"
-        with files.atomic_file(path) as temporary:
-            image.save(temporary, format="PNG")
+        save_png(path, image)
         yield Image(path, prompt)
 
 
 def class_images(
     model: DiffusionModel, prompts: Sequence[str], count: int, side: int, directory: Path, seed: int
 ) -> Generator[Event, None, data.Dataset]:
-    """`count` images of the prompts in turn by the model as it is, side x side, made once into `directory`."""
+    """`count` images of the prompts in turn by the model as it is, side x side, in `directory`.
+
+    Image i is a pure function of what made_from.json holds and of i, so only those that are not there yet are made:
+    a run that was stopped among them goes on, and more of them leave the first ones as they are.
+    """
     check_size(model, side, side)
     made_from: dict[str, Any] = {
-        "model": model.identity, "defaults": model.defaults, "prompts": list(prompts), "count": count, "side": side,
-        "seed": seed,
+        "model": model.identity, "defaults": model.defaults, "prompts": list(prompts), "side": side, "seed": seed,
     }  # fmt: skip
     record = directory / "made_from.json"
     if not record.is_file() or files.read_json(record) != made_from:
         with files.atomic_directory(directory, replace=True) as temporary:
-            yield from _write_class_images(model, prompts, count, side, temporary, seed)
             files.write_json(temporary / record.name, made_from)
+    names = [f"{i:04d}.png" for i in range(count)]
+    for surplus in {path.name for path in directory.glob("*.png")} - set(names):
+        (directory / surplus).unlink()
+    texts = [prompts[i % len(prompts)] for i in range(count)]
+    missing = [i for i, name in enumerate(names) if not (directory / name).is_file()]
+    if missing:
+        yield from _write_class_images(model, texts, missing, side, [directory / name for name in names], seed)
+    files.write_text(directory / "metadata.jsonl", "".join(map(data.metadata_line, names, texts)))
     return data.load_dataset(directory)
 
 
 def _write_class_images(
-    model: DiffusionModel, prompts: Sequence[str], count: int, side: int, directory: Path, seed: int
+    model: DiffusionModel, texts: Sequence[str], missing: Sequence[int], side: int, paths: Sequence[Path], seed: int
 ) -> Generator[Event, None, None]:
-    lines = []
-    with phase("class images", count, "image") as track:
+    with phase("class images", len(missing), "image") as track:
         yield track.begin
-        encoded = encode(model, prompts)
-        for start in range(0, count, WAITING):
-            numbers = range(start, min(count, start + WAITING))
-            texts = [prompts[i % len(prompts)] for i in numbers]
-            shape = (1, *model.latent_shape(side, side))
+        encoded = encode(model, [texts[i] for i in missing])
+        shape = (1, *model.latent_shape(side, side))
+        for start in range(0, len(missing), WAITING):
+            numbers = missing[start : start + WAITING]
             noises = [mx.array(philox.normal(seed, CLASS_NOISE, i, shape=shape)) for i in numbers]
-            for i, text, image in zip(numbers, texts, render(model, encoded, texts, noises), strict=True):
-                image.save(directory / f"{i:04d}.png")
-                lines.append(data.metadata_line(f"{i:04d}.png", text))
-                yield track.step(i + 1)
-        files.write_text(directory / "metadata.jsonl", "".join(lines))
+            images = render(model, encoded, [texts[i] for i in numbers], noises)
+            for done, (i, image) in enumerate(zip(numbers, images, strict=True), start + 1):
+                save_png(paths[i], image)
+                yield track.step(done)
     yield track.end
+
+
+def save_png(path: Path, image: PillowImage.Image) -> None:
+    """Write a PNG atomically."""
+    with files.atomic_file(path) as temporary:
+        image.save(temporary, format="PNG")

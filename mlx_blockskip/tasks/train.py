@@ -263,6 +263,7 @@ def finish(job: Job, state: State) -> None:
         "rank": job.settings.rank,
         "scale": job.settings.scale,
         "targets": job.settings.lora_targets,
+        "captions": sorted({example.caption for example in job.recipe.dataset.examples}),
         "plan": job.recipe.plan.to_json(),
         "steps": state.step,
         "skipped_steps": state.skipped,

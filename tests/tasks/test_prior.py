@@ -2,7 +2,11 @@
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
+import mlx.core as mx
+import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import save_file
@@ -12,8 +16,13 @@ from support.models import HEDGEHOG, prepared
 from mlx_blockskip import generate, train
 from mlx_blockskip.engine import philox
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.events import Note, PhaseEnd, finish
+from mlx_blockskip.engine.sweep import Sample, forward
+from mlx_blockskip.events import Note, PhaseEnd, Step, finish
 from mlx_blockskip.models.registry import open_model
+from mlx_blockskip.settings import TrainSettings, from_mapping
+from mlx_blockskip.tasks import precompute
+from mlx_blockskip.tasks import train as train_task
+from mlx_blockskip.tasks.recipe import ORDER
 from mlx_blockskip.tasks.samples import CLASS_NOISE, class_images
 
 CLASSES = {"class_prompt": ["a ghost on a blue background", "a dog on a red background"], "class_images": 3}
@@ -50,15 +59,52 @@ def test_class_images_are_made_once_and_captioned_in_turn(quick):
     assert (directory / lines[0]["file_name"]).read_bytes() == first
 
 
-def test_other_class_images_are_made_where_what_they_depend_on_changed(quick):
-    settings = quick(**CLASSES, iters=1)
-    directory = train(settings).adapter_path
-    (directory / "adapters.safetensors").unlink()
-    before = sorted(p.name for p in (directory / "class_images").glob("*.png"))
+def drawn(directory):
+    return {path.name: path.read_bytes() for path in (directory / "class_images").glob("*.png")}
+
+
+def phases(settings):
+    """The phases of a run that replaces the adapter of the last one."""
+    (Path(settings.adapter_path) / "adapters.safetensors").unlink(missing_ok=True)
     events = []
-    train(quick(**{**CLASSES, "class_images": 2}, iters=1), on_event=events.append)
-    assert "class images" in {e.phase for e in events if isinstance(e, PhaseEnd)}
-    assert sorted(p.name for p in (directory / "class_images").glob("*.png")) == before[:2]
+    train(settings, on_event=events.append)
+    return {e.phase: e.peak_memory for e in events if isinstance(e, PhaseEnd)}
+
+
+def test_only_class_images_that_are_not_there_are_made(quick, toy):
+    settings = quick(**CLASSES, iters=1, model=str(toy))
+    directory = Path(settings.adapter_path)
+    assert phases(settings)["class images"] > 0
+    before = drawn(directory)
+    assert "class images" not in phases(replace(settings, class_images=2))
+    assert drawn(directory) == {name: before[name] for name in ("0000.png", "0001.png")}
+    assert "class images" in phases(settings)
+    assert drawn(directory) == before
+    assert "class images" in phases(replace(settings, class_prompt=CLASSES["class_prompt"][::-1]))
+    assert not set(drawn(directory).values()) & set(before.values()), "of other prompts all are other images"
+
+
+def stop_at(name, done):
+    def look(event):
+        if isinstance(event, Step) and event.phase == name and event.done == done:
+            raise KeyboardInterrupt
+
+    return look
+
+
+def test_a_run_stopped_among_class_images_and_then_in_training_goes_on_to_the_same_bits(quick):
+    options = {**CLASSES, "prior_weight": 0.5, "residuals": "fresh"}
+    whole = train(quick("whole", **options)).adapter_path
+    settings = quick("stopped", **options)
+    directory = Path(settings.adapter_path)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, on_event=stop_at("class images", 1))
+    assert drawn(directory).keys() == {"0000.png"}
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, on_event=stop_at("train", 3))
+    train(replace(settings, resume=True))
+    assert drawn(directory) == drawn(whole)
+    assert_same_adapter(whole, directory)
 
 
 def test_a_class_image_is_what_generate_draws(tiny_flux, tmp_path):
@@ -98,6 +144,52 @@ def test_at_weight_zero_class_images_change_no_bit(quick, class_data):
     assert any(not same_bits(first[name], second[name]) for name in first)
 
 
+def test_the_loss_is_the_weighted_mean_over_both_kinds(quick, class_data):
+    """Against the full model applied to the two samples directly: (subject + w prior) / 2."""
+    job = prepared(quick(class_data=class_data("given", 3), prior_weight=0.25))
+    recipe, model = job.recipe, job.model
+    state = finish(train_task.first_state(job))
+    _, chunk = finish(train_task.next_chunk(job, state))
+    loss = train_task.train_step(job, chunk, state)
+    latents = mx.concatenate([precompute._latents(recipe, draw, {}) for draw in recipe.draws(0)])
+    tokens, context, target = recipe.prepare(0, latents)
+    (sample,) = waiting = [Sample(tokens, context)]
+    forward(model.stack, model.reader, waiting)
+    error = model.head(sample.state, context, model.head_modulation(context)) - target
+    subject, prior = np.square(np.array(error, np.float64)).mean(axis=(1, 2, 3))
+    assert loss == pytest.approx((subject + 0.25 * prior) / 2, rel=1e-5)
+    assert abs(subject - prior) > 1e-3, "so the weight cannot be on the wrong one"
+
+
+def test_without_class_prompts_a_run_is_what_it_was(quick):
+    """Images in epochs of their own order, each with weight one; class prompts that are turned off change no bit."""
+    recipe = prepared(quick()).recipe
+    count = len(recipe.dataset.examples)
+    epochs = [philox.generator(0, ORDER, epoch).permutation(count).tolist() for epoch in range(3)]
+    assert [recipe.image_of(k) for k in range(3 * count)] == [image for epoch in epochs for image in epoch]
+    assert recipe.weights(0).tolist() == [1.0, 1.0]
+    plain = train(quick("plain", class_images=None if recipe.model.defaults.get("class_prompt") is None else 0))
+    off = train(quick("off", class_prompt=["a dog"], class_images=0, prior_weight=0.5))
+    assert_same_adapter(plain.adapter_path, off.adapter_path)
+
+
+def test_a_class_image_that_was_changed_is_refused_on_resume(quick):
+    directory = train(quick(**CLASSES, iters=2)).adapter_path
+    Image.new("RGB", (64, 64), "red").save(directory / "class_images" / "0001.png")
+    with pytest.raises(UserError, match="prior"):
+        train(quick(**CLASSES, iters=4, resume=True))
+
+
+def test_recorded_settings_make_the_run_again(quick, class_data, toy):
+    """What adapter_config.json holds is taken as it is, with class images given, made or left out."""
+    for i, options in enumerate([{"class_data": class_data("c", 2)}, CLASSES, {"class_images": 0}]):
+        directory = train(quick(f"a{i}", **options, iters=1, model=str(toy))).adapter_path
+        config = json.loads((directory / "adapter_config.json").read_text())
+        again = from_mapping(TrainSettings, config["settings"])
+        train(replace(again, adapter_path=str(directory.with_name(f"b{i}"))))
+        assert config["captions"] == sorted({path.read_text().strip() for path in HEDGEHOG.glob("*.txt")})
+
+
 def test_other_class_images_are_refused_on_resume(quick, class_data):
     train(quick(class_data=class_data("one", 2), iters=2))
     with pytest.raises(UserError, match="prior"):
@@ -114,6 +206,7 @@ def test_none_where_no_images_are_wanted(quick):
     [
         ({"class_images": -1}, "--class-images -1: must be at least 0"),
         ({"prior_weight": -0.5}, "--prior-weight -0.5: must be at least 0"),
+        ({"prior_weight": float("nan")}, "--prior-weight nan: must be at least 0"),
         ({"class_data": "nowhere"}, "nowhere: no such directory"),
         ({"class_data": str(HEDGEHOG), "class_images": 4, "class_prompt": ["a dog"]}, "give one of them"),
     ],
@@ -121,6 +214,19 @@ def test_none_where_no_images_are_wanted(quick):
 def test_bad_settings_are_one_clear_error(quick, options, match):
     with pytest.raises(UserError, match=match):
         train(quick(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"class_images": 4}, "--class-images 4: say of what with --class-prompt"),
+        ({"class_images": None, "prior_weight": 0.5}, "--prior-weight 0.5: there are no class images to weigh"),
+    ],
+)
+def test_options_that_mean_nothing_alone_are_refused(quick, toy, options, match):
+    """Of a model that records no class prompts."""
+    with pytest.raises(UserError, match=match):
+        train(quick(model=str(toy), **options))
 
 
 def test_class_images_of_the_user_need_captions_or_one_class_prompt(quick, tmp_path):
