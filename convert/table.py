@@ -7,7 +7,7 @@ from typing import Any, Literal
 import mlx.core as mx
 
 Role = Literal["linear", "modulation", "plain"]
-Fix = Literal["none", "conv", "pointwise"]
+Fix = Literal["none", "conv", "pointwise", "first", "second"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class Row:
 
     name: ours, which is that of the current reference class. shape: ours. aliases: names that older checkpoints use.
     role: "linear" may be quantized, "modulation" on request, "plain" never. fix: how the reference's layout becomes
-    ours: "conv" OIHW -> OHWI, "pointwise" (O, I, 1, 1) -> (O, I).
+    ours: "conv" OIHW -> OHWI, "pointwise" (O, I, 1, 1) -> (O, I), "first" and "second" that half of (2 O, ...), where
+    older checkpoints have two layers as one.
     """
 
     name: str
@@ -34,12 +35,20 @@ class Row:
 
     def fits(self, theirs: tuple[int, ...]) -> bool:
         """Whether a tensor of this shape in the checkpoint is this row's."""
-        return theirs == self.their_shape() or (self.fix == "pointwise" and theirs == (*self.shape, 1, 1))
+        return theirs in (self.their_shape(), self._other_shape())
+
+    def _other_shape(self) -> tuple[int, ...]:
+        """The other shape that the tensor may have in the checkpoint."""
+        if self.fix in ("first", "second"):
+            return 2 * self.shape[0], *self.shape[1:]
+        return (*self.shape, 1, 1) if self.fix == "pointwise" else self.their_shape()
 
     def read(self, theirs: mx.array) -> mx.array:
         """The checkpoint's tensor in our layout."""
         if self.fix == "conv":
             return theirs.transpose(0, 2, 3, 1)
+        if self.fix in ("first", "second") and theirs.shape[0] == 2 * self.shape[0]:
+            return mx.contiguous(theirs[: self.shape[0]] if self.fix == "first" else theirs[self.shape[0] :])
         return theirs.reshape(self.shape)
 
 
@@ -66,9 +75,11 @@ def linear(name: str, out: int, width: int, *, bias: bool = True, role: Role = "
     return rows
 
 
-def conv(name: str, out: int, width: int, kernel: int) -> list[Row]:
-    """The rows of a convolution."""
-    return [Row(f"{name}.weight", (out, kernel, kernel, width), fix="conv"), Row(f"{name}.bias", (out,))]
+def conv(name: str, out: int, width: int, kernel: int | tuple[int, int], *, bias: bool = True) -> list[Row]:
+    """The rows of a convolution. kernel: a side, or (height, width)."""
+    height, across = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+    rows = [Row(f"{name}.weight", (out, height, across, width), fix="conv")]
+    return [*rows, Row(f"{name}.bias", (out,))] if bias else rows
 
 
 def norm(name: str, width: int, *, bias: bool = True, aliases: tuple[str, ...] = ()) -> list[Row]:
@@ -78,8 +89,8 @@ def norm(name: str, width: int, *, bias: bool = True, aliases: tuple[str, ...] =
 
 
 def _suffixed(more: dict[str, Any], suffix: str, fix: bool = True) -> dict[str, Any]:
-    """Aliases are given a module at a time; a bias needs no fix-up of its layout."""
-    found = {key: value for key, value in more.items() if key != "fix" or fix}
+    """Aliases are given a module at a time; a bias needs no fix-up of its layout, but is cut in half as its weight."""
+    found = {key: value for key, value in more.items() if key != "fix" or fix or value in ("first", "second")}
     if "aliases" in found:
         found["aliases"] = tuple(f"{alias}.{suffix}" for alias in found["aliases"])
     return found

@@ -1,9 +1,9 @@
 """`convert`: a Hugging Face checkpoint becomes an MLX model directory."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
-from mlx_blockskip.converters import run
+from mlx_blockskip.converters import run, vision
 from mlx_blockskip.converters.run import Precision, default_dtype
 from mlx_blockskip.converters.table import Component
 from mlx_blockskip.engine import files
@@ -12,8 +12,11 @@ from mlx_blockskip.events import Event, Note, Saved
 from mlx_blockskip.models.family import Family
 from mlx_blockskip.models.registry import find_family
 from mlx_blockskip.settings import ConvertSettings
-from mlx_blockskip.tasks.hub import download, looks_like_repo
+from mlx_blockskip.tasks.hub import ENCODER, PIPELINE, download, looks_like_repo
 from mlx_blockskip.tasks.phases import phase
+
+ENCODER_DTYPE = "float32"
+"""What image encoders are stored in where nothing else is asked for: they are small, and they measure."""
 
 
 def convert(settings: ConvertSettings) -> Generator[Event, None, Path]:
@@ -28,10 +31,10 @@ def convert(settings: ConvertSettings) -> Generator[Event, None, Path]:
         if not looks_like_repo(settings.hf_path):
             raise UserError(f"{settings.hf_path}: no such directory, and not a repo id such as owner/name")
         repo, _, revision = settings.hf_path.partition("@")
-        source = yield from download(repo, settings.revision or revision or None)
+        source = yield from download(repo, settings.revision or revision or None, (PIPELINE, ENCODER))
     modulation = 0 if settings.q_modulation == "none" else int(settings.q_modulation)
     precision = Precision(
-        settings.dtype or default_dtype(),
+        settings.dtype or (ENCODER_DTYPE if is_encoder(source) else default_dtype()),
         settings.q_bits if settings.quantize else 0,
         settings.q_group_size,
         modulation if settings.quantize else 0,
@@ -43,9 +46,10 @@ def convert(settings: ConvertSettings) -> Generator[Event, None, Path]:
 
 def convert_directory(source: Path, target: Path, precision: Precision, origin: str) -> Generator[Event, None, None]:
     """Convert a local directory; the target appears when it is whole. Yields events."""
-    family = family_of(source).name
-    opened = run.open_checkpoint(source, family)
-    components = [component for component, _ in opened]
+    if is_encoder(source):
+        components, writing = _encoder(source, precision, origin)
+    else:
+        components, writing = _pipeline(source, precision, origin)
     need, free = sum(run.size_of(component, precision) for component in components), files.free_space(target)
     if need > free:
         raise UserError(
@@ -56,9 +60,37 @@ def convert_directory(source: Path, target: Path, precision: Precision, origin: 
     with phase("convert", shards, "shards") as track:
         yield track.begin
         with files.atomic_directory(target) as temporary:
-            for done, _ in enumerate(run.write_model(source, temporary, family, precision, opened, origin), 1):
+            for done, _ in enumerate(writing(temporary), 1):
                 yield track.step(done)
     yield track.end
+
+
+Writing = Callable[[Path], Iterator[tuple[str, str]]]
+"""Fills a directory; yields (component, shard) as they are done."""
+
+
+def _pipeline(source: Path, precision: Precision, origin: str) -> tuple[list[Component], Writing]:
+    family = family_of(source).name
+    opened = run.open_checkpoint(source, family)
+
+    def writing(target: Path) -> Iterator[tuple[str, str]]:
+        return run.write_model(source, target, family, precision, opened, origin)
+
+    return [component for component, _ in opened], writing
+
+
+def _encoder(source: Path, precision: Precision, origin: str) -> tuple[list[Component], Writing]:
+    if precision.bits or precision.modulation_bits:
+        raise UserError(
+            f"--quantize: {origin} is an image encoder, which is not quantized: it is small, and what it measures "
+            "should not depend on rounding; leave the option out"
+        )
+    parts = vision.open_checkpoint(source)
+
+    def writing(target: Path) -> Iterator[tuple[str, str]]:
+        return vision.write_encoder(source, target, precision, parts, origin)
+
+    return [part.component for part in parts], writing
 
 
 def notes(components: list[Component], precision: Precision) -> Generator[Event, None, None]:
@@ -79,6 +111,14 @@ def is_converted(path: Path) -> bool:
     """Whether this is an MLX model directory."""
     config = path / "config.json"
     return config.is_file() and "format" in files.read_json(config)
+
+
+def is_encoder(path: Path) -> bool:
+    """Whether this is an image encoder in Hugging Face layout.
+
+    Raises UserError for another model whose config.json lies at the top, as an encoder's does.
+    """
+    return not (path / "model_index.json").is_file() and vision.kind_of(path) is not None
 
 
 def family_of(source: Path) -> Family:

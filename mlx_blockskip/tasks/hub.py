@@ -3,13 +3,15 @@
 import errno
 import fnmatch
 import re
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_blockskip.converters import vision
 from mlx_blockskip.converters.run import load_table
-from mlx_blockskip.converters.source import WEIGHTS, preferred
+from mlx_blockskip.converters.source import PICKLED, WEIGHTS, preferred
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Event, Note
@@ -17,6 +19,8 @@ from mlx_blockskip.models.registry import find_family
 
 INDEX = "model_index.json"
 TOP = (INDEX, "defaults.json", "LICENSE*", "README.md")
+CONVERTER = "SFconvertbot"
+"""The Hub's account that offers safetensors of pickled weights, as pull requests."""
 
 
 class UnreachableError(UserError):
@@ -43,6 +47,40 @@ def chosen(names: Iterable[str], components: Iterable[str], copied: Iterable[str
     return kept
 
 
+def chosen_of_encoder(names: Iterable[str]) -> list[str]:
+    """Of an image encoder's repo, the files that are converted: all lie at the top."""
+    top = [name for name in names if "/" not in name]
+    weights = preferred(name for name in top if any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHTS))
+    beside = (*vision.PLAIN, *TOP)
+    return [n for n in top if n in weights or any(fnmatch.fnmatch(n, pattern) for pattern in beside)]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A kind of checkpoint. index: the file that says what it is. choose: `(directory with the index, names of the
+    repo's files) -> those that are converted`; it raises UserError where this one is not supported.
+    """
+
+    index: str
+    what: str
+    choose: Callable[[Path, Iterable[str]], list[str]]
+
+
+def _of_pipeline(top: Path, names: Iterable[str]) -> list[str]:
+    table = load_table(find_family(files.read_json(top / INDEX)).name)
+    return chosen(names, table.FOLDERS, table.COPIED)
+
+
+def _of_encoder(top: Path, names: Iterable[str]) -> list[str]:
+    if vision.kind_of(top) is None:
+        raise UserError(f"{top / 'config.json'}: has no model_type, so it is not an image encoder; choose another repo")
+    return chosen_of_encoder(names)
+
+
+PIPELINE = Layout(INDEX, "a pipeline in diffusers' layout", _of_pipeline)
+ENCODER = Layout("config.json", "an image encoder in transformers' layout", _of_encoder)
+
+
 def look_up(repo: str, revision: str | None = None) -> Any:
     """The Hub's ModelInfo with file sizes. Raises UserError, its UnreachableError where no answer comes."""
     from huggingface_hub import HfApi
@@ -51,17 +89,42 @@ def look_up(repo: str, revision: str | None = None) -> Any:
         return HfApi().model_info(repo, revision=revision, files_metadata=True)
 
 
-def fetch(repo: str, info: Any) -> Generator[Event, None, Path]:
-    """A local snapshot of a pipeline at `info`'s commit. Raises UserError with the reason and the way out."""
+def in_safetensors(repo: str, info: Any) -> Any:
+    """The ModelInfo of the same weights in safetensors, where a repo has pickled files only and the Hub's own
+    conversion waits there as a pull request; else `info`.
+    """
+    from huggingface_hub import HfApi
+
+    names = {file.rfilename for file in info.siblings or []}
+    if any(name.endswith(".safetensors") for name in names) or not any(name.endswith(PICKLED) for name in names):
+        return info
+    with _speaking(repo):
+        offers = list(HfApi().get_repo_discussions(repo, author=CONVERTER, discussion_type="pull_request"))
+    for offer in offers:
+        if offer.git_reference and offer.status != "closed":
+            found = look_up(repo, offer.git_reference)
+            if any(file.rfilename.endswith(".safetensors") for file in found.siblings or []):
+                return found
+    return info
+
+
+def fetch(repo: str, info: Any, layouts: Sequence[Layout] = (PIPELINE,)) -> Generator[Event, None, Path]:
+    """A local snapshot at `info`'s commit, of a checkpoint in the first of the layouts whose index the repo has.
+
+    Raises UserError with the reason and the way out.
+    """
     from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    if INDEX not in sizes:
-        raise UserError(f"{repo}: has no {INDEX}, so it is not a pipeline in diffusers' layout; choose another repo")
+    layout = next((layout for layout in layouts if layout.index in sizes), None)
+    if layout is None:
+        raise UserError(
+            f"{repo}: has no {' and no '.join(layout.index for layout in layouts)}, so it is not "
+            f"{' or '.join(layout.what for layout in layouts)}; choose another repo"
+        )
     with _speaking(repo, info.sha):
-        top = Path(snapshot_download(repo, revision=info.sha, allow_patterns=[INDEX]))
-        table = load_table(find_family(files.read_json(top / INDEX)).name)  # before the large files are asked for
-        names = chosen(sizes, table.FOLDERS, table.COPIED)
+        top = Path(snapshot_download(repo, revision=info.sha, allow_patterns=[layout.index]))
+        names = layout.choose(top, sizes)  # before the large files are asked for
         missing = [n for n in names if not isinstance(try_to_load_from_cache(repo, n, revision=info.sha), str)]
         size, free = sum(sizes[name] for name in missing), files.free_space(Path(constants.HF_HUB_CACHE))
         if size > free:
@@ -74,20 +137,24 @@ def fetch(repo: str, info: Any) -> Generator[Event, None, Path]:
         return Path(snapshot_download(repo, revision=info.sha, allow_patterns=names))
 
 
-def download(repo: str, revision: str | None = None) -> Generator[Event, None, Path]:
-    """A local snapshot of a pipeline; without an answer from the Hub, the one that was downloaded before.
+def download(
+    repo: str, revision: str | None = None, layouts: Sequence[Layout] = (PIPELINE,)
+) -> Generator[Event, None, Path]:
+    """A local snapshot of a checkpoint; without an answer from the Hub, the one that was downloaded before.
 
     Raises UserError with the Hub's reason and the way out.
     """
     try:
         info = look_up(repo, revision)
+        if revision is None and ENCODER in layouts and INDEX not in {f.rfilename for f in info.siblings or []}:
+            info = in_safetensors(repo, info)
     except UnreachableError as error:
         kept = downloaded_before(repo, revision)
         if kept is None:
             raise
         yield Note(f"{error}; using what was downloaded before: {kept}")
         return kept
-    return (yield from fetch(repo, info))
+    return (yield from fetch(repo, info, layouts))
 
 
 def downloaded_before(repo: str, revision: str | None = None) -> Path | None:
@@ -102,7 +169,7 @@ def downloaded_before(repo: str, revision: str | None = None) -> Path | None:
 
 
 @contextmanager
-def _speaking(repo: str, revision: str | None) -> Iterator[None]:
+def _speaking(repo: str, revision: str | None = None) -> Iterator[None]:
     """Turn the Hub's errors into UserError."""
     from huggingface_hub.errors import (
         GatedRepoError,

@@ -7,7 +7,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -18,9 +19,26 @@ from mlx_blockskip.events import Event, Note, finish
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.tasks import hub
-from mlx_blockskip.tasks.convert import convert_directory, is_converted
+from mlx_blockskip.tasks.convert import ENCODER_DTYPE, convert_directory, is_converted, is_encoder
 
 BUNDLED = ("tiny-flux",)
+
+
+@dataclass(frozen=True)
+class Sort:
+    """What is looked for under a name. bundled: what of this sort is in the package. is_checkpoint: whether a
+    directory is one in Hugging Face layout. dtype: what it is converted to.
+    """
+
+    what: str
+    bundled: tuple[str, ...]
+    layout: hub.Layout
+    is_checkpoint: Callable[[Path], bool]
+    dtype: Callable[[], str]
+
+
+MODEL = Sort("model", BUNDLED, hub.PIPELINE, lambda path: (path / "model_index.json").is_file(), default_dtype)
+ENCODER = Sort("encoder", ("tiny-dino", "tiny-clip"), hub.ENCODER, is_encoder, lambda: ENCODER_DTYPE)
 
 
 def cache_directory() -> Path:
@@ -32,24 +50,24 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-blockskip"
 
 
-def resolve(model: str) -> Generator[Event, None, Path]:
-    """The MLX model directory that `model` names: a directory of either layout, a repo id, or a bundled model.
+def resolve(model: str, sort: Sort = MODEL) -> Generator[Event, None, Path]:
+    """The MLX directory that `model` names: a directory of either layout, a repo id, or what is in the package.
 
     Raises UserError where there is none.
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        if (path / "model_index.json").is_file() and not is_converted(path):
-            return (yield from _converted(_here(path), model, _stamp(path)))
+        if not is_converted(path) and sort.is_checkpoint(path):
+            return (yield from _converted(_here(path), model, _stamp(path), sort))
         return path
-    if model in BUNDLED:
+    if model in sort.bundled:
         source = bundled(model)
-        return (yield from _converted(_here(source), model, _stamp(source)))
+        return (yield from _converted(_here(source), model, _stamp(source), sort))
     if hub.looks_like_repo(model):
-        return (yield from _from_hub(model))
+        return (yield from _from_hub(model, sort))
     raise UserError(
-        f"{model}: no such model; give a directory, a repo id such as owner/name, or {', '.join(BUNDLED)}"
-        + _similar(path, model)
+        f"{model}: no such {sort.what}; give a directory, a repo id such as owner/name, or {', '.join(sort.bundled)}"
+        + _similar(path, model, sort)
     )
 
 
@@ -79,39 +97,41 @@ def _here(path: Path) -> Generator[Event, None, Path]:
     return path
 
 
-def _from_hub(model: str) -> Generator[Event, None, Path]:
+def _from_hub(model: str, sort: Sort) -> Generator[Event, None, Path]:
     """A repo is converted once a commit, and then needs neither its download nor the Hub."""
     repo, _, revision = model.partition("@")
     try:
         info = hub.look_up(repo, revision or None)
+        if sort is ENCODER and not revision:
+            info = hub.in_safetensors(repo, info)
     except hub.UnreachableError as error:
-        if (kept := _converted_before(model)) is not None:
+        if (kept := _converted_before(model, sort)) is not None:
             yield Note(f"{error}; using what was converted before: {kept}")
             return kept
         if (source := hub.downloaded_before(repo, revision or None)) is None:
             raise
         yield Note(f"{error}; using what was downloaded before: {source}")
-        return (yield from _converted(_here(source), model, _repo_key(repo, source.name)))
-    return (yield from _converted(hub.fetch(repo, info), model, _repo_key(repo, info.sha)))
+        return (yield from _converted(_here(source), model, _repo_key(repo, source.name), sort))
+    return (yield from _converted(hub.fetch(repo, info, (sort.layout,)), model, _repo_key(repo, info.sha), sort))
 
 
 def _repo_key(repo: str, commit: str) -> str:
     return hashlib.sha256(f"{repo} {commit}".encode()).hexdigest()
 
 
-def _converted_before(model: str) -> Path | None:
+def _converted_before(model: str, sort: Sort) -> Path | None:
     """The newest conversion of this model in the cache."""
     found = [
         path.parent
         for path in cache_directory().glob("[!.]*/config.json")
-        if (config := files.read_json(path)).get("source") == model and config.get("dtype") == default_dtype()
+        if (config := files.read_json(path)).get("source") == model and config.get("dtype") == sort.dtype()
     ]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def _converted(source: Generator[Event, None, Path], name: str, key: str) -> Generator[Event, None, Path]:
+def _converted(source: Generator[Event, None, Path], name: str, key: str, sort: Sort) -> Generator[Event, None, Path]:
     """The converted copy of a checkpoint, made now if it is not there; only then is `source` asked where it lies."""
-    dtype = default_dtype()
+    dtype = sort.dtype()
     short = re.sub(r"[^A-Za-z0-9._-]+", "-", name.rstrip("/").split("/")[-1])
     target = cache_directory() / f"{short}-{dtype}-{key[:12]}"
     if is_converted(target):
@@ -127,10 +147,12 @@ def _converted(source: Generator[Event, None, Path], name: str, key: str) -> Gen
     return target
 
 
-def _similar(path: Path, model: str) -> str:
+def _similar(path: Path, model: str, sort: Sort) -> str:
     """A hint for a name that is nearly right."""
     beside = [str(path.with_name(p.name)) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(str(path), beside, 1, 0.8) or difflib.get_close_matches(model, BUNDLED, 1, 0.7)
+    close = difflib.get_close_matches(str(path), beside, 1, 0.8) or difflib.get_close_matches(
+        model, sort.bundled, 1, 0.7
+    )
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -27,13 +27,16 @@ class Hidden(NamedTuple):
 
 
 def stack(config: Mapping[str, Any]) -> Stack:
-    """The layers of a CLIP text config. Raises UserError for an activation that is not implemented."""
+    """The layers of a CLIP text or vision config. Context: what is added to the scores (causal), or None.
+
+    Raises UserError for an activation that is not implemented.
+    """
     heads, eps = config["num_attention_heads"], config["layer_norm_eps"]
     activation = ACTIVATIONS.get(config["hidden_act"])
     if activation is None:
         raise UserError(f"CLIP: hidden_act {config['hidden_act']!r} is not implemented; use {', '.join(ACTIVATIONS)}")
 
-    def layer(w: Weights, t: Trainable, x: Hidden, causal: mx.array, mod: None, mask: None) -> Hidden:
+    def layer(w: Weights, t: Trainable, x: Hidden, causal: mx.array | None, mod: None, mask: None) -> Hidden:
         normed = layer_norm(x.hidden, eps, w, "layer_norm1")
         q, k, v = (split_heads(linear(w, f"self_attn.{n}_proj", normed, t), heads) for n in "qkv")
         attended = merge_heads(attention(q, k, v, scale=1 / math.sqrt(q.shape[-1]), bias=causal))
@@ -45,17 +48,21 @@ def stack(config: Mapping[str, Any]) -> Stack:
     return Stack(tuple(Block(f"encoder.layers.{i}.", kind) for i in range(config["num_hidden_layers"])))
 
 
-def encode(shards: Shards, ids: Sequence[np.ndarray], budget: int | None = None) -> list[tuple[mx.array, mx.array]]:
+def encode(
+    shards: Shards, ids: Sequence[np.ndarray], budget: int | None = None, dtype: mx.Dtype | None = None
+) -> list[tuple[mx.array, mx.array]]:
     """(last hidden state (B, L, D), pooled (B, D)) for each array of ids (B, L), in one sweep.
 
     Pooled is the final state at the end token: the arg-max id where eos_token_id is 2, else the first end token.
+    dtype: of the states; by default that of the embeddings.
     """
     config = shards.config
     samples = []
     for row in ids:
         length = row.shape[1]
         position = shards.rows("embeddings.position_embedding.weight", np.arange(length))
-        hidden = shards.rows("embeddings.token_embedding.weight", row) + position
+        embedded = shards.rows("embeddings.token_embedding.weight", row)
+        hidden = embedded.astype(dtype or embedded.dtype) + position.astype(dtype or position.dtype)
         causal = mx.triu(mx.full((length, length), -float("inf")), k=1).astype(hidden.dtype)
         samples.append(Sample(Hidden(hidden), causal))
     layers = stack(config)
@@ -71,6 +78,8 @@ def encode(shards: Shards, ids: Sequence[np.ndarray], budget: int | None = None)
     return found
 
 
-def pooled(shards: Shards, ids: Sequence[np.ndarray], budget: int | None = None) -> list[mx.array]:
+def pooled(
+    shards: Shards, ids: Sequence[np.ndarray], budget: int | None = None, dtype: mx.Dtype | None = None
+) -> list[mx.array]:
     """The pooled states alone."""
-    return [p for _, p in encode(shards, ids, budget)]
+    return [p for _, p in encode(shards, ids, budget, dtype)]

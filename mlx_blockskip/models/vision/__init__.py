@@ -1,0 +1,1 @@
+"""Image encoders, with which pictures are compared: DINO, DINOv2, CLIP."""
