@@ -1,8 +1,8 @@
 """`generate`: prompts become images."""
 
 import json
-from collections.abc import Generator
-from dataclasses import replace
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import mlx.core as mx
 from PIL import Image as PillowImage
 from PIL import PngImagePlugin
 
+from mlx_blockskip import lora
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Event, Image, Warning
@@ -38,15 +39,38 @@ def generate(settings: GenerateSettings) -> Generator[Event, None, list[Path]]:
             raise UserError(f"--trace-memory: {path} is an image of this run; choose another name")
     model = yield from open_named(settings.model, budget_of(settings.memory_budget))
     settings = complete(settings, model)
-    width, height, count = required(settings, "width", "height", "steps")
-    cfg_scale = settings.cfg_scale if settings.cfg_scale is not None else 1.0
+    width, height, _ = required(settings, "width", "height", "steps")
     check_size(model, width, height)
     check_generation(settings, model, len(targets))
     tree = yield from load_adapters(model, settings.adapter_path, settings.lora_scale)
 
-    encoded, negative = yield from encode(model, prompts, settings)
     noises = read_noise(settings, model, len(targets))
-    requests = [Request(encoded.prompts[i // settings.n_images], negative, noise) for i, noise in enumerate(noises)]
+    shots = [
+        Shot(prompts[i // settings.n_images], settings.seed + i, noise, target)
+        for i, (noise, target) in enumerate(zip(noises, targets, strict=True))
+    ]
+    yield from draw(model, settings, shots, tree)
+    return targets
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One image to make: what it shows, the seed that is recorded, its noise (1, h, w, C), and the PNG file."""
+
+    prompt: str
+    seed: int
+    noise: mx.array
+    target: Path
+
+
+def draw(
+    model: DiffusionModel, settings: GenerateSettings, shots: Sequence[Shot], tree: lora.Tree
+) -> Generator[Event, None, None]:
+    """Make all images in one sweep a step, then decode and write one after the other. settings: `complete`."""
+    (count,) = required(settings, "steps")
+    prompts = list(dict.fromkeys(shot.prompt for shot in shots))
+    encoded, negative = yield from encode(model, prompts, settings)
+    requests = [Request(encoded.prompts[prompts.index(shot.prompt)], negative, shot.noise) for shot in shots]
     with phase("generate", count, "step") as track:
         yield track.begin
         latents = [r.noise for r in requests]
@@ -54,7 +78,7 @@ def generate(settings: GenerateSettings) -> Generator[Event, None, list[Path]]:
             model,
             requests,
             steps=count,
-            cfg_scale=cfg_scale,
+            cfg_scale=settings.cfg_scale if settings.cfg_scale is not None else 1.0,
             guidance=settings.guidance,
             trainable=tree,
         )
@@ -62,18 +86,16 @@ def generate(settings: GenerateSettings) -> Generator[Event, None, list[Path]]:
             latents = latest
             yield track.step(done)
     yield track.end
-    del steps, latest
+    del steps, latest, encoded, negative, requests
     model.release()
     with phase("decode", len(latents), "image") as track:
         yield track.begin
-        for i, (latent, target) in enumerate(zip(latents, targets, strict=True)):
-            prompt = prompts[i // settings.n_images]
+        for done, (latent, shot) in enumerate(zip(latents, shots, strict=True), 1):
             (image,) = to_images(model.decode(latent))
-            write_png(target, image, record(settings, prompt, settings.seed + i))
-            yield track.step(i + 1)
-            yield Image(target, prompt)
+            write_png(shot.target, image, record(settings, shot.prompt, shot.seed))
+            yield track.step(done)
+            yield Image(shot.target, shot.prompt)
     yield track.end
-    return targets
 
 
 def read_prompts(settings: GenerateSettings) -> list[str]:
