@@ -14,10 +14,10 @@ import mlx.nn as nn
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.stack import Block, BlockKind, Stack, Trainable, Weights
 from mlx_blockskip.models.attention import attention
-from mlx_blockskip.models.layers import gelu_tanh, layer_norm, linear, merge_heads, silu, split_heads
+from mlx_blockskip.models.layers import gelu_tanh, layer_norm, linear, merge_heads, quick_gelu, silu, split_heads
 from mlx_blockskip.models.vision.patches import grid_of, patch_tokens, positions
 
-ACTIVATIONS = {"gelu": nn.gelu, "gelu_new": gelu_tanh, "gelu_pytorch_tanh": gelu_tanh, "relu": nn.relu, "silu": silu}
+ACTIVATIONS = {"gelu": nn.gelu, "gelu_new": gelu_tanh, "quick_gelu": quick_gelu, "relu": nn.relu, "silu": silu}
 
 
 class Hidden(NamedTuple):
