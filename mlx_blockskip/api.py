@@ -9,6 +9,7 @@ from mlx_blockskip.events import Event, finish
 from mlx_blockskip.settings import (
     ConvertSettings,
     EstimateSettings,
+    EvaluateSettings,
     ExportSettings,
     GenerateSettings,
     TrainSettings,
@@ -17,13 +18,15 @@ from mlx_blockskip.settings import (
 from mlx_blockskip.tasks import adapters
 from mlx_blockskip.tasks import convert as convert_task
 from mlx_blockskip.tasks import estimate as estimate_task
+from mlx_blockskip.tasks import evaluate as evaluate_task
 from mlx_blockskip.tasks import generate as generate_task
 from mlx_blockskip.tasks import train as train_task
 from mlx_blockskip.tasks.estimate import Estimate
+from mlx_blockskip.tasks.evaluate import Evaluation
 from mlx_blockskip.tasks.resolve import load
 from mlx_blockskip.tasks.train import TrainResult
 
-__all__ = ["convert", "estimate", "export", "generate", "load", "train"]
+__all__ = ["convert", "estimate", "evaluate", "export", "generate", "load", "train"]
 
 OnEvent = Callable[[Event], None]
 S = TypeVar("S")
@@ -51,6 +54,13 @@ def estimate(
 ) -> list[Estimate]:
     """Say what a run would take; returns a row a precision and skip ratio. Options: fields of EstimateSettings."""
     return finish(estimate_task.estimate(_settings(EstimateSettings, settings, options)), on_event)
+
+
+def evaluate(
+    settings: EvaluateSettings | None = None, *, on_event: OnEvent | None = None, **options: Any
+) -> Evaluation:
+    """Measure an adapter; returns its mean scores and where the report is. Options: fields of EvaluateSettings."""
+    return finish(evaluate_task.evaluate(_settings(EvaluateSettings, settings, options)), on_event)
 
 
 def export(settings: ExportSettings | None = None, *, on_event: OnEvent | None = None, **options: Any) -> Path:

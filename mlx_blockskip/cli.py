@@ -20,6 +20,7 @@ COMMANDS = {
     "train": settings.TrainSettings,
     "generate": settings.GenerateSettings,
     "estimate": settings.EstimateSettings,
+    "evaluate": settings.EvaluateSettings,
     "export": settings.ExportSettings,
 }
 TASKS = {name: f"mlx_blockskip.tasks.{name}" for name in COMMANDS} | {"export": "mlx_blockskip.tasks.adapters"}

@@ -36,3 +36,9 @@ def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def mean_pairwise(a: np.ndarray, b: np.ndarray) -> float:
     """Mean cosine over all pairs of a row of `a` and a row of `b`. Source: DreamBooth (arXiv 2208.12242), section 4."""
     return float(pairwise(a, b).mean())
+
+
+def mean_among(a: np.ndarray) -> float | None:
+    """Mean cosine over all pairs of different rows of `a`: what real images of one subject reach. None for one row."""
+    found = pairwise(a, a)
+    return float(found[~np.eye(len(found), dtype=bool)].mean()) if len(found) > 1 else None

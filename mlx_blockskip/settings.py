@@ -150,6 +150,45 @@ class EstimateSettings:
 
 
 @dataclass
+class EvaluateSettings:
+    """Measure how like its subject an adapter's images are, how true to prompts, and how far other images drift."""
+
+    adapter_path: str = option("adapters", "Adapter directory, or LoRA file of diffusers.")
+    model: str | None = option(None, "Model that it is for (by default the one it was trained on).")
+    data: str | None = option(None, "Images of the subject (by default those it was trained on).", group=DATA)
+    subject: str | None = option(
+        None, 'What prompts call the subject, e.g. "sks dog" (by default what the captions have in common).', group=DATA
+    )
+    class_noun: str | None = option(
+        None,
+        "What texts to compare with call it, e.g. dog (by default the subject without its first word).",
+        group=DATA,
+    )
+    subject_kind: str | None = option(
+        None,
+        "Prompts that ship: for an object (the default), a living thing, or a small model's plain backgrounds.",
+        choices=("object", "living", "plain"),
+        group=DATA,
+    )
+    prompts: str | None = option(None, "Text file with a prompt a line, {} where the subject goes.", group=DATA)
+    drift_prompts: str | None = option(None, "Text file of prompts without the subject.", group=DATA)
+    n_images: int = option(4, "Images a prompt.")
+    drift_images: int = option(1, "Images a prompt without the subject, by the base model and the adapted; 0 for none.")
+    seed: int = option(0, "Seed of the first image of every prompt; the others follow.")
+    lora_scale: float = option(1.0, "Strength of the adapter.")
+    cfg_scale: float | None = option(None, "Classifier-free guidance; 1 is none.")
+    guidance: float | None = option(None, "Guidance of a distilled model.")
+    steps: int | None = option(None, "Steps from noise to image.")
+    width: int | None = option(None, "Pixels.")
+    height: int | None = option(None, "Pixels.")
+    max_sequence_length: int | None = option(None, "Text tokens, padding included.")
+    vision_model: str | None = option(None, "DINO or DINOv2 to compare with.")
+    clip_model: str | None = option(None, "CLIP to compare with.")
+    memory_budget: str | None = option("auto", BUDGET)
+    output: str | None = option(None, "Directory to write (by default `evaluation` in the adapter directory).")
+
+
+@dataclass
 class ExportSettings:
     """Write an adapter in the format of another tool."""
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.metrics import distance, mean_pairwise, pairwise, unit
+from mlx_blockskip.metrics import distance, mean_among, mean_pairwise, pairwise, unit
 
 RIGHT, UP, DIAGONAL = [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]
 HALF = 0.5**0.5
@@ -30,6 +30,11 @@ def test_distance_pairs_rows():
 
 def test_mean_pairwise_is_over_all_pairs():
     assert mean_pairwise(rows(RIGHT, UP), rows(RIGHT, DIAGONAL)) == pytest.approx((1 + HALF + 0 + HALF) / 4)
+
+
+def test_mean_among_leaves_a_row_with_itself_out():
+    assert mean_among(rows(RIGHT, UP, DIAGONAL)) == pytest.approx((0 + HALF + HALF) / 3)
+    assert mean_among(rows(RIGHT)) is None
 
 
 def test_float16_rows_are_summed_wide():

@@ -48,6 +48,19 @@ def check_generation(settings: GenerateSettings, model: DiffusionModel, images: 
         _refuse(settings.memory_budget, phases, _smaller_generation(settings, model, images, budget))
 
 
+def images_at_once(settings: GenerateSettings, model: DiffusionModel, most: int) -> int:
+    """How many images, each of a prompt of its own, can be made in one sweep within the budget: `most`, or its halves
+    down to one.
+    """
+    budget = budget_of(settings.memory_budget)
+    single = replace(settings, n_images=1)
+    while most > 1 and budget is not None:
+        if budget != LEAST and _generating(single, model, most).peak <= budget:
+            break
+        most //= 2
+    return most
+
+
 def training_phases(settings: TrainSettings, model: DiffusionModel, plan: SkipPlan) -> list[Phase]:
     """What the phases of a training run take; prompts are left out, whose encoders were not opened."""
     s_max, s_min, length, batch, rank = required(
@@ -75,14 +88,16 @@ def training_phases(settings: TrainSettings, model: DiffusionModel, plan: SkipPl
 
 def generation_phases(settings: GenerateSettings, model: DiffusionModel, images: int) -> list[Phase]:
     """What a step of all images takes, and decoding one."""
+    width, height = required(settings, "width", "height")
+    return [_generating(settings, model, images), forecast.images(model, width, height, decoding=True)]
+
+
+def _generating(settings: GenerateSettings, model: DiffusionModel, images: int) -> Phase:
     width, height, length, steps = required(settings, "width", "height", "max_sequence_length", "steps")
     branches = 2 if (settings.cfg_scale or 1.0) > 1 else 1
     tracer = Tracer(model, Shape(width, height, length, guidance=settings.guidance))
     prompts = images // settings.n_images + branches - 1
-    return [
-        tracer.generate(steps, images * branches, prompts),
-        forecast.images(model, width, height, decoding=True),
-    ]
+    return tracer.generate(steps, images * branches, prompts)
 
 
 def _drawing(model: DiffusionModel, width: int, height: int, images: int, prompts: int) -> list[Phase]:

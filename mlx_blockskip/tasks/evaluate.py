@@ -1,0 +1,272 @@
+"""`evaluate`: how like the subject and how true to the prompts an adapter's images are, and how far the rest drifts.
+
+DreamBooth's protocol (arXiv 2208.12242, section 4): 25 prompts, 4 images each, compared by `scores`.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_blockskip import lora
+from mlx_blockskip.data import Dataset, load_dataset, load_image
+from mlx_blockskip.engine import files
+from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.events import Event, Note, Saved, Warning
+from mlx_blockskip.models.family import DiffusionModel
+from mlx_blockskip.models.vision.encoder import Encoder
+from mlx_blockskip.settings import EvaluateSettings, GenerateSettings, required, to_mapping
+from mlx_blockskip.tasks import encoders
+from mlx_blockskip.tasks.adapters import CONFIG, load_adapters
+from mlx_blockskip.tasks.budget import budget_of, check_generation, images_at_once
+from mlx_blockskip.tasks.generate import FROM_MODEL, Shot, complete, draw
+from mlx_blockskip.tasks.phases import phase
+from mlx_blockskip.tasks.resolve import open_named
+from mlx_blockskip.tasks.sampling import check_size, seeded_noise
+from mlx_blockskip.tasks.scores import Picture, Rows, drift, similarity, tables, write_sheet
+from mlx_blockskip.tasks.subject import PLACE, Subject, read_list, shipped, subject_of
+
+REPORT, SHEET = "evaluation.json", "evaluation.png"
+SUBJECT_KINDS = {"object": "objects", "living": "living", "plain": "plain"}
+WAITING = 32
+"""Images that are made in one sweep, at most; what is written so far is not made again by a run that goes on."""
+TOGETHER = 16
+"""Images that are read from disk to be embedded."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over all images, and where the report and the contact sheet are. drift: of the prompts without the subject,
+    the mean cosine of DINO between an image of the base model and one of the adapted model; None where not asked for.
+    """
+
+    dino: float
+    clip_i: float
+    clip_t: float
+    drift: float | None
+    report: Path
+    sheet: Path
+
+
+def evaluate(settings: EvaluateSettings) -> Generator[Event, None, Evaluation]:
+    """Generate images with an adapter, compare them, and write what is found beside them. See `EvaluateSettings`."""
+    adapter = Path(settings.adapter_path).expanduser()
+    check(settings, adapter)
+    recorded = files.read_json(adapter / CONFIG) if (adapter / CONFIG).is_file() else {}
+    settings = from_adapter(settings, recorded)
+    dataset = load_dataset(Path(settings.data or "").expanduser(), "")
+    for text in dataset.warnings:
+        yield Warning(text)
+    captions = recorded.get("captions") or [example.caption for example in dataset.examples]
+    subject = subject_of(captions, settings.subject, settings.class_noun)
+    given = given_prompts(settings)
+
+    model = yield from open_named(settings.model or "", budget_of(settings.memory_budget))
+    if recorded.get("base_model_identity", model.identity) != model.identity:
+        yield Warning(f"{adapter}: was trained on another model than {settings.model}, or on another precision of it")
+    settings, prompts = complete_prompts(settings, given, model)
+    how = as_generated(settings, model)
+    vision = yield from encoders.vision_encoder(settings.vision_model, model.path)
+    clip = yield from encoders.clip_encoder(settings.clip_model, model.path)
+    tree = yield from load_adapters(model, how.adapter_path, how.lora_scale)
+    yield Note(f'the subject is called "{subject.phrase}", and "{subject.noun}" where texts are compared')
+    identities = {
+        "model": model.identity, "adapter": lora.checksum(tree), "data": dataset.identity,
+        "vision": vision.identity, "clip": clip.identity,
+    }  # fmt: skip
+    output = Path(settings.output).expanduser() if settings.output else evaluation_directory(adapter)
+    plan = Plan(settings, how, subject, output, identities)
+    with files.lock(output / ".lock"):
+        pictures = plan.pictures(prompts.subject, settings.n_images, adapted=True)
+        after = plan.pictures(prompts.others, settings.drift_images, adapted=True)
+        before = plan.pictures(prompts.others, settings.drift_images, adapted=False)
+        yield from make(model, how, [*pictures, *after], tree)
+        yield from make(model, replace(how, adapter_path=[], lora_scale=[]), before, {})
+        del tree
+        found = yield from compare(dataset, pictures, before, after, vision, clip)
+        report = {**plan.report(), **found}
+        files.write_json(output / REPORT, report)
+        write_sheet(output / SHEET, dataset, report, output)
+    (output / ".lock").unlink(missing_ok=True)
+    yield from tables(report, dataset)
+    yield Saved(output / REPORT, "evaluation")
+    yield Saved(output / SHEET, "contact sheet")
+    means, drifted = report["means"], report["drift"]["means"]["dino"] if report["drift"] else None
+    return Evaluation(means["dino"], means["clip_i"], means["clip_t"], drifted, output / REPORT, output / SHEET)
+
+
+def check(settings: EvaluateSettings, adapter: Path) -> None:
+    """Raise UserError for what is wrong whatever the model is."""
+    for name, least in (("n_images", 1), ("drift_images", 0), ("seed", 0)):
+        if getattr(settings, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least {least}")
+    if not adapter.exists():
+        raise UserError(f"{adapter}: no such adapter; --adapter-path takes an adapter directory or a LoRA file")
+    if settings.output and Path(settings.output).expanduser().is_file():
+        raise UserError(f"{settings.output}: is a file; --output takes a directory")
+    if settings.prompts and settings.subject_kind:
+        raise UserError("--prompts and --subject-kind: both say which prompts; give one of them")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts with `{}` for the subject, and prompts without it."""
+
+    subject: list[str]
+    others: list[str]
+
+
+def given_prompts(settings: EvaluateSettings) -> Prompts:
+    """The prompts in the user's own files; none where there is no file."""
+    own, others = settings.prompts, settings.drift_prompts
+    return Prompts(
+        read_list(own, names_subject=True, option="--prompts") if own else [],
+        read_list(others, names_subject=False, option="--drift-prompts") if others else [],
+    )
+
+
+def complete_prompts(
+    settings: EvaluateSettings, given: Prompts, model: DiffusionModel
+) -> tuple[EvaluateSettings, Prompts]:
+    """The lists that ship, where the user gave none; a small model has its own."""
+    kind = settings.subject_kind or encoders.default(("plain", "object"), model.path)
+    others = given.others or shipped("others-plain" if kind == "plain" else "others")
+    if given.subject:
+        return settings, Prompts(given.subject, others)
+    return replace(settings, subject_kind=kind), Prompts(shipped(SUBJECT_KINDS[kind]), others)
+
+
+def compare(
+    dataset: Dataset,
+    pictures: Sequence[Picture],
+    before: Sequence[Picture],
+    after: Sequence[Picture],
+    vision: Encoder,
+    clip: Encoder,
+) -> Generator[Event, None, dict[str, Any]]:
+    """Embed everything once, and say how like it is."""
+    real = [example.path for example in dataset.examples]
+    everything = [*real, *(picture.path for picture in (*pictures, *before, *after))]
+    dino = yield from embed(vision, "DINO", everything)
+    clip_i = yield from embed(clip, "CLIP", everything)
+    clip_t = yield from embed_prompts(clip, [picture.about for picture in (*pictures, *after)])
+    report = similarity(pictures, [str(path) for path in real], dino, clip_i, clip_t)
+    report["drift"] = drift(before, after, dino, clip_i, clip_t) if before else None
+    return report
+
+
+def from_adapter(settings: EvaluateSettings, recorded: Mapping[str, Any]) -> EvaluateSettings:
+    """Model and images as the adapter records them, where they were left open. Raises UserError where it does not."""
+    model = settings.model or recorded.get("base_model")
+    data = settings.data or recorded.get("settings", {}).get("data")
+    for name, value in (("model", model), ("data", data)):
+        if not value:
+            raise UserError(f"--{name}: {settings.adapter_path} is no adapter directory that records it; give it")
+    return replace(settings, model=model, data=data)
+
+
+def evaluation_directory(adapter: Path) -> Path:
+    """Inside an adapter directory; beside a LoRA file."""
+    return adapter / "evaluation" if adapter.is_dir() else adapter.with_name(f"{adapter.stem}-evaluation")
+
+
+def as_generated(settings: EvaluateSettings, model: DiffusionModel) -> GenerateSettings:
+    """The settings that `generate` would make one of these images with. Raises UserError where it cannot."""
+    given: dict[str, Any] = {name: getattr(settings, name) for name in (*FROM_MODEL, "memory_budget")}
+    given |= {"adapter_path": [settings.adapter_path], "lora_scale": [settings.lora_scale]}
+    how = complete(GenerateSettings(model=settings.model or "", **given), model)
+    width, height, _ = required(how, "width", "height", "steps")
+    check_size(model, width, height)
+    check_generation(how, model, 1)
+    return how
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is evaluated, and with what."""
+
+    settings: EvaluateSettings
+    how: GenerateSettings
+    subject: Subject
+    output: Path
+    identities: Mapping[str, str]
+
+    def pictures(self, templates: Sequence[str], count: int, *, adapted: bool) -> list[Picture]:
+        """`count` images a prompt; image i of every prompt has the seed that follows, so noises are the same."""
+        found = []
+        for template in templates:
+            prompt, about = (template.replace(PLACE, words) for words in (self.subject.phrase, self.subject.noun))
+            for seed in range(self.settings.seed, self.settings.seed + count):
+                side = "adapted" if adapted else "base"
+                name = f"{side}-{slug(prompt)}-{seed}-{self.key(prompt, seed, adapted)}.png"
+                found.append(Picture(prompt, about, seed, adapted, self.output / "images" / name))
+        return found
+
+    def key(self, prompt: str, seed: int, adapted: bool) -> str:
+        """Of all that an image depends on. An image under its key is whole, and never needs to be made again."""
+        parts: dict[str, Any] = {name: getattr(self.how, name) for name in (*FROM_MODEL, "negative_prompt")}
+        parts |= {"model": self.identities["model"], "prompt": prompt, "seed": seed}
+        parts["adapter"] = self.identities["adapter"] if adapted else None
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def report(self) -> dict[str, Any]:
+        """What the numbers are of."""
+        completed = {**to_mapping(self.settings), **{name: getattr(self.how, name) for name in FROM_MODEL}}
+        return {
+            "format": 1, "subject": asdict(self.subject), "identities": dict(self.identities), "settings": completed,
+        }  # fmt: skip
+
+
+def slug(prompt: str) -> str:
+    """The beginning of a prompt, as a part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].rstrip("-")
+
+
+def make(
+    model: DiffusionModel, how: GenerateSettings, pictures: Sequence[Picture], tree: lora.Tree
+) -> Generator[Event, None, None]:
+    """Make the images that are not there yet, as many in one sweep as the memory budget takes."""
+    width, height = required(how, "width", "height")
+    missing = [picture for picture in pictures if not picture.path.is_file()]
+    if len(missing) < len(pictures):
+        yield Note(f"{len(pictures) - len(missing)} of {len(pictures)} images are there already")
+    size = images_at_once(how, model, min(WAITING, len(missing))) if missing else 1
+    for start in range(0, len(missing), size):
+        shots = [
+            Shot(p.prompt, p.seed, seeded_noise(model, p.seed, width, height), p.path)
+            for p in missing[start : start + size]
+        ]
+        yield from draw(model, how, shots, tree)
+        model.release()
+
+
+def embed(encoder: Encoder, name: str, paths: Sequence[Path]) -> Generator[Event, None, Rows]:
+    """The embedding of each image, by its path."""
+    found: dict[str, np.ndarray] = {}
+    with phase(f"embed images, {name}", len(paths), "image") as track:
+        yield track.begin
+        for start in range(0, len(paths), TOGETHER):
+            some = paths[start : start + TOGETHER]
+            rows = encoder.embed_images([load_image(path) for path in some])
+            found |= zip(map(str, some), rows, strict=True)
+            yield track.step(start + len(some))
+        encoder.release()
+    yield track.end
+    return found
+
+
+def embed_prompts(encoder: Encoder, prompts: Sequence[str]) -> Generator[Event, None, Rows]:
+    """The embedding of each prompt, by the prompt."""
+    texts = list(dict.fromkeys(prompts))
+    with phase("embed prompts, CLIP", len(texts), "prompt") as track:
+        yield track.begin
+        found = dict(zip(texts, encoder.embed_texts(texts), strict=True))
+        yield track.step(len(texts))
+        encoder.release()
+    yield track.end
+    return found

@@ -1,0 +1,74 @@
+"""What an evaluation shows and asks: how prompts call the subject, and lists of prompts with `{}` where it goes."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from mlx_blockskip.engine.errors import UserError
+
+PLACE = "{}"
+LEAD_IN = re.compile(r"^((an?|the)\s+)?([a-z-]+\s+)?(photo|photograph|picture|image|painting|drawing)\s+of\s+", re.I)
+ARTICLE = re.compile(r"^(an?|the|one)\s+", re.I)
+AFTER = re.compile(r"[,.;:]|\s(on|in|at|with|under|beside|by|near|before|behind|against|over|of|and|is|are)\b", re.I)
+"""Where a caption stops naming the subject and goes on to where it is."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """phrase: what stands for `{}` when images are made. noun: what stands there when they are compared with texts."""
+
+    phrase: str
+    noun: str
+
+
+def subject_of(captions: Sequence[str], phrase: str | None = None, noun: str | None = None) -> Subject:
+    """How the captions call the subject, where `phrase` does not say: "a photo of sks dog" calls it "sks dog".
+
+    The noun is the phrase without its first word, the identifier: an encoder of texts does not know that one.
+    Raises UserError where captions have no words in common.
+    """
+    if phrase is None:
+        words = ARTICLE.sub("", LEAD_IN.sub("", common_words(captions)))
+        phrase = AFTER.split(f" {words}", maxsplit=1)[0].strip()
+        if not phrase:
+            raise UserError("--subject: the captions do not say alike what they show; say it, e.g. --subject 'sks dog'")
+    elif not phrase.strip():
+        raise UserError("--subject: is empty; say how prompts call the subject, e.g. 'sks dog'")
+    return Subject(phrase, noun or " ".join(phrase.split()[1:]) or phrase)
+
+
+def common_words(captions: Sequence[str]) -> str:
+    """The longest run of words that every caption has; the first of several."""
+    split = [caption.split() for caption in captions]
+    first = min(split, key=len, default=[])
+    held = [f" {' '.join(words)} " for words in split]
+    for length in range(len(first), 0, -1):
+        for start in range(len(first) - length + 1):
+            run = " ".join(first[start : start + length])
+            if all(f" {run} " in words for words in held):
+                return run
+    return ""
+
+
+def shipped(name: str) -> list[str]:
+    """A list of prompts in the package, by its name."""
+    path = resources.files("mlx_blockskip") / "assets" / "prompts" / f"{name}.txt"
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def read_list(file: str, *, names_subject: bool, option: str) -> list[str]:
+    """A prompt a line; empty lines are passed over. Raises UserError where a line names the subject, or does not."""
+    try:
+        lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not readable as text ({error}); {option} takes a prompt a line") from None
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not prompts:
+        raise UserError(f"{file}: holds no prompts; {option} takes a prompt a line")
+    for prompt in prompts:
+        if (PLACE in prompt) != names_subject:
+            way_out = f"write {PLACE} where the subject goes" if names_subject else f"{option} are without {PLACE}"
+            raise UserError(f"{file}: {prompt!r}: {way_out}")
+    return prompts
