@@ -16,7 +16,10 @@ def test_converters_and_assets_are_part_of_the_package():
     assets = root / "assets"
     assert (assets / "tiny-flux" / "model_index.json").is_file()
     assert len(list((assets / "subjects" / "hedgehog").glob("*.png"))) == 5
-    assert sum(path.stat().st_size for path in assets.rglob("*") if path.is_file()) < 16 << 20
+    for name in ("tiny-clip", "tiny-dino"):
+        held = {path.name for path in (assets / name).iterdir()}
+        assert held >= {"README.md", "config.json", "preprocessor_config.json", "model.safetensors"}
+    assert sum(path.stat().st_size for path in assets.rglob("*") if path.is_file()) < 24 << 20
 
 
 def test_the_version_is_one():

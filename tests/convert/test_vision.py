@@ -103,6 +103,45 @@ def test_our_names_are_the_hubs_again(tmp_path, kind, changes):
     assert ours == set(held(source)) - unused
 
 
+SWIGLU = {"hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 24, "use_swiglu_ffn": True}
+LARGE = {
+    "projection_dim": 768,
+    "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+    "vision_config": {
+        **{"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+        "patch_size": 14,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "unused"),
+    [
+        ("vit", {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6}, 2),
+        ("vit", {"patch_size": 8}, 2),
+        ("dinov2", {"image_size": 518}, 1),
+        ("dinov2", {"image_size": 518, **SWIGLU}, 1),
+        ("clip", {}, 1),
+        ("clip", LARGE, 1),
+    ],
+    ids=["dino-vits16", "dino-vitb8", "dinov2-base", "dinov2-giant", "clip-vit-base-patch32", "clip-vit-large-patch14"],
+)
+def test_the_rows_fit_the_published_sizes(kind, config, unused):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    configs = {"vit": "ViTConfig", "dinov2": "Dinov2Config", "clip": "CLIPConfig"}
+    with torch.device("meta"):
+        made = getattr(transformers, configs[kind])(**config)
+        model = getattr(transformers, configs[kind].replace("Config", "Model"))(made)
+    left = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for component, _ in vision.components(kind, config):
+        for row in component.rows:
+            name = next(name for name in (row.name, *row.aliases) if name in left)
+            assert row.fits(left.pop(name)), row
+    assert len(left) == unused, left
+
+
 def test_what_old_checkpoints_hold_besides_is_ignored(tmp_path, source):
     whole = converted(source, tmp_path / "one")
     extra = {f"{tower}_model.embeddings.position_ids": mx.arange(5)[None] for tower in ("vision", "text")}
