@@ -173,6 +173,7 @@ class EvaluateSettings:
     prompts: str | None = option(None, "Text file with a prompt a line, {} where the subject goes.", group=DATA)
     drift_prompts: str | None = option(None, "Text file of prompts without the subject.", group=DATA)
     n_images: int = option(4, "Images a prompt.")
+    baseline: bool = option(False, "Also make and measure the base model's images of the subject's prompts.")
     drift_images: int = option(1, "Images a prompt without the subject, by the base model and the adapted; 0 for none.")
     seed: int = option(0, "Seed of the first image of every prompt; the others follow.")
     lora_scale: float = option(1.0, "Strength of the adapter.")

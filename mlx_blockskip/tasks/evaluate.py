@@ -29,10 +29,9 @@ from mlx_blockskip.tasks.phases import phase
 from mlx_blockskip.tasks.resolve import open_named
 from mlx_blockskip.tasks.sampling import check_size, seeded_noise
 from mlx_blockskip.tasks.scores import Picture, Rows, drift, similarity, tables, write_sheet
-from mlx_blockskip.tasks.subject import PLACE, Subject, read_list, shipped, subject_of
+from mlx_blockskip.tasks.subject import PLACE, Prompts, Subject, complete_prompts, given_prompts, subject_of
 
 REPORT, SHEET = "evaluation.json", "evaluation.png"
-SUBJECT_KINDS = {"object": "objects", "living": "living", "plain": "plain"}
 WAITING = 32
 """Images that are made in one sweep, at most; what is written so far is not made again by a run that goes on."""
 TOGETHER = 16
@@ -82,13 +81,11 @@ def evaluate(settings: EvaluateSettings) -> Generator[Event, None, Evaluation]:
     output = Path(settings.output).expanduser() if settings.output else evaluation_directory(adapter)
     plan = Plan(settings, how, subject, output, identities)
     with files.lock(output / ".lock"):
-        pictures = plan.pictures(prompts.subject, settings.n_images, adapted=True)
-        after = plan.pictures(prompts.others, settings.drift_images, adapted=True)
-        before = plan.pictures(prompts.others, settings.drift_images, adapted=False)
-        yield from make(model, how, [*pictures, *after], tree)
-        yield from make(model, replace(how, adapter_path=[], lora_scale=[]), before, {})
+        by_adapted, by_base = (plan.pictures(prompts, adapted=adapted) for adapted in (True, False))
+        yield from make(model, how, [*by_adapted.subject, *by_adapted.others], tree)
         del tree
-        found = yield from compare(dataset, pictures, before, after, vision, clip)
+        yield from make(model, replace(how, adapter_path=[], lora_scale=[]), [*by_base.subject, *by_base.others], {})
+        found = yield from compare(dataset, by_adapted, by_base, vision, clip)
         report = {**plan.report(), **found}
         files.write_json(output / REPORT, report)
         write_sheet(output / SHEET, dataset, report, output)
@@ -114,49 +111,26 @@ def check(settings: EvaluateSettings, adapter: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """Prompts with `{}` for the subject, and prompts without it."""
+class Pictures:
+    """Of the prompts that name the subject, and of the others, by one model."""
 
-    subject: list[str]
-    others: list[str]
-
-
-def given_prompts(settings: EvaluateSettings) -> Prompts:
-    """The prompts in the user's own files; none where there is no file."""
-    own, others = settings.prompts, settings.drift_prompts
-    return Prompts(
-        read_list(own, names_subject=True, option="--prompts") if own else [],
-        read_list(others, names_subject=False, option="--drift-prompts") if others else [],
-    )
-
-
-def complete_prompts(
-    settings: EvaluateSettings, given: Prompts, model: DiffusionModel
-) -> tuple[EvaluateSettings, Prompts]:
-    """The lists that ship, where the user gave none; a small model has its own."""
-    kind = settings.subject_kind or encoders.default(("plain", "object"), model.path)
-    others = given.others or shipped("others-plain" if kind == "plain" else "others")
-    if given.subject:
-        return settings, Prompts(given.subject, others)
-    return replace(settings, subject_kind=kind), Prompts(shipped(SUBJECT_KINDS[kind]), others)
+    subject: list[Picture]
+    others: list[Picture]
 
 
 def compare(
-    dataset: Dataset,
-    pictures: Sequence[Picture],
-    before: Sequence[Picture],
-    after: Sequence[Picture],
-    vision: Encoder,
-    clip: Encoder,
+    dataset: Dataset, adapted: Pictures, base: Pictures, vision: Encoder, clip: Encoder
 ) -> Generator[Event, None, dict[str, Any]]:
     """Embed everything once, and say how like it is."""
     real = [example.path for example in dataset.examples]
-    everything = [*real, *(picture.path for picture in (*pictures, *before, *after))]
-    dino = yield from embed(vision, "DINO", everything)
-    clip_i = yield from embed(clip, "CLIP", everything)
-    clip_t = yield from embed_prompts(clip, [picture.about for picture in (*pictures, *after)])
-    report = similarity(pictures, [str(path) for path in real], dino, clip_i, clip_t)
-    report["drift"] = drift(before, after, dino, clip_i, clip_t) if before else None
+    made = [*adapted.subject, *adapted.others, *base.subject, *base.others]
+    dino = yield from embed(vision, "DINO", [*real, *(picture.path for picture in made)])
+    clip_i = yield from embed(clip, "CLIP", [*real, *(picture.path for picture in made)])
+    clip_t = yield from embed_prompts(clip, [picture.about for picture in made])
+    names = [str(path) for path in real]
+    report = similarity(adapted.subject, names, dino, clip_i, clip_t)
+    report["baseline"] = similarity(base.subject, names, dino, clip_i, clip_t) if base.subject else None
+    report["drift"] = drift(base.others, adapted.others, dino, clip_i, clip_t) if base.others else None
     return report
 
 
@@ -196,8 +170,15 @@ class Plan:
     output: Path
     identities: Mapping[str, str]
 
-    def pictures(self, templates: Sequence[str], count: int, *, adapted: bool) -> list[Picture]:
-        """`count` images a prompt; image i of every prompt has the seed that follows, so noises are the same."""
+    def pictures(self, prompts: Prompts, *, adapted: bool) -> Pictures:
+        """By the adapted model or the base model. Image i of every prompt has the same seed, so noises are the same."""
+        count = self.settings.n_images if adapted or self.settings.baseline else 0
+        return Pictures(
+            self._pictures(prompts.subject, count, adapted),
+            self._pictures(prompts.others, self.settings.drift_images, adapted),
+        )
+
+    def _pictures(self, templates: Sequence[str], count: int, adapted: bool) -> list[Picture]:
         found = []
         for template in templates:
             prompt, about = (template.replace(PLACE, words) for words in (self.subject.phrase, self.subject.noun))

@@ -101,6 +101,8 @@ def tables(report: Mapping[str, Any], dataset: Dataset) -> Generator[Event, None
     means, real = report["means"], report["real"]
     rows = [_row(prompt["prompt"], prompt, ("dino", "clip_i", "clip_t")) for prompt in report["prompts"]]
     rows.append(_row("mean", means, ("dino", "clip_i", "clip_t")))
+    if report["baseline"]:
+        rows.append(_row("mean of the base model", report["baseline"]["means"], ("dino", "clip_i", "clip_t")))
     rows.append(_row("the subject's images among themselves", real, ("dino", "clip_i", "clip_t")))
     title = f"Similarity to the subject's images ({len(dataset.examples)}) and to the prompt"
     yield Table(title, ("prompt", "DINO", "CLIP-I", "CLIP-T"), tuple(rows))

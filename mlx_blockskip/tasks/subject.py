@@ -2,13 +2,17 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.models.family import DiffusionModel
+from mlx_blockskip.settings import EvaluateSettings
+from mlx_blockskip.tasks import encoders
 
 PLACE = "{}"
+SUBJECT_KINDS = {"object": "objects", "living": "living", "plain": "plain"}
 LEAD_IN = re.compile(r"^((an?|the)\s+)?([a-z-]+\s+)?(photo|photograph|picture|image|painting|drawing)\s+of\s+", re.I)
 ARTICLE = re.compile(r"^(an?|the|one)\s+", re.I)
 AFTER = re.compile(r"[,.;:]|\s(on|in|at|with|under|beside|by|near|before|behind|against|over|of|and|is|are)\b", re.I)
@@ -21,6 +25,14 @@ class Subject:
 
     phrase: str
     noun: str
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts with `{}` for the subject, and prompts without it."""
+
+    subject: list[str]
+    others: list[str]
 
 
 def subject_of(captions: Sequence[str], phrase: str | None = None, noun: str | None = None) -> Subject:
@@ -72,3 +84,23 @@ def read_list(file: str, *, names_subject: bool, option: str) -> list[str]:
             way_out = f"write {PLACE} where the subject goes" if names_subject else f"{option} are without {PLACE}"
             raise UserError(f"{file}: {prompt!r}: {way_out}")
     return prompts
+
+
+def given_prompts(settings: EvaluateSettings) -> Prompts:
+    """The prompts in the user's own files; none where there is no file."""
+    own, others = settings.prompts, settings.drift_prompts
+    return Prompts(
+        read_list(own, names_subject=True, option="--prompts") if own else [],
+        read_list(others, names_subject=False, option="--drift-prompts") if others else [],
+    )
+
+
+def complete_prompts(
+    settings: EvaluateSettings, given: Prompts, model: DiffusionModel
+) -> tuple[EvaluateSettings, Prompts]:
+    """The lists that ship, where the user gave none; a small model has its own."""
+    kind = settings.subject_kind or encoders.default(("plain", "object"), model.path)
+    others = given.others or shipped("others-plain" if kind == "plain" else "others")
+    if given.subject:
+        return settings, Prompts(given.subject, others)
+    return replace(settings, subject_kind=kind), Prompts(shipped(SUBJECT_KINDS[kind]), others)

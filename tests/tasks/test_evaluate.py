@@ -211,6 +211,16 @@ def test_as_many_images_wait_as_the_budget_takes(tiny_flux):
     assert at_once(str(int(1.1 * peak))) == 8
 
 
+def test_the_base_model_as_a_baseline(asked):
+    result, events, images = made({**asked, "n_images": 1, "baseline": True})
+    report = json.loads(result.report.read_text())
+    assert len(images) == 2 * 2 + 2
+    assert all("/base-" in image["file"] for p in report["baseline"]["prompts"] for image in p["images"])
+    (table, _) = (event for event in events if isinstance(event, Table))
+    assert ("mean of the base model", f"{report['baseline']['means']['dino']:.4f}") == table.rows[-2][:2]
+    assert report["baseline"]["means"] != report["means"]
+
+
 def test_without_drift(asked):
     result, events, images = made({**asked, "n_images": 1, "drift_images": 0})
     assert result.drift is None
