@@ -218,7 +218,7 @@ class BlockReader:
         order = list(blocks)
         self._room = self._to_keep(order, part)
         flight, seen = Flight(), set[int]()
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="block-reader") as pool:
+        with _reading_thread() as pool:
             ahead: Future | None = pool.submit(self._get, order[0], part, flight) if order else None
             weights: dict[str, mx.array] = {}
             try:
@@ -321,6 +321,19 @@ class BlockReader:
             self._kept[index, part] = dict(weights)
             self._kept_bytes += size
         return weights
+
+
+_idle: list[ThreadPoolExecutor] = []
+
+
+@contextmanager
+def _reading_thread() -> Iterator[ThreadPoolExecutor]:
+    """A thread to read in, used again by later walks: MLX keeps one of its own for every thread that ever evaluated."""
+    pool = _idle.pop() if _idle else ThreadPoolExecutor(max_workers=1, thread_name_prefix="block-reader")
+    try:
+        yield pool
+    finally:
+        _idle.append(pool)
 
 
 def _handed_over(weights: dict[str, mx.array]) -> dict[str, mx.array]:
