@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import mlx.core as mx
 
 from mlx_blockskip.engine import timeline
-from mlx_blockskip.engine.stack import Mask, Stack, Trainable
+from mlx_blockskip.engine.stack import Stack, Trainable
 from mlx_blockskip.engine.sweep import Bridge, Loss, Sample, cross, modulation_of, part_of
 from mlx_blockskip.engine.weights import BlockReader
 
@@ -22,11 +22,9 @@ def backward(
     trainable: Mapping[int, Trainable],
     loss: Loss,
     on_grad: Callable[[int, dict[str, mx.array]], None],
-    masks: Mapping[int, Mask] | None = None,
     bridge: Bridge | None = None,
 ) -> list[mx.array]:
     """As `sweep.backward`, with every block of `path` and all its activations in memory at once."""
-    masks = masks or {}
     part = part_of(samples)
     weights = dict(timeline.walk(reader, path, part, "forward"))
     names = [(block, name) for block in path for name in trainable.get(block, {})]
@@ -44,7 +42,7 @@ def backward(
                 one = stack.blocks[block]
                 modulation = modulation_of(one, weights[block], sample, block)
                 state = one.kind.apply(
-                    weights[block], trees[block], state, sample.context, modulation, masks.get(block)
+                    weights[block], trees[block], state, sample.context, modulation, sample.masks.get(block)
                 )
                 before = block + 1
             state = cross(i, before, stack.depth, state, bridge)

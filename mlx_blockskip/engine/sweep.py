@@ -6,7 +6,7 @@ gradient over, pass the cotangent on. Resident and streamed weights take the sam
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -33,11 +33,17 @@ class Sample:
     """What waits at a block: a micro-batch's state, and what stays the same for it over the pass.
 
     modulation: gives the modulation of a block by its index; None computes it from the block's own weights.
+    masks: what the attention seam takes, by block; blocks that are not in it have full attention.
     """
 
     state: State
     context: Context = None
     modulation: Callable[[int], Modulation] | None = None
+    masks: Mapping[int, Mask] = field(default_factory=dict)
+
+    def settle(self) -> None:
+        """Have the state computed."""
+        mx.eval(self.state)
 
 
 def forward(
@@ -47,32 +53,36 @@ def forward(
     path: Sequence[int] | None = None,
     *,
     trainable: Mapping[int, Trainable] | None = None,
-    masks: Mapping[int, Mask] | None = None,
     taps: Mapping[int, Tap] | None = None,
     bridge: Bridge | None = None,
+    on_boundary: Callable[[int], None] | None = None,
     on_block: Callable[[int], None] | None = None,
     on_modulation: Callable[[int, int, Modulation], None] | None = None,
 ) -> None:
     """Carry every sample's state along `path` (by default the whole stack); the states are replaced in place.
 
     Where the path leaves out blocks, or ends before the last one, `bridge` crosses them. `taps` maps a boundary (b lies
-    before block b; the depth is the end) to a function that sees the states there. `on_block` is told of each block
-    that is done, `on_modulation` of each `(sample, block, modulation)`.
+    before block b; the depth is the end) to a function that sees the states there. `on_boundary` is called before each
+    block and may change which samples wait there, in the list itself; `on_block` is told of each block that is done,
+    `on_modulation` of each `(sample, block, modulation)`.
     """
-    trainable, masks, taps = trainable or {}, masks or {}, taps or {}
+    trainable, taps = trainable or {}, taps or {}
     path = range(stack.depth) if path is None else path
     before = path[0] if path else 0
     for block, weights in timeline.walk(reader, path, part_of(samples), "forward"):
         _cross(samples, before, block, bridge)
         _tap(taps, block, samples)
+        if on_boundary is not None:
+            on_boundary(block)
         kind = stack.blocks[block].kind
         for i, sample in enumerate(samples):
             modulation = modulation_of(stack.blocks[block], weights, sample, block)
             if on_modulation is not None:
                 on_modulation(i, block, modulation)
             tree = trainable.get(block, {})
-            sample.state = kind.apply(weights, tree, sample.state, sample.context, modulation, masks.get(block))
-            mx.eval(sample.state)
+            mask = sample.masks.get(block)
+            sample.state = kind.apply(weights, tree, sample.state, sample.context, modulation, mask)
+            sample.settle()
             del modulation
         del weights
         before = block + 1
@@ -92,7 +102,6 @@ def backward(
     trainable: Mapping[int, Trainable],
     loss: Loss,
     on_grad: Callable[[int, dict[str, mx.array]], None],
-    masks: Mapping[int, Mask] | None = None,
     bridge: Bridge | None = None,
 ) -> list[mx.array]:
     """Run `path` forward, then back; give each block's gradients, summed over samples, to `on_grad(block, grads)`.
@@ -100,7 +109,6 @@ def backward(
     The cotangent of the loss starts at the end of the stack. Returns the loss of each sample, evaluated. The samples'
     states are left at the end of the stack.
     """
-    masks = masks or {}
     path = list(path)
     turn = len(path)
     inputs: list[list[State]] = []
@@ -117,7 +125,7 @@ def backward(
             for sample in samples:
                 modulation = modulation_of(stack.blocks[block], weights, sample, block)
                 apply = stack.blocks[block].kind.apply
-                sample.state = apply(weights, tree, sample.state, sample.context, modulation, masks.get(block))
+                sample.state = apply(weights, tree, sample.state, sample.context, modulation, sample.masks.get(block))
                 mx.eval(sample.state)
             before = block + 1
             if step == turn - 1:
@@ -127,9 +135,9 @@ def backward(
             position = 2 * turn - 1 - step
             grads: dict[str, mx.array] = {}
             for i, (sample, state) in enumerate(zip(samples, inputs.pop(), strict=True)):
-                passed = Sample(state, sample.context, sample.modulation)
+                passed = Sample(state, sample.context, sample.modulation, sample.masks)
                 cotangents[i], own = _pull_back(
-                    stack.blocks[block], weights, tree, passed, block, masks, cotangents[i], wants_state=position > 0
+                    stack.blocks[block], weights, tree, passed, block, cotangents[i], wants_state=position > 0
                 )
                 grads = {name: grads[name] + g for name, g in own.items()} if grads else own
                 mx.eval(cotangents[i], grads)
@@ -173,7 +181,6 @@ def _pull_back(
     trainable: Trainable,
     sample: Sample,
     index: int,
-    masks: Mapping[int, Mask],
     cotangent: list[mx.array],
     wants_state: bool,
 ) -> tuple[list[mx.array], dict[str, mx.array]]:
@@ -186,7 +193,7 @@ def _pull_back(
     def run(*primals: mx.array) -> list[mx.array]:
         state = like(sample.state, list(primals[:count])) if wants_state else sample.state
         tree = dict(zip(names, primals[count:], strict=True))
-        return arrays(block.kind.apply(weights, tree, state, sample.context, modulation, masks.get(index)))
+        return arrays(block.kind.apply(weights, tree, state, sample.context, modulation, sample.masks.get(index)))
 
     primals = [*(own_state if wants_state else []), *(trainable[name] for name in names)]
     if not primals:

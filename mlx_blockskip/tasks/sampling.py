@@ -1,7 +1,7 @@
 """From noise to images: every image and both CFG branches wait in one sweep a step. Used by generate and by train."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
@@ -19,11 +19,12 @@ NOISE = 0x501
 
 @dataclass(frozen=True)
 class Request:
-    """One image: its encoded prompt, its negative prompt (None without CFG), and its noise (1, h, w, C)."""
+    """One image: its encoded prompt, negative prompt (None without CFG), noise (1, h, w, C), and masks by block."""
 
     prompt: Prompt
     negative: Prompt | None
     noise: mx.array
+    masks: Mapping[int, Mask] = field(default_factory=dict)
 
 
 def check_size(model: DiffusionModel, width: int, height: int) -> None:
@@ -47,7 +48,6 @@ def sample(
     cfg_scale: float,
     guidance: float | None,
     trainable: Mapping[int, Trainable] | None = None,
-    masks: Mapping[int, Mask] | None = None,
 ) -> Iterator[list[mx.array]]:
     """Yield the latents of all requests (each (1, h, w, C), float32) after every step.
 
@@ -69,8 +69,8 @@ def sample(
         waiting = []
         for i, prompt in branches:
             context, modulation = ahead[id(prompt), step]
-            waiting.append(Sample(model.tokens(latents[i], prompt), context, modulation.__getitem__))
-        forward(model.stack, model.reader, waiting, trainable=trainable, masks=masks)
+            waiting.append(Sample(model.tokens(latents[i], prompt), context, modulation.__getitem__, requests[i].masks))
+        forward(model.stack, model.reader, waiting, trainable=trainable)
         velocities: list[list[mx.array]] = [[] for _ in requests]
         for (i, prompt), done in zip(branches, waiting, strict=True):
             velocities[i].append(model.head(done.state, done.context, heads[id(prompt), step]).astype(mx.float32))

@@ -1,4 +1,4 @@
-from mlx_blockskip.blockskip.masking import image_to_text
+from mlx_blockskip.blockskip.masking import first, image_to_text, last
 from mlx_blockskip.models.attention import IMAGE_TO_TEXT
 
 
@@ -8,4 +8,9 @@ def test_exactly_the_given_blocks_are_masked():
 
 
 def test_no_block_is_no_mask():
-    assert image_to_text(()) == {}
+    assert image_to_text(()) == first(0) == last(0, 9) == {}
+
+
+def test_the_two_ends():
+    assert first(2) == {0: IMAGE_TO_TEXT, 1: IMAGE_TO_TEXT}
+    assert last(2, 9) == {7: IMAGE_TO_TEXT, 8: IMAGE_TO_TEXT}

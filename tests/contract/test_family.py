@@ -182,8 +182,8 @@ def test_masking_all_blocks_cuts_the_prompt_off(open_family):
             other["pooled"] = prompt["pooled"]  # not attention: it reaches the image by modulation
         latents = mx.array(philox.normal(8, shape=(1, *model.latent_shape(64, 64))))
         context = model.context(mx.array([0.5]), other, latents.shape[1:3], None)
-        sample = Sample(model.tokens(latents, other), context)
-        sweep.forward(model.stack, model.reader, [sample], masks=image_to_text(range(model.stack.depth)))
+        sample = Sample(model.tokens(latents, other), context, masks=image_to_text(range(model.stack.depth)))
+        sweep.forward(model.stack, model.reader, [sample])
         outputs.append(model.head(sample.state, context, model.head_modulation(context)))
     assert same_bits(*outputs)
 

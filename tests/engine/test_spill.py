@@ -1,0 +1,58 @@
+"""Samples whose states wait on disk, and samples that join a sweep on its way."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+from engine.test_sweep import Pair, factors, make, samples
+from support.compare import same_bits
+
+from mlx_blockskip.engine import sweep
+from mlx_blockskip.engine.spill import Spilled
+from mlx_blockskip.engine.stack import arrays
+from mlx_blockskip.engine.weights import BlockReader
+
+
+@pytest.mark.parametrize("with_b", [True, False])
+def test_a_sample_on_disk_goes_the_same_way(tmp_path, with_b):
+    stack, shards = make(tmp_path / "m", 4)
+    own = samples(2, with_b=with_b)
+    spilled = [Spilled(s, tmp_path / f"{i}.safetensors") for i, s in enumerate(samples(2, with_b=with_b))]
+    for waiting in (own, spilled):
+        sweep.forward(stack, BlockReader(shards, stack), waiting, trainable=factors(4))
+    for a, b in zip(own, spilled, strict=True):
+        assert isinstance(b.state, Pair)
+        assert (b.state.b is None) is not with_b
+        assert all(same_bits(x, y) for x, y in zip(arrays(a.state), arrays(b.state), strict=True))
+
+
+def test_a_state_on_disk_is_not_in_memory(tmp_path):
+    state = Pair(mx.zeros((1, 1 << 20)) + 1.0)
+    mx.eval(state)
+    sample = Spilled(sweep.Sample(state), tmp_path / "a.safetensors")
+    size = state.a.nbytes
+    before = mx.get_active_memory()
+    del state
+    mx.clear_cache()
+    assert mx.get_active_memory() <= before - size
+    assert same_bits(sample.state.a, mx.ones((1, 1 << 20)))
+
+
+def test_samples_may_join_and_leave_at_a_boundary(tmp_path):
+    stack, shards = make(tmp_path / "m", 4)
+    (sample,) = samples(1)
+    begin = sample.state
+    waiting, seen = [sample], []
+
+    def join(boundary):
+        seen.append((boundary, len(waiting)))
+        if boundary == 2:
+            waiting.append(replace(sample))
+        if boundary == 3:
+            del waiting[0]
+
+    sweep.forward(stack, BlockReader(shards, stack), waiting, on_boundary=join)
+    assert seen == [(0, 1), (1, 1), (2, 1), (3, 2)]
+    sweep.forward(stack, BlockReader(shards, stack), [alone := replace(sample, state=begin)])
+    assert same_bits(waiting[0].state.a, alone.state.a)
+    assert not same_bits(sample.state.a, alone.state.a)
