@@ -22,6 +22,7 @@ from mlx_blockskip.tasks.subject import shipped
 
 PROMPTS = ["a {} on a red background", "small {}, brown background"]
 OTHERS = ["a ghost on a blue background"]
+REAL = encoders.vision_encoder, encoders.clip_encoder
 SMALL = {"steps": 2, "width": 64, "height": 64, "n_images": 2}
 
 
@@ -209,6 +210,18 @@ def test_as_many_images_wait_as_the_budget_takes(tiny_flux):
     settings = complete(GenerateSettings(n_images=1), model)
     peak = budget.generation_phases(settings, model, 8)[0].peak
     assert at_once(str(int(1.1 * peak))) == 8
+
+
+def test_the_encoders_of_the_package(asked, monkeypatch):
+    """Two encoders of their own identity and preprocessing; all scores are cosines."""
+    for name, encoder in zip(("vision_encoder", "clip_encoder"), REAL, strict=True):
+        monkeypatch.setattr(encoders, name, encoder)
+    result, _, _ = made({**asked, "n_images": 1})
+    report = json.loads(result.report.read_text())
+    assert report["identities"]["vision"] != report["identities"]["clip"]
+    assert all(-1 <= value <= 1 for value in (*report["means"].values(), *report["drift"]["means"].values()))
+    assert report["means"]["dino"] != report["means"]["clip_i"]
+    assert report["means"]["dino"] < report["real"]["dino"], "after two steps nothing is learned"
 
 
 def test_the_base_model_as_a_baseline(asked):
