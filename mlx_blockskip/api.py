@@ -12,6 +12,7 @@ from mlx_blockskip.settings import (
     EvaluateSettings,
     ExportSettings,
     GenerateSettings,
+    SelectSettings,
     TrainSettings,
     from_mapping,
 )
@@ -20,13 +21,15 @@ from mlx_blockskip.tasks import convert as convert_task
 from mlx_blockskip.tasks import estimate as estimate_task
 from mlx_blockskip.tasks import evaluate as evaluate_task
 from mlx_blockskip.tasks import generate as generate_task
+from mlx_blockskip.tasks import select as select_task
 from mlx_blockskip.tasks import train as train_task
 from mlx_blockskip.tasks.estimate import Estimate
 from mlx_blockskip.tasks.evaluate import Evaluation
 from mlx_blockskip.tasks.resolve import load
+from mlx_blockskip.tasks.select import Selection
 from mlx_blockskip.tasks.train import TrainResult
 
-__all__ = ["convert", "estimate", "evaluate", "export", "generate", "load", "train"]
+__all__ = ["convert", "estimate", "evaluate", "export", "generate", "load", "select", "train"]
 
 OnEvent = Callable[[Event], None]
 S = TypeVar("S")
@@ -40,6 +43,11 @@ def convert(settings: ConvertSettings | None = None, *, on_event: OnEvent | None
 def train(settings: TrainSettings | None = None, *, on_event: OnEvent | None = None, **options: Any) -> TrainResult:
     """Learn a subject; returns where the adapter is. Options: fields of TrainSettings."""
     return finish(train_task.train(_settings(TrainSettings, settings, options)), on_event)
+
+
+def select(settings: SelectSettings | None = None, *, on_event: OnEvent | None = None, **options: Any) -> Selection:
+    """Choose which blocks to skip; returns the plans and their table. Options: fields of SelectSettings."""
+    return finish(select_task.select(_settings(SelectSettings, settings, options)), on_event)
 
 
 def generate(

@@ -18,6 +18,7 @@ from mlx_blockskip.engine.errors import UserError
 COMMANDS = {
     "convert": settings.ConvertSettings,
     "train": settings.TrainSettings,
+    "select": settings.SelectSettings,
     "generate": settings.GenerateSettings,
     "estimate": settings.EstimateSettings,
     "evaluate": settings.EvaluateSettings,

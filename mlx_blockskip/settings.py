@@ -68,7 +68,12 @@ class TrainSettings:
     skip_ratio: float | None = option(None, "Share of blocks to skip; 0 is plain LoRA.", group=METHOD)
     skip_first: int | None = option(None, "Blocks to skip at the start (n).", group=METHOD)
     skip_last: int | None = option(None, "Blocks to skip at the end (m).", group=METHOD)
-    plan: str | None = option(None, "JSON file with a skip plan.", group=METHOD)
+    plan: str | None = option(
+        None,
+        "JSON file with a skip plan or a block selection; auto: probe the subject's images first; even: as many at "
+        "the start as at the end. By default the model's own plan, or auto where it has none.",
+        group=METHOD,
+    )
     residuals: str = option("base", "Features of skipped blocks.", choices=("base", "fresh", "none"), group=METHOD)
     patch_mode: str | None = option(
         None, "How patches are cut.", choices=("dynamic", "high-to-low", "random", "resize", "none"), group=METHOD
@@ -129,6 +134,48 @@ class GenerateSettings:
     )
     from_image: str | None = option(None, "PNG made by this tool, whose settings are taken.")
     output: str = option("out.png", "File to write; numbered where there are several images.")
+
+
+@dataclass
+class SelectSettings:
+    """Choose which blocks to skip, by masking attention from image to text (Algorithm 1)."""
+
+    model: str = option("tiny-flux", "MLX model directory, Hugging Face directory, repo id, or tiny-flux.")
+    method: str = option(
+        "probe",
+        "generate: Algorithm 1, on generated images; probe: on predicted velocities, without generating; "
+        "sliding: every window of blocks, on generated images.",
+        choices=("generate", "probe", "sliding"),
+    )
+    adapter_path: list[str] = option([], "Adapter of a subject; repeatable. The base model without.", group=LORA)
+    data: str = option("", "The subject's images, to probe with; captions are prompts.", group=DATA)
+    prompt: list[str] = option(
+        [],
+        "What to show, repeatable (by default the adapter's captions); caption of images that have none.",
+        group=DATA,
+    )
+    skip_ratio: float = option(0.5, "Largest share of blocks that plans are wanted for.", group=METHOD)
+    stride: int = option(1, "probe: look at every so many-th n and m; what lies between is interpolated.", group=METHOD)
+    noise_levels: int = option(4, "probe: noise levels an image.", group=METHOD)
+    probe_images: int = option(4, "probe: images of the subject.", group=METHOD)
+    resolution: int | None = option(None, "probe: side of the images.", group=METHOD)
+    window: int = option(1, "sliding: consecutive blocks that are masked.", group=METHOD)
+    distance: str = option("dino", "What images are compared by.", choices=("dino", "clip"), group=METHOD)
+    vision_model: str | None = option(None, "DINO or DINOv2 to compare with.", group=METHOD)
+    clip_model: str | None = option(None, "CLIP to compare with.", group=METHOD)
+    n_images: int = option(1, "Seeds a prompt.")
+    seed: int = option(0, "Seed of the first image; the others follow.")
+    cfg_scale: float | None = option(None, "Classifier-free guidance; 1 is none.")
+    guidance: float | None = option(None, "Guidance of a distilled model.")
+    steps: int | None = option(None, "Steps from noise to image.")
+    width: int | None = option(None, "Pixels.")
+    height: int | None = option(None, "Pixels.")
+    max_sequence_length: int | None = option(None, "Text tokens, padding included.")
+    memory_budget: str | None = option("auto", BUDGET, group=RUN)
+    trace_memory: str | None = option(
+        None, "Write a timeline of MLX memory, block by block, as PATH.json and PATH.png.", group=RUN
+    )
+    output: str = option("selection.json", "File to write; a picture and the images go beside it.", group=RUN)
 
 
 @dataclass

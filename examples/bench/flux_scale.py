@@ -182,13 +182,14 @@ def train(job: dict, keep) -> None:  # type: ignore[no-untyped-def]
         return
     from mlx_blockskip.data import load_dataset
     from mlx_blockskip.models.registry import open_model
-    from mlx_blockskip.tasks.job import choose_plan, complete, prepare
+    from mlx_blockskip.tasks.job import complete, prepare
+    from mlx_blockskip.tasks.plans import likely_plan
     from mlx_blockskip.tasks.precompute import compute_chunk
 
     settings = settings_of({**job, "n": sum(job["depth"]) - 1})
     model = open_model(Path(settings.model), 0)
     settings = complete(settings, model)
-    dataset, plan = load_dataset(Path(settings.data), settings.prompt), choose_plan(settings, model)
+    dataset, plan = load_dataset(Path(settings.data), settings.prompt), likely_plan(settings, model)
     directory = Path(settings.adapter_path)
     run = finish(prepare(settings, directory, model, dataset, plan, ample=False))
     finish(compute_chunk(run.recipe, run.layout, range(job["samples"]), directory / "chunk.safetensors", "", {}), keep)

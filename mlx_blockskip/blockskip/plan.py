@@ -14,6 +14,8 @@ from typing import Any
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 
+DEFAULT_RATIO = 0.5
+
 Run = tuple[int, int]
 """start, stop: blocks start .. stop - 1."""
 
@@ -58,13 +60,7 @@ class SkipPlan:
     @staticmethod
     def from_ratio(ratio: float, depth: int) -> "SkipPlan":
         """An even split: n = ceil(k / 2), m = k - n."""
-        if not 0 <= ratio < 1:
-            raise UserError(f"--skip-ratio {ratio}: must be at least 0 and below 1")
-        k = math.floor(ratio * depth + 0.5)
-        if k >= depth:
-            raise UserError(
-                f"--skip-ratio {ratio:g}: skips all {depth} blocks; {(depth - 1) / depth:.2f} is about the most"
-            )
+        k = budget(ratio, depth)
         n = math.ceil(k / 2)
         return SkipPlan.ends(n, k - n, depth, f"even split of ratio {ratio:g}")
 
@@ -128,6 +124,38 @@ def from_json(value: Any, depth: int, source: Path | str) -> SkipPlan:
         raise UserError(f"{source}: {error}") from None
 
 
+def budget(ratio: float, depth: int) -> int:
+    """k = floor(ratio x L + 0.5). Raises UserError for a ratio that is none or that leaves no block."""
+    if not 0 <= ratio < 1:
+        raise UserError(f"--skip-ratio {ratio}: must be at least 0 and below 1")
+    k = math.floor(ratio * depth + 0.5)
+    if k >= depth:
+        raise UserError(
+            f"--skip-ratio {ratio:g}: skips all {depth} blocks; {(depth - 1) / depth:.2f} is about the most"
+        )
+    return k
+
+
+def from_selection(value: Mapping[str, Any], ratio: float, depth: int, source: Path | str) -> SkipPlan:
+    """The plan of a block selection (`{"depth", "plans": {k: {"n", "m"}}}`) for this ratio.
+
+    Raises UserError where it is none, or of another depth, or does not reach that far.
+    """
+    k, plans = budget(ratio, depth), value.get("plans")
+    if not isinstance(plans, Mapping):
+        raise UserError(f"{source}: its `plans` are not by number of blocks; make it again with `mlx-blockskip select`")
+    if value.get("depth") != depth:
+        raise UserError(f"{source}: is for a model of {value.get('depth')} blocks, and this one has {depth}")
+    if k == 0:
+        return SkipPlan.ends(0, 0, depth, str(source))
+    if str(k) not in plans:
+        raise UserError(
+            f"{source}: has no plan for {k} of {depth} blocks (ratio {ratio:g}); "
+            "make one with `mlx-blockskip select --skip-ratio`"
+        )
+    return from_json(plans[str(k)], depth, source)
+
+
 def choose(
     depth: int,
     *,
@@ -136,17 +164,23 @@ def choose(
     last: int | None = None,
     file: str | None = None,
     recorded: Mapping[str, Any] | None = None,
-    default_ratio: float = 0.5,
+    default_ratio: float = DEFAULT_RATIO,
 ) -> SkipPlan:
     """The plan that the settings ask for. `recorded`: the model's plans by ratio (its defaults' `plans`).
 
+    file: a JSON file with one plan, or with the plans of a block selection, of which `ratio` takes one.
     Raises UserError where two ways of giving a plan are used at once.
     """
     given = [name for name, value in _named(ratio, first, last, file) if value]
-    if len(given) > 1:
+    if len(given) > 1 and given != ["--skip-ratio", "--plan"]:
         raise UserError(f"{' and '.join(given)}: give only one of them")
     if file is not None:
-        return from_json(files.read_json(Path(file).expanduser()), depth, file)
+        value = files.read_json(Path(file).expanduser())
+        if isinstance(value, dict) and "plans" in value:
+            return from_selection(value, default_ratio if ratio is None else ratio, depth, file)
+        if ratio is not None:
+            raise UserError(f"--skip-ratio and --plan: {file} holds a single plan; give only one of them")
+        return from_json(value, depth, file)
     if first is not None or last is not None:
         return SkipPlan.ends(first or 0, last or 0, depth)
     ratio = default_ratio if ratio is None else ratio

@@ -18,7 +18,7 @@ class Spilled(Sample):
         super().__init__(sample.state, sample.context, sample.modulation, sample.masks)
 
     @property
-    def state(self) -> State:  # type: ignore[override]
+    def state(self) -> State:
         held = files.MappedTensors(self._path)
         return like(self._empty, [held.read(str(i)) for i in range(len(arrays(self._empty)))])
 

@@ -1,8 +1,8 @@
 """`generate`: prompts become images."""
 
 import json
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from PIL import PngImagePlugin
 from mlx_blockskip import lora
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.stack import Mask
 from mlx_blockskip.events import Event, Image, Warning
 from mlx_blockskip.models.family import DiffusionModel, Encoded
 from mlx_blockskip.settings import GenerateSettings, defaults_of, from_mapping, required, to_mapping
@@ -55,12 +56,15 @@ def generate(settings: GenerateSettings) -> Generator[Event, None, list[Path]]:
 
 @dataclass(frozen=True)
 class Shot:
-    """One image to make: what it shows, the seed that is recorded, its noise (1, h, w, C), and the PNG file."""
+    """One image to make: what it shows, the seed that is recorded, its noise (1, h, w, C), the PNG file, and masks by
+    block. With masks the file holds no settings: they would make another image.
+    """
 
     prompt: str
     seed: int
     noise: mx.array
     target: Path
+    masks: Mapping[int, Mask] = field(default_factory=dict)
 
 
 def draw(
@@ -70,7 +74,7 @@ def draw(
     (count,) = required(settings, "steps")
     prompts = list(dict.fromkeys(shot.prompt for shot in shots))
     encoded, negative = yield from encode(model, prompts, settings)
-    requests = [Request(encoded.prompts[prompts.index(shot.prompt)], negative, shot.noise) for shot in shots]
+    requests = [Request(encoded.prompts[prompts.index(s.prompt)], negative, s.noise, s.masks) for s in shots]
     with phase("generate", count, "step") as track:
         yield track.begin
         latents = [r.noise for r in requests]
@@ -92,7 +96,7 @@ def draw(
         yield track.begin
         for done, (latent, shot) in enumerate(zip(latents, shots, strict=True), 1):
             (image,) = to_images(model.decode(latent))
-            write_png(shot.target, image, record(settings, shot.prompt, shot.seed))
+            write_png(shot.target, image, None if shot.masks else record(settings, shot.prompt, shot.seed))
             yield track.step(done)
             yield Image(shot.target, shot.prompt)
     yield track.end
@@ -173,10 +177,11 @@ def record(settings: GenerateSettings, prompt: str, seed: int) -> dict[str, Any]
     return {k: v for k, v in kept.items() if k not in left_out}
 
 
-def write_png(path: Path, image: PillowImage.Image, record: dict[str, Any]) -> None:
-    """Write a PNG whose text chunk holds the settings."""
+def write_png(path: Path, image: PillowImage.Image, record: dict[str, Any] | None) -> None:
+    """Write a PNG whose text chunk holds the settings, where there are any."""
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(PNG_KEY, json.dumps(record, ensure_ascii=False))
+    if record is not None:
+        info.add_itxt(PNG_KEY, json.dumps(record, ensure_ascii=False))
     with files.atomic_file(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
 

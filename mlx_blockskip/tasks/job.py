@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from mlx_blockskip import lora
-from mlx_blockskip.blockskip import plan as plans
 from mlx_blockskip.blockskip.patches import PatchSettings
 from mlx_blockskip.blockskip.plan import SkipPlan
 from mlx_blockskip.blockskip.residuals import Layout
@@ -99,18 +98,6 @@ def _complete_prior(given: TrainSettings, filled: TrainSettings) -> TrainSetting
             "give --class-prompt or --class-data"
         )
     return replace(filled, class_images=0)
-
-
-def choose_plan(settings: TrainSettings, model: DiffusionModel) -> SkipPlan:
-    """The skip plan of the settings, or the one that the model records for the ratio."""
-    return plans.choose(
-        model.stack.depth,
-        ratio=settings.skip_ratio,
-        first=settings.skip_first,
-        last=settings.skip_last,
-        file=settings.plan,
-        recorded=model.defaults.get("plans"),
-    )
 
 
 def prepare(

@@ -11,13 +11,13 @@ from mlx_blockskip.engine import files, timeline
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.timeline import FIRST_SWEEPS, Point, Timeline
 from mlx_blockskip.events import Event, Saved, Warning
-from mlx_blockskip.settings import GenerateSettings, TrainSettings
+from mlx_blockskip.settings import GenerateSettings, SelectSettings, TrainSettings
 from mlx_blockskip.tasks.budget import AUTO, budget_of
 from mlx_blockskip.tasks.trace_plot import draw
 
 SUFFIXES = (".json", ".png")
 
-S = TypeVar("S", TrainSettings, GenerateSettings)
+S = TypeVar("S", TrainSettings, GenerateSettings, SelectSettings)
 R = TypeVar("R")
 Task = Callable[[S], Generator[Event, None, R]]
 

@@ -28,9 +28,10 @@ from mlx_blockskip.tasks import checkpoints, optimizer
 from mlx_blockskip.tasks.adapters import TENSORS, save_adapter
 from mlx_blockskip.tasks.budget import budget_of, check_training
 from mlx_blockskip.tasks.checkpoints import State
-from mlx_blockskip.tasks.job import Job, choose_plan, complete, prepare
+from mlx_blockskip.tasks.job import Job, complete, prepare
 from mlx_blockskip.tasks.moments import Moments
 from mlx_blockskip.tasks.phases import phase
+from mlx_blockskip.tasks.plans import known_plan, likely_plan, probed_plan
 from mlx_blockskip.tasks.precompute import compute_chunk
 from mlx_blockskip.tasks.resolve import open_named
 from mlx_blockskip.tasks.samples import write_samples
@@ -63,9 +64,12 @@ def train(settings: TrainSettings) -> Generator[Event, None, TrainResult]:
         yield Warning(text)
     model = yield from open_named(settings.model, budget_of(settings.memory_budget))
     settings = complete(settings, model)
-    plan = choose_plan(settings, model)
-    ample = check_training(settings, model, plan)
+    plan = known_plan(settings, model)
+    ample = check_training(settings, model, likely_plan(settings, model))
     with files.lock(directory / ".lock"):
+        if plan is None:
+            plan = yield from probed_plan(settings, model, dataset, directory)
+            ample = check_training(settings, model, plan)
         job = yield from prepare(settings, directory, model, dataset, plan, ample)
         state = yield from first_state(job)
         yield from describe(job)

@@ -178,7 +178,6 @@ def test_a_plan_that_the_model_records_wins_over_the_even_split_of_its_ratio_onl
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"ratio": 0.5, "file": "p.json"}, "--skip-ratio and --plan: give only one"),
         ({"ratio": 0.0, "first": 0}, "--skip-ratio and --skip-first/--skip-last: give only one"),
         ({"last": 1, "file": "p.json"}, "--skip-first/--skip-last and --plan: give only one"),
         ({"ratio": 0.5, "first": 1, "last": 1, "file": "p.json"}, "--skip-ratio and .* and --plan: give only one"),

@@ -45,10 +45,10 @@ def prepared(settings):
     from mlx_blockskip.data import load_dataset
     from mlx_blockskip.events import finish
     from mlx_blockskip.models.registry import open_model
-    from mlx_blockskip.tasks import job
+    from mlx_blockskip.tasks import job, plans
 
     model = open_model(Path(settings.model))
     settings = job.complete(settings, model)
     dataset = load_dataset(Path(settings.data), settings.prompt)
-    plan = job.choose_plan(settings, model)
+    plan = plans.likely_plan(settings, model)
     return finish(job.prepare(settings, Path(settings.adapter_path), model, dataset, plan, ample=True))

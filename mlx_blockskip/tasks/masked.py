@@ -1,0 +1,82 @@
+"""Images made with attention from image to text masked in some blocks, and how far each is from the unmasked one."""
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_blockskip import lora, metrics
+from mlx_blockskip.data import load_image
+from mlx_blockskip.engine import files
+from mlx_blockskip.events import Event, Image
+from mlx_blockskip.models.family import DiffusionModel
+from mlx_blockskip.models.vision.encoder import Encoder
+from mlx_blockskip.settings import GenerateSettings, required
+from mlx_blockskip.tasks.budget import images_at_once
+from mlx_blockskip.tasks.generate import FROM_MODEL, Shot, draw
+from mlx_blockskip.tasks.phases import phase
+from mlx_blockskip.tasks.sampling import seeded_noise
+
+WAITING = 64
+"""Images that wait in one sweep at most."""
+
+Masks = Mapping[str, Mapping[int, str]]
+"""Masks by block, under a name for each image."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """For each prompt and seed an image by each of `masks`. how: `complete`. directory: where the images are kept."""
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    masks: Masks
+    how: GenerateSettings
+    directory: Path
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Which prompt and which seed, by their numbers."""
+        return [(prompt, seed) for prompt in range(len(self.prompts)) for seed in self.seeds]
+
+    def path(self, prompt: int, seed: int, mask: str) -> Path:
+        return self.directory / f"prompt{prompt}-seed{seed}-{mask}.png"
+
+
+def make(model: DiffusionModel, series: Series, tree: lora.Tree) -> Generator[Event, None, None]:
+    """Write the images that are not there yet; those made from something else are removed first."""
+    made_from: dict[str, Any] = {name: getattr(series.how, name) for name in FROM_MODEL}
+    made_from |= {"model": model.identity, "adapter": lora.checksum(tree), "prompts": list(series.prompts)}
+    record = series.directory / "made_from.json"
+    if not record.is_file() or files.read_json(record) != made_from:
+        with files.atomic_directory(series.directory, replace=True) as temporary:
+            files.write_json(temporary / record.name, made_from)
+    width, height = required(series.how, "width", "height")
+    missing = [
+        Shot(series.prompts[prompt], seed, seeded_noise(model, seed, width, height), path, masks)
+        for prompt, seed in series.places
+        for name, masks in series.masks.items()
+        if not (path := series.path(prompt, seed, name)).is_file()
+    ]
+    size = images_at_once(series.how, model, min(WAITING, len(missing))) if missing else 1
+    for start in range(0, len(missing), size):
+        for event in draw(model, series.how, missing[start : start + size], tree):
+            if not isinstance(event, Image):  # they are there to be compared
+                yield event
+        model.release()
+
+
+def distances(series: Series, encoder: Encoder, full: str) -> Generator[Event, None, list[dict[str, float]]]:
+    """D between the image under the name `full` and each other, by name: one dictionary for each place."""
+    found = []
+    with phase("embed images", len(series.places) * len(series.masks), "image") as track:
+        yield track.begin
+        for done, (prompt, seed) in enumerate(series.places, 1):
+            images = [load_image(series.path(prompt, seed, name)) for name in series.masks]
+            rows = dict(zip(series.masks, encoder.embed_images(images), strict=True))
+            whole = rows.pop(full)[None]
+            found.append({name: float(metrics.distance(whole, row[None])[0]) for name, row in rows.items()})
+            yield track.step(done * len(series.masks))
+        encoder.release()
+    yield track.end
+    return found

@@ -1,0 +1,72 @@
+"""The skip plan of a training run: what the user gave, what the model records, or what a probe of the subject finds."""
+
+import math
+from collections.abc import Generator
+from dataclasses import asdict
+from pathlib import Path
+
+from mlx_blockskip.blockskip import plan as plans
+from mlx_blockskip.blockskip import selection
+from mlx_blockskip.blockskip.patches import PatchSettings
+from mlx_blockskip.blockskip.plan import SkipPlan
+from mlx_blockskip.data import Dataset
+from mlx_blockskip.engine import files
+from mlx_blockskip.events import Event, Note
+from mlx_blockskip.models.family import DiffusionModel
+from mlx_blockskip.settings import TrainSettings, required
+from mlx_blockskip.tasks.probe import ProbeSettings, probe_subject
+
+AUTO, EVEN = "auto", "even"
+IMAGES, LEVELS, LOOKS = 2, 2, 8
+"""A probe before training: images and noise levels of the subject, and about how many n and m it looks at."""
+
+FILE = "selection.json"
+
+
+def known_plan(settings: TrainSettings, model: DiffusionModel) -> SkipPlan | None:
+    """The plan where it is known without a probe. Raises UserError for one that is wrong."""
+    depth, recorded = model.stack.depth, model.defaults.get("plans") or {}
+    ends = settings.skip_first is not None or settings.skip_last is not None
+    ratio = _ratio(settings)
+    if ends or settings.plan not in (None, AUTO, EVEN):
+        return plans.choose(
+            depth, ratio=settings.skip_ratio, first=settings.skip_first, last=settings.skip_last, file=settings.plan
+        )
+    if settings.plan == EVEN or plans.budget(ratio, depth) == 0:
+        return SkipPlan.from_ratio(ratio, depth)
+    if settings.plan == AUTO or f"{ratio:g}" not in recorded:
+        return None
+    return plans.choose(depth, ratio=ratio, recorded=recorded)
+
+
+def likely_plan(settings: TrainSettings, model: DiffusionModel) -> SkipPlan:
+    """The plan, or one of the same ratio where it has to be found first: for what a run takes."""
+    known = known_plan(settings, model)
+    return SkipPlan.from_ratio(_ratio(settings), model.stack.depth) if known is None else known
+
+
+def probed_plan(
+    settings: TrainSettings, model: DiffusionModel, dataset: Dataset, directory: Path
+) -> Generator[Event, None, SkipPlan]:
+    """Probe the base model on the subject's images; what was found is kept in the adapter directory."""
+    s_max, s_min, length = required(settings, "resolution", "train_resolution", "max_sequence_length")
+    ratio, depth = _ratio(settings), model.stack.depth
+    side = PatchSettings(settings.patch_mode or "dynamic", s_min, s_max, model.granularity).output_side
+    k = plans.budget(ratio, depth)
+    guidance = model.defaults.get("guidance")
+    probe = ProbeSettings(k, IMAGES, LEVELS, math.ceil(k / LOOKS), side, length, guidance, settings.seed)
+    made_from = {"model_identity": model.identity, "data": dataset.identity, "probe": asdict(probe)}
+    path = directory / FILE
+    found = files.read_json(path) if path.is_file() else {}
+    if any(found.get(key) != value for key, value in made_from.items()):
+        yield Note(
+            f"No plan is known for a skip ratio of {ratio:g}; probing which blocks matter (--plan even does not)"
+        )
+        (table,), _ = yield from probe_subject(model, dataset, probe, [{}])
+        found = {"format": 1, "method": "probe", **made_from, **selection.as_json(table, depth)}
+        files.write_json(path, found)
+    return plans.from_selection(found, ratio, depth, path)
+
+
+def _ratio(settings: TrainSettings) -> float:
+    return plans.DEFAULT_RATIO if settings.skip_ratio is None else settings.skip_ratio

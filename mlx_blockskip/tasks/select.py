@@ -1,0 +1,241 @@
+"""`select`: which blocks to skip, by what masked attention from image to text changes (Eq. 2, Algorithm 1)."""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_blockskip import lora
+from mlx_blockskip.blockskip import masking, selection
+from mlx_blockskip.blockskip.plan import budget
+from mlx_blockskip.blockskip.selection import FULL, Distances
+from mlx_blockskip.data import Dataset, load_dataset
+from mlx_blockskip.engine import files
+from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.events import Event, Note, Saved, Table
+from mlx_blockskip.models.family import DiffusionModel
+from mlx_blockskip.models.vision.encoder import Encoder
+from mlx_blockskip.settings import GenerateSettings, SelectSettings, required, to_mapping
+from mlx_blockskip.tasks import select_plot
+from mlx_blockskip.tasks.adapters import CONFIG, load_adapters
+from mlx_blockskip.tasks.budget import budget_of, check_generation
+from mlx_blockskip.tasks.encoders import clip_encoder, vision_encoder
+from mlx_blockskip.tasks.generate import FROM_MODEL, complete
+from mlx_blockskip.tasks.masked import Masks, Series, distances, make
+from mlx_blockskip.tasks.probe import ProbeSettings, probe_subject
+from mlx_blockskip.tasks.resolve import open_named
+from mlx_blockskip.tasks.samples import save_png
+from mlx_blockskip.tasks.sampling import check_size
+from mlx_blockskip.tasks.trace import trace_paths, traced
+
+SHOWN_RATIOS = (0.3, 0.4, 0.5)
+"""The paper's skip ratios."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Where the plans are, and the table that they come from; None for sliding windows, which make no plan."""
+
+    path: Path
+    distances: Distances | None
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """What is measured: a model with each of these adapters (trees; {} is the base model). k: the most to skip."""
+
+    settings: SelectSettings
+    model: DiffusionModel
+    trees: Sequence[lora.Tree]
+    dataset: Dataset | None
+    k: int
+    images: Path
+
+
+Measured = Generator[Event, None, tuple[Distances | None, dict[str, Any]]]
+"""The table, if there is one, and what else is recorded."""
+
+
+@traced
+def select(settings: SelectSettings) -> Generator[Event, None, Selection]:
+    """Measure what masking does and write the plan for every number of blocks. See `SelectSettings`."""
+    target, picture = output_paths(settings)
+    dataset = load_dataset(Path(settings.data).expanduser(), _only(settings.prompt)) if settings.data else None
+    if dataset is None and settings.method == "probe":
+        raise UserError("--data: give a directory of the subject's images to probe with, or another --method")
+    model = yield from open_named(settings.model, budget_of(settings.memory_budget))
+    depth = model.stack.depth
+    k = largest(settings.skip_ratio, depth)
+    trees: list[lora.Tree] = []
+    for path in settings.adapter_path:
+        trees.append((yield from load_adapters(model, [path], [])))
+    images = target.with_name(f"{target.stem}_images")
+    measure = {"probe": by_probe, "generate": by_images, "sliding": by_windows}[settings.method]
+    table, measured = yield from measure(Subjects(settings, model, trees or [{}], dataset, k, images))
+    record = {
+        "format": 1,
+        "method": settings.method,
+        "model": settings.model,
+        "model_identity": model.identity,
+        "adapters": [lora.checksum(tree) for tree in trees],
+        "data": dataset.identity if dataset else None,
+        "settings": {key: value for key, value in to_mapping(settings).items() if key not in LEFT_OUT},
+        "depth": depth,
+        **(selection.as_json(table, depth) if table else {}),
+        **measured,
+    }
+    files.write_json(target, record)
+    save_png(picture, select_plot.draw(record, model.stack.kinds))
+    yield summary(record, table, depth)
+    yield Saved(target, "block selection")
+    yield Saved(picture, "picture of it")
+    return Selection(target, table)
+
+
+def by_probe(subjects: Subjects) -> Measured:
+    """Distances of predicted velocities; nothing is generated."""
+    assert subjects.dataset is not None
+    probe = probe_settings(subjects.settings, subjects.model, subjects.k)
+    tables, (done, alone) = yield from probe_subject(subjects.model, subjects.dataset, probe, subjects.trees)
+    yield Note(f"{done} block evaluations; {alone} without sharing what variants have in common")
+    measurements = [_curves(table, {"adapter": number}) for number, table in enumerate(tables)]
+    counts = {"evaluations": done, "evaluations_without_sharing": alone}
+    return selection.mean(tables), {"measurements": measurements, **counts}
+
+
+def by_images(subjects: Subjects) -> Measured:
+    """Algorithm 1: distances of images with the first n, and with the last m blocks masked."""
+    depth = subjects.model.stack.depth
+    variants = {f"{end}-{count:02d}": (end, count) for end, count in selection.variants(subjects.k)}
+    masks = {name: selection.masks_of(variant, depth) for name, variant in variants.items()}
+    found, how = yield from masked_images(subjects, masks)
+    tables = [selection.collect({variants[name]: d for name, d in one.items()}, subjects.k) for _, one in found]
+    measurements = [_curves(table, where) for (where, _), table in zip(found, tables, strict=True)]
+    return selection.mean(tables), {"measurements": measurements, "encoder": how}
+
+
+def by_windows(subjects: Subjects) -> Measured:
+    """The paper's Figure 3: distances of images with a window of consecutive blocks masked."""
+    depth, width = subjects.model.stack.depth, subjects.settings.window
+    if width > depth:
+        raise UserError(f"--window {width}: the model has {depth} blocks")
+    spans = {f"window-{start:02d}": (start, stop) for start, stop in selection.windows(depth, width)}
+    masks: Masks = {f"{FULL}-00": {}} | {name: masking.image_to_text(range(*span)) for name, span in spans.items()}
+    found, how = yield from masked_images(subjects, masks)
+    means = {name: sum(one[name] for _, one in found) / len(found) for name in spans}
+    windows = [{"start": start, "stop": stop, "distance": means[name]} for name, (start, stop) in spans.items()]
+    measurements = [{**where, "windows": list(one.values())} for where, one in found]
+    return None, {"windows": windows, "measurements": measurements, "encoder": how}
+
+
+def _curves(table: Distances, where: dict[str, Any]) -> dict[str, Any]:
+    return {**where, "first": list(table.first), "last": list(table.last)}
+
+
+LEFT_OUT = ("output", "memory_budget", "trace_memory", "model", "adapter_path", "data")
+"""Settings that do not change what is measured, or that are recorded by what they mean."""
+
+
+def output_paths(settings: SelectSettings) -> tuple[Path, Path]:
+    """The JSON file and the picture beside it. Raises UserError for settings that are wrong by themselves."""
+    target = Path(settings.output).expanduser()
+    if target.suffix != ".json":
+        raise UserError(f"{target}: the selection is written as JSON; let --output end in .json")
+    for name in ("n_images", "stride", "noise_levels", "probe_images", "window"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least 1")
+    if settings.seed < 0:
+        raise UserError(f"--seed {settings.seed}: must be at least 0")
+    picture = target.with_suffix(".png")
+    if picture in trace_paths(settings.trace_memory) or target in trace_paths(settings.trace_memory):
+        raise UserError(f"--trace-memory {settings.trace_memory}: is what this run writes; choose another name")
+    return target, picture
+
+
+def largest(ratio: float, depth: int) -> int:
+    """k of the largest ratio that plans are wanted for. Raises UserError."""
+    if not 0 < ratio < 1:
+        raise UserError(f"--skip-ratio {ratio:g}: must be above 0 and below 1")
+    k = budget(ratio, depth)
+    if k < 1:
+        raise UserError(f"--skip-ratio {ratio:g}: skips none of {depth} blocks; {1 / depth:.2f} is the least")
+    return k
+
+
+def probe_settings(settings: SelectSettings, model: DiffusionModel, k: int) -> ProbeSettings:
+    """How to probe, with what was left open from the model's defaults."""
+    side = model.defaults["resolution"] if settings.resolution is None else settings.resolution
+    check_size(model, side, side)
+    length = settings.max_sequence_length or model.defaults["max_sequence_length"]
+    guidance = model.defaults.get("guidance") if settings.guidance is None else settings.guidance
+    return ProbeSettings(
+        k, settings.probe_images, settings.noise_levels, settings.stride, side, length, guidance, settings.seed
+    )
+
+
+def encoder_of(settings: SelectSettings, model: DiffusionModel) -> Generator[Event, None, Encoder]:
+    """The encoder whose distance is D."""
+    if settings.distance == "clip":
+        return (yield from clip_encoder(settings.clip_model, model.path))
+    return (yield from vision_encoder(settings.vision_model, model.path))
+
+
+def masked_images(
+    subjects: Subjects, masks: Masks
+) -> Generator[Event, None, tuple[list[tuple[dict[str, Any], dict[str, float]]], dict[str, str]]]:
+    """Make the images of every adapter, prompt and seed, and measure them: (which one, distances by mask); and how."""
+    settings, model = subjects.settings, subjects.model
+    encoder = yield from encoder_of(settings, model)
+    full = next(iter(masks))
+    seeds = range(settings.seed, settings.seed + settings.n_images)
+    found: list[tuple[dict[str, Any], dict[str, float]]] = []
+    for number, tree in enumerate(subjects.trees):
+        prompts = prompts_of(settings, number, subjects.dataset)
+        how = as_generated(settings, model, prompts)
+        series = Series(prompts, seeds, masks, how, subjects.images / f"adapter{number}")
+        yield from make(model, series, tree)
+        measured = yield from distances(series, encoder, full)
+        for (prompt, seed), one in zip(series.places, measured, strict=True):
+            found.append(({"adapter": number, "prompt": prompts[prompt], "seed": seed}, one))
+    return found, {"distance": settings.distance, "identity": encoder.identity}
+
+
+def as_generated(settings: SelectSettings, model: DiffusionModel, prompts: list[str]) -> GenerateSettings:
+    """How images are made, with what was left open from the model's defaults. Raises UserError."""
+    given = {name: getattr(settings, name) for name in FROM_MODEL}
+    how = complete(GenerateSettings(prompt=prompts, memory_budget=settings.memory_budget, **given), model)
+    width, height = required(how, "width", "height")
+    check_size(model, width, height)
+    check_generation(how, model, 1)
+    return how
+
+
+def prompts_of(settings: SelectSettings, number: int, dataset: Dataset | None) -> list[str]:
+    """What is given; else the captions that an adapter was trained on; else those of the images. Raises UserError."""
+    prompts = list(settings.prompt)
+    if not prompts and settings.adapter_path:
+        config = Path(settings.adapter_path[number]).expanduser() / CONFIG
+        prompts = list(files.read_json(config).get("captions", [])) if config.is_file() else []
+    if not prompts and dataset is not None:
+        prompts = list(dict.fromkeys(example.caption for example in dataset.examples))
+    if not prompts:
+        raise UserError("--prompt: say what to show; the adapter records no captions")
+    return prompts
+
+
+def summary(record: dict[str, Any], table: Distances | None, depth: int) -> Table:
+    """The plans for the paper's ratios, or the windows that matter most."""
+    if table is None:
+        windows = sorted(record["windows"], key=lambda window: -window["distance"])
+        shown = tuple((f"{w['start']}-{w['stop'] - 1}", f"{w['distance']:.4f}") for w in windows[:5])
+        return Table("Windows that change most", ("blocks", "distance"), shown)
+    rows: list[tuple[str, ...]] = []
+    for k in dict.fromkeys([*(budget(ratio, depth) for ratio in SHOWN_RATIOS), table.k]):
+        if 0 < k <= table.k:
+            n, m = table.best(k)
+            rows.append((f"{k / depth:.0%}", str(k), str(n), str(m), f"{table.first[n] + table.last[m]:.4f}"))
+    return Table("Blocks to skip", ("ratio", "k", "n (first)", "m (last)", "distance"), tuple(rows))
+
+
+def _only(prompts: Sequence[str]) -> str | None:
+    return prompts[0] if len(prompts) == 1 else None
