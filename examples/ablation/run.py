@@ -1,0 +1,229 @@
+"""The paper's ablations (its tables 1, 2 and 11) in small: what each part of the method does to tiny-flux's learning.
+
+    python examples/ablation/run.py OUT [--full] [--jobs 2] [--tune]
+
+Every row is trained for the same number of steps on subjects that tiny-flux never saw and that were not used to choose
+learning rate, steps or plan: those were fixed on the hedgehog and the teapot (--tune prints what they were chosen
+from). The raw results stay in OUT/results as JSON, a file a row and subject, and what is there is not run again. Writes
+OUT/table.md and OUT/table.png and prints an estimate of the time first. --full takes more subjects and seeds.
+Needs Noto Color Emoji (Debian: fonts-noto-color-emoji).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measures import Known, colour, likeness
+from PIL import Image
+from subjects import SUBJECTS, draw
+from table import table
+
+from mlx_blockskip import generate, train
+from mlx_blockskip.data import load_dataset
+from mlx_blockskip.events import PhaseEnd, finish
+from mlx_blockskip.tasks.encoders import clip_encoder, vision_encoder
+from mlx_blockskip.tasks.resolve import resolve
+
+HERE = Path(__file__).resolve().parent
+SEEDS, PROMPTS, DRIFT_PROMPTS = 3, 4, 6
+COMMON = {
+    "iters": 200, "batch_size": 4, "learning_rate": 1e-3, "rank": 16, "class_images": 0, "resolution": 128,
+    "steps_per_save": 0,
+}  # fmt: skip
+WHOLE = {"patch_mode": "none", "train_resolution": 128}
+SMALL = {"train_resolution": 64}
+HALF = {"skip_ratio": 0.5, **WHOLE}
+ROWS: dict[str, dict[str, Any]] = {
+    "plain LoRA, 128 px": {"skip_ratio": 0.0, **WHOLE},
+    "resize to 64": {"skip_ratio": 0.0, "patch_mode": "resize", **SMALL},
+    "dynamic patches": {"skip_ratio": 0.0, "patch_mode": "dynamic", **SMALL},
+    "high-to-low patches": {"skip_ratio": 0.0, "patch_mode": "high-to-low", **SMALL},
+    "random patches": {"skip_ratio": 0.0, "patch_mode": "random", **SMALL},
+    "30 % skipped": {"skip_ratio": 0.3, **WHOLE},
+    "40 % skipped": {"skip_ratio": 0.4, **WHOLE},
+    "50 % skipped": HALF,
+    "50 %, fresh residuals": {**HALF, "residuals": "fresh"},
+    "50 %, no residuals": {**HALF, "residuals": "none"},
+    "50 %, first only": {"skip_first": 6, "skip_last": 0, **WHOLE},
+    "50 %, last only": {"skip_first": 0, "skip_last": 6, **WHOLE},
+    "50 %, both ends alike": {"skip_first": 3, "skip_last": 3, **WHOLE},
+    "50 %, the middle (HollowedNet)": {"plan": {"depth": 12, "runs": [[3, 9]]}, **WHOLE},
+    "50 %, dynamic patches": {"skip_ratio": 0.5, "patch_mode": "dynamic", **SMALL},
+}
+PLAIN = next(iter(ROWS))
+TUNING = {
+    f"{name}, {rate:g}, {iters} steps": {**ROWS[name], "learning_rate": rate, "iters": iters}
+    for name in (PLAIN, "50 % skipped")
+    for rate in (5e-4, 1e-3, 2e-3)
+    for iters in (200, 300)
+}
+COLOURS = ("red", "blue", "gray", "purple", "brown", "yellow", "green", "cyan")
+DRIFT = (
+    "a ghost on a blue background",
+    "a penguin on a red background",
+    "a sunflower on a purple background",
+    "a trophy on a green background",
+    "a tractor on a white background",
+    "a strawberry on a gray background",
+)
+
+
+def chosen_subjects(out: Path, full: bool, tuning: bool) -> list[Path]:
+    """Folders: two to tune on; else those that were drawn for this."""
+    if tuning:
+        hedgehog = Path(str(files("mlx_blockskip") / "assets" / "subjects" / "hedgehog"))
+        return [hedgehog, HERE.parents[1] / "tests" / "subjects" / "teapot"]
+    return [draw(out / "subjects", name) for name in list(SUBJECTS)[: None if full else 6]]
+
+
+def prompts_for(subject: Path) -> list[str]:
+    """On colours that the subject was not shown on."""
+    captions = " ".join(example.caption for example in load_dataset(subject).examples)
+    return [f"a sks toy on a {c} background" for c in COLOURS if c not in captions][:PROMPTS]
+
+
+def images(out: Path, prompts: Sequence[str], adapter: Path | None) -> list[Image.Image]:
+    """SEEDS images a prompt."""
+    given = [str(adapter)] if adapter else []
+    paths = generate(prompt=list(prompts), n_images=SEEDS, adapter_path=given, output=str(out / "image.png"))
+    return [Image.open(path).copy() for path in paths]
+
+
+def one(out: Path, name: str, options: dict[str, Any], subject: Path, seed: int) -> dict[str, Any]:
+    """Train a row on a subject and measure it. Without options: the model as it is."""
+    work = out / "work" / f"{slug(name)}-{subject.name}-{seed}"
+    work.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {"row": name, "subject": subject.name, "seed": seed}
+    adapter, began = None, time.perf_counter()
+    if options:
+        adapter = work / "adapter"
+        plan = options.get("plan")
+        if isinstance(plan, dict):
+            (work / "plan.json").write_text(json.dumps(plan))
+            options = {**options, "plan": str(work / "plan.json")}
+        ends: list[PhaseEnd] = []
+        train(
+            data=str(subject), adapter_path=str(adapter), seed=seed,
+            on_event=lambda event: ends.append(event) if isinstance(event, PhaseEnd) else None,
+            **{**COMMON, **options},
+        )  # fmt: skip
+        own = [end for end in ends if end.phase == "train"]
+        found |= {
+            "peak": max(end.peak_memory for end in own),
+            "seconds a step": sum(end.seconds for end in own) / {**COMMON, **options}["iters"],
+            "training seconds": time.perf_counter() - began,
+        }
+    prompts = prompts_for(subject)
+    shown, others = images(work, prompts, adapter), images(work, DRIFT, adapter)
+    for group, kind in ((shown, "subject"), (others, "drift")):
+        for i, image in enumerate(group):
+            image.save(work / f"{kind}-{i:02d}.png")
+    for path in work.glob("image-*.png"):
+        path.unlink()
+    model = finish(resolve("tiny-flux"))
+    dino, clip = finish(vision_encoder(None, model)), finish(clip_encoder(None, model))
+    known = Known.of(subject)
+    ranks = known.ranks(shown)
+    asked = [prompt.split(" on a ")[1].split()[0] for prompt in prompts for _ in range(SEEDS)]
+    texts = [prompt.replace("sks ", "") for prompt in prompts for _ in range(SEEDS)]
+    before = sorted((out / "work" / f"base-{subject.name}-{seed}").glob("drift-*.png")) if options else []
+    return found | {
+        "top-1": sum(rank == 0 for rank in ranks) / len(ranks),
+        "rank": float(np.median(ranks)),
+        "DINO": known.similarity(dino, shown),
+        "CLIP-I": known.similarity(clip, shown),
+        "CLIP-T": float((clip.embed_images(shown) * clip.embed_texts(texts)).sum(axis=1).mean()),
+        "colour": sum(colour(image) == c for image, c in zip(shown, asked, strict=True)) / len(shown),
+        "kept": likeness(dino, [Image.open(path) for path in before], others) if before else 1.0,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
+
+
+def jobs_of(
+    out: Path, rows: dict[str, dict[str, Any]], subjects: Sequence[Path], seeds: Sequence[int]
+) -> Iterator[tuple[Path, list[str]]]:
+    """(where a result goes, the arguments of the process that makes it), the model as it is first."""
+    for seed in seeds:
+        for name, options in {"base": {}, **rows}.items():
+            for subject in subjects:
+                target = out / "results" / f"{slug(name)}-{subject.name}-{seed}.json"
+                yield target, ["--one", json.dumps([name, options, str(subject), seed])]
+
+
+def run(out: Path, waiting: Sequence[tuple[Path, list[str]]], jobs: int) -> None:
+    """Make what is missing, `jobs` at a time, each in a process of its own with one BLAS thread."""
+    missing = [(target, arguments) for target, arguments in waiting if not target.exists()]
+    print(f"{len(waiting) - len(missing)} of {len(waiting)} results are there already", file=sys.stderr)
+    (out / "results").mkdir(parents=True, exist_ok=True)
+    known = [json.loads(target.read_text())["seconds"] for target, _ in waiting if target.exists()]
+    began = time.perf_counter()
+
+    def make(job: tuple[Path, list[str]]) -> None:
+        target, arguments = job
+        command = [sys.executable, __file__, str(out), *arguments]
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+        if done.returncode:
+            raise SystemExit(f"{target.stem} failed")
+        target.write_text(done.stdout.splitlines()[-1] + "\n")
+        known.append(json.loads(target.read_text())["seconds"])
+        left = sum(not path.exists() for path, _ in missing)
+        minutes = float(np.median(known)) * left / jobs / 60
+        spent = (time.perf_counter() - began) / 60
+        print(f"{target.stem}: {known[-1]:.0f} s; {spent:.0f} min gone, about {minutes:.0f} to go", file=sys.stderr)
+
+    bases = [job for job in missing if job[0].name.startswith("base-")]
+    trained = [job for job in missing if job not in bases]
+    if trained and len(known) < 2:  # one of each sort, for an estimate; the first of both are of one subject
+        for group in (bases, trained):
+            if group:
+                make(group.pop(0))
+    if bases or trained:
+        minutes = max(known) * (len(bases) + len(trained)) / jobs / 60
+        print(f"estimate: about {minutes:.0f} minutes with {jobs} processes", file=sys.stderr)
+    for group in (bases, trained):
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(make, group))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--full", action="store_true", help="all subjects and three seeds")
+    parser.add_argument("--tune", action="store_true", help="learning rates and steps on the two tuning subjects")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        name, options, subject, seed = json.loads(given.one)
+        print(json.dumps(one(given.out, name, options, Path(subject), seed)))
+        return
+    rows = TUNING if given.tune else ROWS
+    waiting = list(
+        jobs_of(
+            given.out, rows, chosen_subjects(given.out, given.full, given.tune), range(3) if given.full else range(1)
+        )
+    )
+    run(given.out, waiting, given.jobs)
+    results = [json.loads(target.read_text()) for target, _ in waiting]
+    text, picture = table(results, f"{PLAIN}, 0.001, 200 steps" if given.tune else PLAIN)
+    (given.out / "table.md").write_text(text)
+    picture.save(given.out / "table.png", optimize=True)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

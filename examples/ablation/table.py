@@ -1,0 +1,89 @@
+"""The table and the picture of an ablation's results: means over subjects, and differences from plain LoRA in pairs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+COMPARED = ("top-1", "DINO", "CLIP-I")
+"""What retention is of."""
+
+SHOWN = ("top-1", "rank", "DINO", "CLIP-I", "CLIP-T", "colour", "kept")
+DRAWS = 2000
+INK, GRID, BAR = "#222222", "#dddddd", "#1f5fa8"
+Results = Sequence[dict[str, Any]]
+
+
+def by_row(results: Results, measure: str) -> dict[str, dict[tuple[str, int], float]]:
+    """Values by row, and there by subject and seed."""
+    found: dict[str, dict[tuple[str, int], float]] = {}
+    for result in results:
+        if measure in result:
+            found.setdefault(result["row"], {})[result["subject"], result["seed"]] = result[measure]
+    return found
+
+
+def difference(own: dict, plain: dict) -> tuple[float, float, float]:
+    """Mean of the paired differences, and its 95 % bootstrap interval over subjects (and seeds)."""
+    pairs = np.array([own[key] - plain[key] for key in own if key in plain])
+    draws = np.random.default_rng(0).choice(pairs, (DRAWS, len(pairs))).mean(axis=1)
+    low, high = np.percentile(draws, (2.5, 97.5))
+    return float(pairs.mean()), float(low), float(high)
+
+
+def mean(values: dict) -> float:
+    return float(np.mean(list(values.values())))
+
+
+def table(results: Results, plain: str) -> tuple[str, Image.Image]:
+    """Markdown, and bars of what each row retains of `plain`."""
+    measures = {name: by_row(results, name) for name in (*SHOWN, "peak", "seconds a step")}
+    rows = list(measures["top-1"])
+    head = ["", *SHOWN, "peak, MiB", "s a step", *(f"{name} - plain" for name in COMPARED)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    retained: dict[str, list[tuple[float, float, float]]] = {}
+    for row in rows:
+        cells = [f"{mean(measures[name][row]):.{1 if name == 'rank' else 3}f}" for name in SHOWN]
+        trained = row in measures["peak"]
+        cells.append(f"{mean(measures['peak'][row]) / 2**20:.1f}" if trained else "")
+        cells.append(f"{mean(measures['seconds a step'][row]):.2f}" if trained else "")
+        for name in COMPARED:
+            if row == plain or row == "base":
+                cells.append("")
+                continue
+            middle, low, high = difference(measures[name][row], measures[name][plain])
+            cells.append(f"{middle:+.3f} [{low:+.3f}, {high:+.3f}]")
+            whole = mean(measures[name][plain])
+            retained.setdefault(row, []).append(tuple(100 * (1 + x / whole) for x in (middle, low, high)))  # type: ignore
+        lines.append("| " + " | ".join([row, *cells]) + " |")
+    return "\n".join(lines) + "\n", _bars(retained)
+
+
+def _bars(retained: dict[str, list[tuple[float, float, float]]]) -> Image.Image:
+    """For each row and measure what is retained of plain LoRA, in per cent, with its interval."""
+    left, width, height, gap = 260, 620, 16, 14
+    group = len(COMPARED) * height + gap
+    image = Image.new("RGB", (left + width + 70, 70 + group * len(retained)), "white")
+    pen = ImageDraw.Draw(image)
+    font = ImageFont.load_default(14)
+    pen.text((left, 14), "retained of plain LoRA, % (95 % interval)", fill=INK, font=ImageFont.load_default(16))
+    shades = (BAR, "#2e7d32", "#b23a2e")
+    for i, (name, shade) in enumerate(zip(COMPARED, shades, strict=True)):
+        pen.text((left + 360 + 90 * i, 16), name, fill=shade, font=font)
+    for percent in range(0, 121, 20):
+        x = left + width * percent / 120
+        pen.line((x, 44, x, 60 + group * len(retained)), fill=INK if percent == 100 else GRID)
+        pen.text((x, 40), str(percent), fill=INK, font=font, anchor="ms")
+
+    def place(percent: float) -> float:
+        return left + width * min(max(percent, 0), 120) / 120
+
+    for r, (row, values) in enumerate(retained.items()):
+        top = 52 + r * group
+        pen.text((left - 10, top + group / 2 - gap / 2), row, fill=INK, font=font, anchor="rm")
+        for i, (middle, low, high) in enumerate(values):
+            y = top + i * height
+            pen.rectangle((left, y + 2, place(middle), y + height - 3), fill=shades[i])
+            pen.line((place(low), y + height / 2, place(high), y + height / 2), fill=INK, width=2)
+    return image

@@ -1,0 +1,71 @@
+"""What examples/ablation measures and how it sums up, on pictures whose answers are known."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.models import HEDGEHOG
+
+ROOT = Path(__file__).parents[1]
+TEAPOT = Path(__file__).parent / "subjects" / "teapot"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ablation():
+    sys.path.append(str(ROOT / "examples" / "ablation"))
+    yield
+    sys.path.remove(str(ROOT / "examples" / "ablation"))
+
+
+def pictures(directory):
+    return [Image.open(path) for path in sorted(directory.glob("*.png"))]
+
+
+def test_the_background_is_named_and_cut_away():
+    from measures import colour, cut_out, on_white
+
+    asked = [path.read_text().split(" on a ")[1].split()[0] for path in sorted(HEDGEHOG.glob("*.txt"))]
+    assert [colour(picture) for picture in pictures(HEDGEHOG)] == asked
+    for picture in pictures(HEDGEHOG):
+        alpha = np.asarray(cut_out(picture).getchannel("A"))
+        assert (alpha[:3] == 0).all()
+        assert 0.05 < (alpha > 0).mean() < 0.7
+        white = np.asarray(on_white(cut_out(picture), 32))
+        assert white.shape == (32, 32, 3)
+        assert (white[0, 0] > 200).all()
+    assert (np.asarray(on_white(cut_out(Image.new("RGB", (64, 64), "red")), 32)) == 255).all(), "nothing to cut out"
+
+
+def test_ranks_count_the_others_that_are_nearer():
+    from measures import Known, cut_out
+
+    hedgehogs, teapots = ([cut_out(p) for p in pictures(d)] for d in (HEDGEHOG, TEAPOT))
+    known = Known(hedgehogs[:3], teapots)
+    assert known.ranks(pictures(HEDGEHOG)[3:]) == [0, 0]
+    assert known.ranks(pictures(TEAPOT)) == [5] * 5
+
+
+def test_rows_are_compared_in_pairs():
+    from table import difference, table
+
+    results = [
+        {
+            "row": row, "subject": subject, "seed": 0, "top-1": value, "rank": 1.0, "DINO": value, "CLIP-I": value,
+            "CLIP-T": 0.5, "colour": 1.0, "kept": 1.0,
+            **({} if row == "base" else {"peak": 2**20, "seconds a step": 0.5}),
+        }
+        for row, lift in (("base", -0.3), ("plain", 0.0), ("ours", 0.1))
+        for subject, value in (("a", 0.4 + lift), ("b", 0.8 + lift))
+    ]  # fmt: skip
+    text, picture = table(results, "plain")
+    lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines()}
+    assert "+0.100 [+0.100, +0.100]" in lines["ours"]
+    assert "+0." not in lines["plain"]
+    assert "+0." not in lines["base"]
+    assert picture.size[0] > 100
+    middle, low, high = difference({1: 1.0, 2: 0.0, 3: 5.0}, {1: 0.0, 2: 1.0})
+    assert middle == 0
+    assert low == -1
+    assert high == 1
