@@ -8,6 +8,10 @@ each once and in a process of its own, and kept in WORK/points. What they take i
 from one traced block of a kind; the prediction then gives the cells of the table at full depth (19 + 38 blocks).
 --full-depth measures some of those cells too (about 10 minutes each on two cores): they are held out, nothing is fitted
 to them. Conversion is measured on 2 + 2 blocks: it has one tensor in memory at a time.
+
+A last table predicts Metal, where nothing was measured: the same work with products and convolutions that give arrays
+of the right shapes and take nothing beside, where the CPU backend unfolds convolutions and turns weights into float32.
+Attention's scores, which Metal's forward pass does not need, are counted.
 """
 
 import argparse
@@ -121,12 +125,41 @@ class PrivateMemory:
             time.sleep(0.1)
 
 
+def without_scratch() -> None:
+    """From here on products and convolutions give zeros of their shapes and need nothing else."""
+    import mlx.core as mx
+
+    from mlx_blockskip.models import layers
+
+    def product(x: mx.array, width: int) -> mx.array:
+        @mx.custom_function
+        def forward(x: mx.array) -> mx.array:
+            return mx.broadcast_to(x[..., :1], (*x.shape[:-1], width)) * 0
+
+        @forward.vjp
+        def back(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+            return mx.broadcast_to(cotangent[..., :1], x.shape) * 0
+
+        return forward(x)
+
+    def conv2d(x: mx.array, weight: mx.array, stride: int = 1) -> mx.array:
+        height, width = ((side - kernel) // stride + 1 for side, kernel in zip(x.shape[1:3], weight.shape[1:3]))
+        some = x[:, : height * stride : stride, : width * stride : stride, :1][:, :height, :width]
+        return mx.broadcast_to(some, (x.shape[0], height, width, weight.shape[0])) * 0
+
+    layers.matmul = lambda x, weight, bias=None: product(x, weight.shape[0])  # type: ignore[assignment]
+    layers.quantized_matmul = lambda x, packed, *_: product(x, packed.shape[0])  # type: ignore[assignment]
+    mx.conv2d = conv2d
+
+
 def child(job: dict) -> dict:
     """One point, in a process of its own."""
     import mlx_blockskip  # noqa: F401  (OpenBLAS goes before mlx.core)
     from mlx_blockskip.engine import limits
     from mlx_blockskip.events import PhaseEnd
 
+    if job.get("metal"):
+        without_scratch()
     private = PrivateMemory()
     found: dict[str, int] = {}
     # MLX waits busily at its limit; a VAE takes minutes that way, so it gets what its row allows
@@ -226,6 +259,8 @@ def predict(job: dict) -> dict[str, int]:
     from mlx_blockskip.models.registry import open_model
     from mlx_blockskip.tasks.forecast import Shape, Tracer
 
+    if job.get("metal"):
+        without_scratch()
     depth = tuple(job["depth"])
     models = {bits: open_model(hollow(Path(job["work"]), bits, depth, encoders=False), 0) for bits in (0, 4)}
     shape = Shape(job["side"], job["side"], job["text"])
@@ -295,47 +330,49 @@ def points(work: Path, full_depth: bool) -> list[tuple[str, str, dict, float]]:
     return found
 
 
-def cells(work: Path, full_depth: bool) -> dict[str, dict[int, str]]:
-    """What each phase takes at full depth, by bits."""
+def cells(work: Path, full_depth: bool = False, metal: bool = False) -> dict[str, dict[int, str]]:
+    """What each phase takes at full depth, by bits. metal: predicted for Metal."""
+    more = {"metal": True} if metal else {}
     table: dict[str, dict[int, str]] = {}
 
     def put(name: str, bits: int, text: str) -> None:
         table.setdefault(name, {})[bits] = text
 
     def measured(phase: str, bits: int, **job: object) -> str:
-        result = measure({"phase": phase, "bits": bits, "work": str(work), "depth": (1, 1), **job})
-        return f"{gib(result['peaks'][phase])} ({gib(result['private'])})"
+        result = measure({"phase": phase, "bits": bits, "work": str(work), "depth": (1, 1), **job, **more})
+        return gib(result["peaks"][phase]) + ("" if metal else f" ({gib(result['private'])})")
 
     def predicted(phase: str, side: int, **job: object) -> dict[str, int]:
-        return measure({"phase": phase, "depth": FULL, "text": 512, "work": str(work), "side": side, **job}, True)[
-            "peaks"
-        ]
+        shape = {"phase": phase, "depth": FULL, "text": 512, "work": str(work), "side": side, **job, **more}
+        return measure(shape, True)["peaks"]
 
     plans = [(28, 0), (14, 14), (0, 28)]
     steps = predicted("train", 256, plans=plans)
     chunks = predicted("precompute", 256, plans=plans, samples=SAMPLES)
     drawing = predicted("generate", 1024)
+    said = "" if metal else " predicted"
     for bits in (4, 0):
-        put("convert", bits, measured("convert", bits))
+        if not metal:
+            put("convert", bits, measured("convert", bits))
         put("encode prompts, 512 tokens", bits, measured("encode prompts", bits, text=512))
         put("encode images, 512 px", bits, measured("encode images", 0, side=512))
         for n, m in plans:
-            put(f"precompute, 64 samples, ({n}, {m})", bits, f"{gib(chunks[f'{bits} {n} {m}'])} predicted")
+            put(f"precompute, 64 samples, ({n}, {m})", bits, f"{gib(chunks[f'{bits} {n} {m}'])}{said}")
         for n, m in plans:
             held = next((job for job in HELD_OUT if (job["bits"], job["n"], job["m"]) == (bits, n, m)), None)
-            text = f"{gib(steps[f'{bits} {n} {m}'])} predicted"
+            text = f"{gib(steps[f'{bits} {n} {m}'])}{said}"
             if full_depth and held:
                 result = measure({**held, "work": str(work), "phase": "train"})
                 text = f"{gib(result['peaks']['train'])} ({gib(result['private'])})"
             put(f"train, a step, ({n}, {m})", bits, text)
-        put("generate, 1024 px: a step", bits, f"{gib(drawing[f'{bits}'])} predicted")
+        put("generate, 1024 px: a step", bits, f"{gib(drawing[f'{bits}'])}{said}")
         put("decode, 1024 px", bits, measured("decode", 0, side=1024))
     return table
 
 
 def main(work: Path, full_depth: bool) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    table, found = cells(work, full_depth), points(work, full_depth)
+    table, found, metal = cells(work, full_depth), points(work, full_depth), cells(work, metal=True)
     print(f"{machine('mlx')}; CPU backend\n")
     print(
         "Peak of MLX memory, GiB (private memory of the process beside it), --memory-budget 0; measured or predicted\n"
@@ -351,6 +388,10 @@ def main(work: Path, full_depth: bool) -> None:
         print(
             f"| {phase}: {shown} | {peak / MIB:.0f} | {result['private'] / MIB:.0f} | {predicted / MIB:.0f} | {share} |"
         )
+    print("\n| predicted for Metal, GiB; not measured | 4-bit | at most | bf16 | at most |\n|---|---|---|---|---|")
+    for name, by_bits in metal.items():
+        four, whole = LIMITS[name.split(",")[0]]
+        print(f"| {name} | {by_bits[4]} | {four:g} | {by_bits[0]} | {whole:g} |")
 
 
 if __name__ == "__main__":
