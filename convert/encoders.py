@@ -17,20 +17,28 @@ def block_of(pattern: str, name: str) -> str | None:
     return match.group(0) if match else None
 
 
-def clip_text(folder: str, config: Mapping[str, Any]) -> Component:
-    """transformers CLIPTextModel; checkpoints before transformers 5 put `text_model.` before every name."""
+def clip_layers(config: Mapping[str, Any]) -> list[Row]:
+    """The layers of either of CLIP's towers."""
     width, inner = config["hidden_size"], config["intermediate_size"]
-    rows = [
-        Row("embeddings.token_embedding.weight", (config["vocab_size"], width)),
-        Row("embeddings.position_embedding.weight", (config["max_position_embeddings"], width)),
-        *norm("final_layer_norm", width),
-    ]
+    rows: list[Row] = []
     for i in range(config["num_hidden_layers"]):
         layer = f"encoder.layers.{i}"
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
             rows += linear(f"{layer}.self_attn.{part}", width, width)
         rows += norm(f"{layer}.layer_norm1", width) + norm(f"{layer}.layer_norm2", width)
         rows += linear(f"{layer}.mlp.fc1", inner, width) + linear(f"{layer}.mlp.fc2", width, inner)
+    return rows
+
+
+def clip_text(folder: str, config: Mapping[str, Any]) -> Component:
+    """transformers CLIPTextModel; checkpoints before transformers 5 put `text_model.` before every name."""
+    width = config["hidden_size"]
+    rows = [
+        Row("embeddings.token_embedding.weight", (config["vocab_size"], width)),
+        Row("embeddings.position_embedding.weight", (config["max_position_embeddings"], width)),
+        *norm("final_layer_norm", width),
+        *clip_layers(config),
+    ]
     return Component(
         folder,
         tuple(replace(row, aliases=(f"text_model.{row.name}",)) for row in rows),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_blockskip.converters import run
-from mlx_blockskip.converters.encoders import block_of, clip_text
+from mlx_blockskip.converters.encoders import block_of, clip_layers, clip_text
 from mlx_blockskip.converters.run import Precision
 from mlx_blockskip.converters.source import Source, open_source
 from mlx_blockskip.converters.table import Component, Row, conv, linear, norm
@@ -192,20 +192,15 @@ def _renamed(name: str, modules: Mapping[str, str], layers: str) -> str:
 
 def clip_vision(folder: str, config: Mapping[str, Any], projection: int) -> Component:
     """transformers CLIPModel's vision tower and its projection. `pre_layrnorm` is what it is called."""
-    width, inner = config["hidden_size"], config["intermediate_size"]
+    width = config["hidden_size"]
     rows = [
         Row("embeddings.class_embedding", (width,)),
         *conv("embeddings.patch_embedding", width, config["num_channels"], pair(config["patch_size"]), bias=False),
         Row("embeddings.position_embedding.weight", (1 + grid_of(config)[0] * grid_of(config)[1], width)),
         *norm("pre_layrnorm", width),
         *norm("post_layernorm", width),
+        *clip_layers(config),
     ]
-    for i in range(config["num_hidden_layers"]):
-        layer = f"encoder.layers.{i}"
-        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            rows += linear(f"{layer}.self_attn.{part}", width, width)
-        rows += norm(f"{layer}.layer_norm1", width) + norm(f"{layer}.layer_norm2", width)
-        rows += linear(f"{layer}.mlp.fc1", inner, width) + linear(f"{layer}.mlp.fc2", width, inner)
     projected = linear("visual_projection", projection, width, bias=False)
     return Component(
         folder,
