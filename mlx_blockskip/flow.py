@@ -1,7 +1,7 @@
 """Flow matching: x_s = (1 - s) x0 + s e, velocity v = e - x0, s in (0, 1]; training noise levels and samplers."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -15,11 +15,34 @@ REFUSED = (
     *("invert_sigmas", "stochastic_sampling", "shift_terminal"),
 )
 
+DPM = "DPMSolverMultistepScheduler"
+DPM_OPTIONS: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
+    "use_flow_sigmas": (False, (True,)),
+    "prediction_type": ("epsilon", ("flow_prediction",)),
+    "algorithm_type": ("dpmsolver++", ("dpmsolver++",)),
+    "solver_order": (2, (1, 2)),
+    "solver_type": ("midpoint", ("midpoint", "heun")),
+    "final_sigmas_type": ("zero", ("zero",)),
+    **dict.fromkeys(("thresholding", "use_lu_lambdas", "use_dynamic_shifting", *REFUSED[:3]), (False, (False, None))),
+}
+"""Of each option the reference's default, and the values that are implemented."""
+
+CONSISTENCY = "SCMScheduler"
+CONSISTENCY_OPTIONS = {"prediction_type": ("trigflow", ("trigflow",))}
+LATEST, BETWEEN = 1.5708, 1.3
+"""The first angle, and the second where there are two steps: what SanaSprintPipeline asks of the scheduler."""
+
+Fresh = Callable[[int, tuple[int, ...]], mx.array]
+"""`(step, shape) -> standard normal numbers in float32`, a pure function for each image."""
+
 
 class Sampler(Protocol):
-    """Carries latents from noise to an image: `steps` calls of `step`, the velocity taken at `sigmas[i]`."""
+    """Carries one image's latents from noise: `step` is called for each of `times` in order, once.
 
-    sigmas: np.ndarray
+    times: (steps,) float32 in (0, 1], the sigma at which the network is asked for the velocity of step i.
+    """
+
+    times: np.ndarray
 
     def step(self, i: int, velocity: mx.array, latents: mx.array) -> mx.array: ...
 
@@ -43,22 +66,42 @@ def noise_level(normal: float, mean: float, std: float, shift: float) -> float:
 
 def training_shift(scheduler: Mapping[str, Any]) -> float:
     """The scheduler's static shift; 1 where shifting is dynamic."""
-    return 1.0 if scheduler.get("use_dynamic_shifting") else float(scheduler.get("shift", 1.0))
+    if scheduler.get("use_dynamic_shifting"):
+        return 1.0
+    return float(scheduler.get("flow_shift" if scheduler.get("_class_name") == DPM else "shift", 1.0))
 
 
-def sampler(scheduler: Mapping[str, Any], steps: int, image_tokens: int) -> Sampler:
-    """The sampler that a scheduler_config.json names. Raises UserError for what is not implemented, by its name."""
+def sampler(scheduler: Mapping[str, Any], steps: int, image_tokens: int, fresh: Fresh | None = None) -> Sampler:
+    """The sampler that a scheduler_config.json names. Raises UserError for what is not implemented, by its name.
+
+    fresh: what a sampler draws noise from that adds some on the way.
+    """
     name = scheduler.get("_class_name", EULER)
-    if name != EULER:
-        raise UserError(f"scheduler {name} is not implemented; use a checkpoint with {EULER}")
-    for option in REFUSED:
-        if scheduler.get(option):
-            raise UserError(
-                f"scheduler option {option}={scheduler[option]} is not implemented; set it to false or null"
-            )
+    if name not in (EULER, DPM, CONSISTENCY):
+        raise UserError(f"scheduler {name} is not implemented; use a checkpoint with {EULER}, {DPM} or {CONSISTENCY}")
+    _refuse(scheduler, name)
     if steps < 1:
         raise UserError(f"--steps {steps}: at least one step is needed")
+    if name == DPM:
+        return Multistep(*dpm_sigmas(scheduler, steps), scheduler.get("solver_order", 2), scheduler.get("solver_type"))
+    if name == CONSISTENCY:
+        return Consistency(consistency_sigmas(steps), fresh)
     return Euler(euler_sigmas(scheduler, steps, image_tokens))
+
+
+def _refuse(scheduler: Mapping[str, Any], name: str) -> None:
+    """Raise UserError for an option of this scheduler that is not implemented."""
+    if name == EULER:
+        for option in REFUSED:
+            if scheduler.get(option):
+                raise UserError(
+                    f"scheduler option {option}={scheduler[option]} is not implemented; set it to false or null"
+                )
+        return
+    for option, (default, known) in (DPM_OPTIONS if name == DPM else CONSISTENCY_OPTIONS).items():
+        if (value := scheduler.get(option, default)) not in known:
+            use = " or ".join(repr(k) for k in known if k is not None)
+            raise UserError(f"scheduler option {option}={value!r} is not implemented; use {use}")
 
 
 class Euler:
@@ -66,10 +109,83 @@ class Euler:
 
     def __init__(self, sigmas: np.ndarray):
         self.sigmas = sigmas
+        self.times = sigmas[:-1]
 
     def step(self, i: int, velocity: mx.array, latents: mx.array) -> mx.array:
         delta = float(self.sigmas[i + 1] - self.sigmas[i])
         return (latents.astype(mx.float32) + delta * velocity.astype(mx.float32)).astype(latents.dtype)
+
+
+class Multistep:
+    """DPM-Solver++ (arXiv 2211.01095, Algorithm 2) for the flow x_s = (1 - s) x0 + s e.
+
+    With lambda(s) = log((1 - s) / s), h = lambda(t) - lambda(s) and c = (1 - t) (1 - e^-h), a step from s to t is
+    x_t = (t / s) x_s + c x0(s), and of second order with k (x0(s) - x0(r)) h / (lambda(s) - lambda(r)) on top, where r
+    is the sigma before s, and k = c / 2 (midpoint) or 1 - t - c / h (heun). The first step and the last, to sigma 0
+    where lambda is infinite, are of first order. Source: diffusers DPMSolverMultistepScheduler.
+    """
+
+    def __init__(self, sigmas: np.ndarray, times: np.ndarray, order: int = 2, kind: str | None = "midpoint"):
+        self.sigmas = sigmas
+        self.times = times
+        self.order = order
+        self.heun = kind == "heun"
+        self._before: mx.array | None = None
+
+    def step(self, i: int, velocity: mx.array, latents: mx.array) -> mx.array:
+        s, t = float(self.sigmas[i]), float(self.sigmas[i + 1])
+        x = latents.astype(mx.float32)
+        x0 = x - s * velocity.astype(mx.float32)
+        c = (1 - t) - (1 - s) * t / s
+        y = (t / s) * x + c * x0
+        if self.order == 2 and t > 0 and self._before is not None:
+            h, h_before = _lambda(t) - _lambda(s), _lambda(s) - _lambda(float(self.sigmas[i - 1]))
+            k = 1 - t - c / h if self.heun else c / 2
+            y = y + (k * h / h_before) * (x0 - self._before)
+        self._before = x0
+        return y.astype(latents.dtype)
+
+
+def _lambda(s: float) -> float:
+    return math.log((1 - s) / s)
+
+
+class Consistency:
+    """x0 = x_s - s v, and on the way x_t = (1 - t) x0 + t e with fresh noise e. sigmas: (steps + 1,), to 0.
+
+    TrigFlow's x_a = cos(a) x0 + sin(a) e at s = sin(a) / (cos(a) + sin(a)) is x_s but for its length, so the network's
+    velocity is taken as it is. Source: diffusers SCMScheduler and SanaSprintPipeline (arXiv 2503.09641).
+    """
+
+    def __init__(self, sigmas: np.ndarray, fresh: Fresh | None):
+        if len(sigmas) > 2 and fresh is None:
+            raise ValueError("more than one step needs fresh noise")
+        self.sigmas = sigmas
+        self.times = sigmas[:-1]
+        self.fresh = fresh
+
+    def step(self, i: int, velocity: mx.array, latents: mx.array) -> mx.array:
+        s, t = float(self.sigmas[i]), float(self.sigmas[i + 1])
+        x0 = latents.astype(mx.float32) - s * velocity.astype(mx.float32)
+        if t > 0 and self.fresh is not None:
+            x0 = (1 - t) * x0 + t * self.fresh(i, latents.shape)
+        return x0.astype(latents.dtype)
+
+
+def dpm_sigmas(scheduler: Mapping[str, Any], steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """(steps + 1,) and (steps,) float32: sigmas to 0, and the times, which the reference cuts to whole timesteps."""
+    count = int(scheduler.get("num_train_timesteps", 1000))
+    shift = float(scheduler.get("flow_shift", 1.0))
+    sigmas = 1 - np.linspace(1, 1 / count, steps + 1)
+    sigmas = (shift * sigmas / (1 + (shift - 1) * sigmas))[:0:-1]
+    times = np.trunc(sigmas * count) / count
+    return np.append(sigmas, 0.0).astype(np.float32), times.astype(np.float32)
+
+
+def consistency_sigmas(steps: int) -> np.ndarray:
+    """(steps + 1,) float32: sin(a) / (cos(a) + sin(a)) of the scheduler's angles a, from 1 to 0."""
+    angles = np.array([LATEST, BETWEEN, 0.0]) if steps == 2 else np.linspace(LATEST, 0.0, steps + 1)
+    return np.minimum(np.sin(angles) / (np.cos(angles) + np.sin(angles)), 1.0).astype(np.float32)
 
 
 def euler_sigmas(scheduler: Mapping[str, Any], steps: int, image_tokens: int) -> np.ndarray:

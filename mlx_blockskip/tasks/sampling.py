@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from hashlib import sha256
 
 import mlx.core as mx
 import numpy as np
@@ -40,6 +42,19 @@ def seeded_noise(model: DiffusionModel, seed: int, width: int, height: int) -> m
     return mx.array(philox.normal(seed, NOISE, shape=(1, *model.latent_shape(width, height))))
 
 
+def fresh_noise(noise: mx.array) -> flow.Fresh:
+    """What a sampler adds at its steps: standard normal, float32, a function of the image's first noise and the step.
+
+    So the noise alone, from a seed or from a file, makes the image again.
+    """
+
+    @cache
+    def seed() -> int:
+        return int.from_bytes(sha256(np.array(noise.astype(mx.float32)).tobytes()).digest()[:7])
+
+    return lambda step, shape: mx.array(philox.normal(seed(), NOISE, step, shape=shape))
+
+
 def sample(
     model: DiffusionModel,
     requests: Sequence[Request],
@@ -54,12 +69,12 @@ def sample(
     Modulation for all steps is computed ahead, in one sweep over its weights.
     """
     size: Size = (requests[0].noise.shape[1], requests[0].noise.shape[2])
-    samplers = [flow.sampler(model.scheduler, steps, model.token_count(size)) for _ in requests]
+    samplers = [flow.sampler(model.scheduler, steps, model.token_count(size), fresh_noise(r.noise)) for r in requests]
     branches = [(i, p) for i, r in enumerate(requests) for p in (r.prompt, r.negative) if p is not None]
     distinct = list({id(p): p for _, p in branches}.values())
-    sigmas = samplers[0].sigmas
+    times = samplers[0].times
     keys = [(id(p), step) for p in distinct for step in range(steps)]
-    contexts = [model.context(mx.array(sigmas[s : s + 1]), p, size, guidance) for p in distinct for s in range(steps)]
+    contexts = [model.context(mx.array(times[s : s + 1]), p, size, guidance) for p in distinct for s in range(steps)]
     ahead = dict(zip(keys, zip(contexts, modulations(model.stack, model.reader, contexts), strict=True), strict=True))
     heads = {key: model.head_modulation(context) for key, (context, _) in ahead.items()}
     mx.eval(list(heads.values()))

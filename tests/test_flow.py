@@ -1,0 +1,146 @@
+"""The samplers of SANA against the schedulers of diffusers, step by step."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from support.compare import assert_parity, relative_error, same_bits
+
+from mlx_blockskip import flow
+from mlx_blockskip.engine import philox
+from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.tasks.sampling import fresh_noise
+
+SHAPE = (1, 4, 6, 8)
+DPM = {
+    **{"_class_name": flow.DPM, "use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"},
+    **{"solver_order": 2, "num_train_timesteps": 1000},
+}
+SCM = {"_class_name": flow.CONSISTENCY, "prediction_type": "trigflow", "sigma_data": 0.5, "num_train_timesteps": 1000}
+
+
+def velocity(x, s):
+    """Some smooth function of latents and sigma, the same in numpy."""
+    return np.sin(1.3 * x + 2 * s) - (0.7 + s) * x
+
+
+def noise(step=99):
+    return philox.normal(1, step, shape=SHAPE)
+
+
+def ours(scheduler, steps, fresh=None):
+    """Latents after every step."""
+    sampler = flow.sampler(scheduler, steps, 24, fresh)
+    assert sampler.times.shape == (steps,)
+    assert sampler.times.dtype == np.float32
+    assert sampler.times.min() > 0
+    assert sampler.times.max() <= 1
+    latents, found = mx.array(noise()), []
+    for i in range(steps):
+        v = velocity(np.array(latents), float(sampler.times[i]))
+        latents = sampler.step(i, mx.array(v), latents)
+        found.append(np.array(latents))
+    return found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"solver_order": 1},
+        {"solver_type": "heun"},
+        {"flow_shift": 1.0, "lower_order_final": False},
+        {"flow_shift": 6.0, "euler_at_final": True},
+        {"num_train_timesteps": 500},
+    ],
+)
+@pytest.mark.parametrize("steps", [1, 2, 3, 14, 20])
+def test_dpm_solver_equals_diffusers(change, steps):
+    torch = pytest.importorskip("torch")
+    from diffusers import DPMSolverMultistepScheduler
+
+    config = DPM | change
+    reference = DPMSolverMultistepScheduler.from_config(config)
+    reference.set_timesteps(steps)
+    latents = torch.from_numpy(noise())
+    for found, t in zip(ours(config, steps), reference.timesteps, strict=True):
+        v = velocity(latents.numpy(), float(t) / config["num_train_timesteps"])
+        latents = reference.step(torch.from_numpy(v.astype(np.float32)), t, latents, return_dict=False)[0]
+        assert_parity("DPMSolverMultistepScheduler, a step", found, latents.numpy(), 1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_consistency_sampling_equals_diffusers(monkeypatch, steps):
+    """The reference speaks of angles, scaled data and TrigFlow's target; the loop is that of SanaSprintPipeline."""
+    torch = pytest.importorskip("torch")
+    from diffusers import SCMScheduler
+    from diffusers.schedulers import scheduling_scm
+
+    drawn = [noise(step) for step in range(steps)]
+    monkeypatch.setattr(
+        scheduling_scm, "randn_tensor", lambda shape, **_: torch.from_numpy(drawn[reference.step_index])
+    )
+    reference = SCMScheduler.from_config(SCM)
+    reference.set_timesteps(steps, max_timesteps=1.5708, intermediate_timesteps=1.3 if steps == 2 else None)
+    reference.set_begin_index(0)
+    data = reference.config.sigma_data
+    latents = torch.from_numpy(noise()) * data
+    found = ours(SCM, steps, lambda step, shape: mx.array(drawn[step]))
+    for i, t in enumerate(reference.timesteps[:-1]):
+        s = torch.sin(t) / (torch.cos(t) + torch.sin(t))
+        length = torch.sqrt(s**2 + (1 - s) ** 2)
+        x = latents / data * length
+        v = torch.from_numpy(velocity(x.numpy(), float(s)).astype(np.float32))
+        target = ((1 - 2 * s) * x + (1 - 2 * s + 2 * s**2) * v) / length
+        latents, _ = reference.step(target * data, t, latents, return_dict=False)
+        after = reference.timesteps[i + 1]
+        flowing = latents / data / (torch.cos(after) + torch.sin(after))
+        assert_parity("SCMScheduler, a step", found[i], flowing.numpy(), 1e-5)
+
+
+def test_euler_tells_the_network_its_own_sigmas():
+    sampler = flow.sampler({"shift": 3.0}, 5, 24)
+    assert np.array_equal(sampler.times, flow.euler_sigmas({"shift": 3.0}, 5, 24)[:-1])
+
+
+def test_fresh_noise_is_a_function_of_the_first_noise_and_the_step():
+    first, other = mx.array(noise(0)), mx.array(noise(1))
+    drawn = fresh_noise(first)(0, SHAPE)
+    assert same_bits(fresh_noise(mx.array(noise(0)))(0, SHAPE), drawn)
+    for another in (fresh_noise(first)(1, SHAPE), fresh_noise(other)(0, SHAPE), first):
+        assert relative_error(another, drawn) > 0.1
+
+
+def test_several_steps_of_consistency_sampling_need_noise():
+    assert len(ours(SCM, 1)) == 1
+    with pytest.raises(ValueError, match="fresh noise"):
+        flow.sampler(SCM, 2, 24)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "shift"),
+    [(DPM, 3.0), (SCM, 1.0), ({"shift": 2.0}, 2.0), ({"shift": 2.0, "use_dynamic_shifting": True}, 1.0)],
+)
+def test_training_takes_the_schedulers_static_shift(scheduler, shift):
+    assert flow.training_shift(scheduler) == shift
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "match"),
+    [
+        ({"_class_name": "DDIMScheduler"}, "DDIMScheduler"),
+        (DPM | {"use_flow_sigmas": False}, "use_flow_sigmas=False is not implemented; use True"),
+        ({"_class_name": flow.DPM, "prediction_type": "flow_prediction"}, "use_flow_sigmas"),
+        ({"_class_name": flow.DPM, "use_flow_sigmas": True}, "prediction_type='epsilon'"),
+        (DPM | {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type='sde-dpmsolver\\+\\+'"),
+        (DPM | {"solver_order": 3}, "solver_order=3 is not implemented; use 1 or 2"),
+        (DPM | {"solver_type": "bh2"}, "solver_type='bh2' is not implemented; use 'midpoint' or 'heun'"),
+        (DPM | {"final_sigmas_type": "sigma_min"}, "final_sigmas_type"),
+        (DPM | {"use_karras_sigmas": True}, "use_karras_sigmas"),
+        (DPM | {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
+        (DPM | {"thresholding": True}, "thresholding"),
+        (SCM | {"prediction_type": "epsilon"}, "prediction_type='epsilon' is not implemented; use 'trigflow'"),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(scheduler, match):
+    with pytest.raises(UserError, match=match):
+        flow.sampler(scheduler, 4, 24)
