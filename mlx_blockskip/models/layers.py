@@ -4,6 +4,7 @@ Weights carry diffusers' module paths: `linear(w, "attn.to_q", x)` reads `attn.t
 `.bias`, `.scales` and `.biases` (quantized by `mx.quantize`; bits and group size follow from the shapes).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import cast
 
@@ -93,6 +94,13 @@ def _gelu_tanh(x: mx.array) -> mx.array:
 def quick_gelu(x: mx.array) -> mx.array:
     """x sigmoid(1.702 x), CLIP's activation."""
     return x * mx.sigmoid(1.702 * x)
+
+
+def sinusoid(t: mx.array, width: int = 256) -> mx.array:
+    """(B, width): cosines, then sines. Source: diffusers Timesteps(flip_sin_to_cos=True, downscale_freq_shift=0)."""
+    frequencies = mx.exp(-math.log(10000) * mx.arange(width // 2, dtype=mx.float32) / (width // 2))
+    angles = t.astype(mx.float32)[:, None] * frequencies[None]
+    return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
 
 
 def split_heads(x: mx.array, heads: int) -> mx.array:

@@ -76,7 +76,13 @@ def export(settings: ExportSettings) -> Generator[Event, None, Path]:
     target = Path(settings.output).expanduser()
     if target.exists():
         raise UserError(f"{target}: already exists; choose another --output or remove it")
-    tensors = to_peft(read_tensors(source / TENSORS), float(config["scale"]), table.ADAPTER_PREFIX)
+    tensors = to_peft(
+        read_tensors(source / TENSORS),
+        float(config["scale"]),
+        table.ADAPTER_PREFIX,
+        pointwise=getattr(table, "ADAPTER_POINTWISE", ()),
+        alphas=getattr(table, "ADAPTER_ALPHAS", True),
+    )
     files.save_tensors(target, tensors, {"format": "pt"})
     yield Saved(target, "LoRA for diffusers")
     return target

@@ -10,7 +10,17 @@ import numpy as np
 from mlx_blockskip.engine.stack import Block, BlockKind, Stack, Trainable, Weights
 from mlx_blockskip.models.attention import apply_rope, attention
 from mlx_blockskip.models.family import Size, Tokens
-from mlx_blockskip.models.layers import by_rows, gelu_tanh, layer_norm, linear, merge_heads, rms_norm, silu, split_heads
+from mlx_blockskip.models.layers import (
+    by_rows,
+    gelu_tanh,
+    layer_norm,
+    linear,
+    merge_heads,
+    rms_norm,
+    silu,
+    sinusoid,
+    split_heads,
+)
 
 EPS = 1e-6
 TIME_FACTOR = 1000.0
@@ -155,13 +165,6 @@ def time_text_embedding(w: Weights, sigma: mx.array, pooled: mx.array, guidance:
     if guidance is not None:
         temb = temb + mlp("guidance_embedder", sinusoid(guidance * TIME_FACTOR).astype(pooled.dtype))
     return temb + mlp("text_embedder", pooled)
-
-
-def sinusoid(t: mx.array, width: int = 256) -> mx.array:
-    """(B, width): cosines, then sines. Source: diffusers Timesteps(flip_sin_to_cos=True, downscale_freq_shift=0)."""
-    frequencies = mx.exp(-math.log(10000) * mx.arange(width // 2, dtype=mx.float32) / (width // 2))
-    angles = t.astype(mx.float32)[:, None] * frequencies[None]
-    return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
 
 
 def rope_tables(axes: tuple[int, ...], text_length: int, size: Size) -> tuple[np.ndarray, np.ndarray]:
