@@ -36,7 +36,7 @@ from mlx_blockskip.tasks.resolve import resolve
 HERE = Path(__file__).resolve().parent
 SEEDS, PROMPTS = 3, 4
 COMMON = {
-    "iters": 200, "batch_size": 4, "learning_rate": 1e-3, "rank": 16, "class_images": 0, "resolution": 128,
+    "iters": 200, "batch_size": 4, "learning_rate": 2e-3, "rank": 16, "class_images": 0, "resolution": 128,
     "steps_per_save": 0,
 }  # fmt: skip
 WHOLE = {"patch_mode": "none", "train_resolution": 128}
@@ -134,7 +134,8 @@ def one(out: Path, name: str, options: dict[str, Any], subject: Path, seed: int)
     ranks = known.ranks(shown)
     asked = [prompt.split(" on a ")[1].split()[0] for prompt in prompts for _ in range(SEEDS)]
     texts = [prompt.replace("sks ", "") for prompt in prompts for _ in range(SEEDS)]
-    before = sorted((out / "work" / f"base-{subject.name}-{seed}").glob("drift-*.png")) if options else []
+    kept = sorted((out / "work" / f"base-{subject.name}-{seed}").glob("drift-*.png"))
+    before = [Image.open(path) for path in kept] if kept else images(work, DRIFT, 1, None)
     return found | {
         "top-1": sum(rank == 0 for rank in ranks) / len(ranks),
         "rank": float(np.median(ranks)),
@@ -142,7 +143,7 @@ def one(out: Path, name: str, options: dict[str, Any], subject: Path, seed: int)
         "CLIP-I": known.similarity(clip, shown),
         "CLIP-T": float((clip.embed_images(shown) * clip.embed_texts(texts)).sum(axis=1).mean()),
         "colour": sum(colour(image) == c for image, c in zip(shown, asked, strict=True)) / len(shown),
-        "kept": likeness(dino, [Image.open(path) for path in before], others) if before else 1.0,
+        "kept": likeness(dino, before, others),
         "seconds": time.perf_counter() - began,
     }
 

@@ -59,9 +59,7 @@ def probed_plan(
     path = directory / FILE
     found = files.read_json(path) if path.is_file() else {}
     if any(found.get(key) != value for key, value in made_from.items()):
-        yield Note(
-            f"No plan is known for a skip ratio of {ratio:g}; probing which blocks matter (--plan even does not)"
-        )
+        yield Note(f"Probing which blocks to skip at a ratio of {ratio:g}; --plan even takes both ends alike instead")
         (table,), _ = yield from probe_subject(model, dataset, probe, [{}])
         found = {"format": 1, "method": "probe", **made_from, **selection.as_json(table, depth)}
         files.write_json(path, found)

@@ -142,7 +142,7 @@ def test_training_takes_the_plan_of_a_ratio(small, quick):
 def test_without_a_plan_a_run_probes_first_and_says_so(quick):
     events = []
     result = train(quick(skip_ratio=0.2, iters=4), on_event=events.append)
-    assert any(isinstance(e, Note) and "probing which blocks matter" in e.message for e in events)
+    assert any(isinstance(e, Note) and "Probing which blocks" in e.message for e in events)
     found = files.read_json(result.adapter_path / "selection.json")
     plan = files.read_json(result.adapter_path / "adapter_config.json")["plan"]
     depth = found["depth"]
@@ -152,7 +152,7 @@ def test_without_a_plan_a_run_probes_first_and_says_so(quick):
     assert plan["runs"] == [run for run in ([0, n], [depth - m, depth]) if run[0] < run[1]]
     events.clear()
     train(quick(skip_ratio=0.2, iters=6, resume=True), on_event=events.append)
-    assert not any(isinstance(e, Note) and "probing" in e.message for e in events), "it is there already"
+    assert not any(isinstance(e, Note) and "Probing" in e.message for e in events), "it is there already"
 
 
 def test_a_recorded_plan_needs_no_probe(tiny_flux, tmp_path):
