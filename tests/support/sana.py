@@ -10,6 +10,7 @@ from mlx_blockskip.engine import files
 from mlx_blockskip.engine.sweep import Sample, forward
 from mlx_blockskip.engine.weights import BlockReader, Shards
 from mlx_blockskip.models.family import Tokens
+from mlx_blockskip.models.sana import ATTENTION, FEED_FORWARD
 from mlx_blockskip.models.sana import transformer as net
 
 TRANSFORMER = {
@@ -24,10 +25,7 @@ TRANSFORMER = {
     "caption_channels": 24,
     "sample_size": 8,
 }
-MODULES = (
-    *(f"{attention}.{name}" for attention in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v", "to_out.0")),
-    *("ff.conv_inverted", "ff.conv_point"),
-)
+MODULES = ATTENTION["sana"] + FEED_FORWARD["sana"]
 
 
 def random_transformer(**changes):
