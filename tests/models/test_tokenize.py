@@ -104,3 +104,48 @@ def test_t5_ids_are_cut_and_padded_as_by_transformers(length):
     np.testing.assert_array_equal(ids, np.array(theirs))
     whole = [len(reference(text)["input_ids"]) for text in TEXTS]
     assert cut == [count > length for count in whole]
+
+
+@pytest.fixture(params=["starts by itself", "does not"])
+def gemma(request, tmp_path):
+    """A tokenizer as Gemma's, of few pieces; its tokenizer.json puts the start token in front, or leaves it out."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{i:02X}>" for i in range(256))]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.train_from_iterator(PROMPTS, trainers.BpeTrainer(vocab_size=340, special_tokens=special))
+    if request.param == "starts by itself":
+        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    path = tmp_path / "tokenizer"
+    path.mkdir()
+    tokenizer.save(str(path / "tokenizer.json"))
+    config = {name: f"<{name.removesuffix('_token')}>" for name in ("pad_token", "eos_token", "bos_token", "unk_token")}
+    config |= {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "add_eos_token": False}
+    (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("length", [3, 24, 512])
+def test_gemma_ids_start_are_cut_and_padded_on_the_right_as_by_transformers(gemma, length):
+    pytest.importorskip("torch")
+    from transformers import GemmaTokenizer
+
+    reference = GemmaTokenizer.from_pretrained(str(gemma), padding_side="right")
+    start = "" if reference("")["input_ids"] else "<bos>"
+    started = [start + text for text in TEXTS]
+    theirs = reference(started, padding="max_length", max_length=length, truncation=True)
+    ids, mask, cut = tokenize.gemma_ids(gemma, TEXTS, length)
+    assert (ids[:, 0] == 2).all()
+    np.testing.assert_array_equal(ids, np.array(theirs["input_ids"]))
+    np.testing.assert_array_equal(mask, np.array(theirs["attention_mask"]))
+    assert cut == [len(reference(text)["input_ids"]) > length for text in started]
+
+
+def test_gemma_ids_without_a_start_token_are_refused(gemma):
+    config = json.loads((gemma / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (gemma / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": "<s>"}), encoding="utf-8")
+    with pytest.raises(UserError, match="start token '<s>'"):
+        tokenize.gemma_ids(gemma, ["a"], 8)

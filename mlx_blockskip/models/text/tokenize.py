@@ -1,4 +1,4 @@
-"""Token ids from a checkpoint's tokenizer directory, as transformers' CLIPTokenizer and T5TokenizerFast give them."""
+"""Token ids from a checkpoint's tokenizer directory, as transformers' tokenizers of CLIP, T5 and Gemma give them."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,6 +12,7 @@ from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+GEMMA_START = "<bos>"
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -25,9 +26,27 @@ def t5_ids(path: Path, prompts: Sequence[str], length: int) -> tuple[np.ndarray,
     return _ids(path, prompts, length)
 
 
-def _ids(path: Path, prompts: Sequence[str], length: int) -> tuple[np.ndarray, list[bool]]:
+def gemma_ids(path: Path, prompts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray, list[bool]]:
+    """(ids (B, length) int32, mask (B, length) int32, for each prompt whether it was cut): start, tokens, padding.
+
+    mask: 1 for the start and the tokens, 0 for padding, which is always on the right.
+    """
     tokenizer, pad = _tokenizer(path)
-    rows, cut = [], []
+    _starts(path, tokenizer)
+    ids, cut, counts = _encoded(tokenizer, pad, prompts, length)
+    return ids, (np.arange(length) < counts[:, None]).astype(np.int32), cut
+
+
+def _ids(path: Path, prompts: Sequence[str], length: int) -> tuple[np.ndarray, list[bool]]:
+    ids, cut, _ = _encoded(*_tokenizer(path), prompts, length)
+    return ids, cut
+
+
+def _encoded(
+    tokenizer: Tokenizer, pad: int, prompts: Sequence[str], length: int
+) -> tuple[np.ndarray, list[bool], np.ndarray]:
+    """(ids (B, length), whether each prompt was cut, how many ids of each are not padding (B,))."""
+    rows, cut, counts = [], [], []
     specials = tokenizer.num_special_tokens_to_add(is_pair=False)
     for prompt in prompts:
         tokens = tokenizer.encode(prompt, add_special_tokens=False).ids
@@ -36,7 +55,20 @@ def _ids(path: Path, prompts: Sequence[str], length: int) -> tuple[np.ndarray, l
         ids = tokenizer.encode(prompt).ids
         tokenizer.no_truncation()
         rows.append(ids + [pad] * (length - len(ids)))
-    return np.array(rows, np.int32).reshape(len(prompts), length), cut
+        counts.append(len(ids))
+    return np.array(rows, np.int32).reshape(len(prompts), length), cut, np.array(counts, np.int32)
+
+
+def _starts(path: Path, tokenizer: Tokenizer) -> None:
+    """Have every prompt start with Gemma's start token, also where tokenizer.json leaves that to transformers 4."""
+    token = _text(files.read_json(path / "tokenizer_config.json").get("bos_token")) or GEMMA_START
+    start = tokenizer.token_to_id(token)
+    if start is None:
+        raise UserError(f"{path}: its start token {token!r} is not in its vocabulary; get the tokenizer again")
+    if tokenizer.encode("").ids[:1] != [start]:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[token, "$A"], pair=[token, "$A", "$B"], special_tokens=[(token, start)]
+        )
 
 
 @lru_cache(maxsize=4)
