@@ -1,4 +1,4 @@
-"""Rows of the networks that families share: CLIP's text tower, the T5 encoder, AutoencoderKL."""
+"""Rows of the networks that families share: CLIP's text tower, T5's and Gemma-2's encoders, AutoencoderKL and DC-AE."""
 
 import re
 from collections.abc import Mapping
@@ -7,8 +7,11 @@ from typing import Any
 
 from mlx_blockskip.converters.table import Component, Row, conv, linear, norm
 
+from mlx_blockskip.models.text import gemma2
+from mlx_blockskip.models.vae import dc_ae
+
 NEVER_FLOAT16 = {"float16": "bfloat16"}
-"""T5 and the VAE overflow in float16."""
+"""T5, Gemma-2 and the VAEs overflow in float16."""
 
 
 def block_of(pattern: str, name: str) -> str | None:
@@ -78,6 +81,32 @@ def t5_encoder(folder: str, config: Mapping[str, Any]) -> Component:
     )
 
 
+def gemma2_encoder(folder: str, config: Mapping[str, Any]) -> Component:
+    """transformers Gemma2Model; a Gemma2ForCausalLM puts `model.` before every name, and may have a head."""
+    gemma2.check(config)
+    width, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    queries, keys = head * config["num_attention_heads"], head * config["num_key_value_heads"]
+    bias = bool(config.get("attention_bias"))
+    rows = [Row("embed_tokens.weight", (config["vocab_size"], width)), *norm("norm", width, bias=False)]
+    for i in range(config["num_hidden_layers"]):
+        layer = f"layers.{i}"
+        for part, out in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+            rows += linear(f"{layer}.self_attn.{part}", out, width, bias=bias)
+        rows += linear(f"{layer}.self_attn.o_proj", width, queries, bias=bias)
+        for part in ("gate_proj", "up_proj"):
+            rows += linear(f"{layer}.mlp.{part}", inner, width, bias=False)
+        rows += linear(f"{layer}.mlp.down_proj", width, inner, bias=False)
+        for part in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
+            rows += norm(f"{layer}.{part}_layernorm", width, bias=False)
+    return Component(
+        folder,
+        tuple(replace(row, aliases=(f"model.{row.name}",)) for row in rows),
+        block=lambda name: block_of(r"layers\.\d+\.", name),
+        ignored=lambda name: name == "lm_head.weight",
+        dtypes=NEVER_FLOAT16,
+    )
+
+
 def autoencoder_kl(folder: str, config: Mapping[str, Any]) -> Component:
     """diffusers AutoencoderKL; older checkpoints name the attention's layers query, key, value, proj_attn."""
     widths, per_level, latent = config["block_out_channels"], config["layers_per_block"], config["latent_channels"]
@@ -124,3 +153,58 @@ def _middle(name: str, width: int, attends: bool) -> list[Row]:
             aliases = (f"{attention}.{legacy}",)
             rows += linear(f"{attention}.{new}", width, width, role="plain", fix="pointwise", aliases=aliases)
     return rows
+
+
+def autoencoder_dc(folder: str, config: Mapping[str, Any]) -> Component:
+    """diffusers AutoencoderDC; its halves are a shard each, because a phase needs one of them."""
+    config = dc_ae.complete(config)
+    channels, latent, head = config["in_channels"], config["latent_channels"], config["attention_head_dim"]
+    down, up = dc_ae.levels(config, "encoder"), dc_ae.levels(config, "decoder")
+    unshuffle = 4 if config["downsample_block_type"] == "pixel_unshuffle" else 1
+    shuffle = 4 if config["upsample_block_type"] == "pixel_shuffle" else 1
+    if down[0].layers:
+        rows = conv("encoder.conv_in", down[0].width, channels, 3)
+    else:
+        rows = conv("encoder.conv_in.conv", down[1].width // unshuffle, channels, 3)
+    for i, level in enumerate(down):
+        for j in range(level.layers):
+            rows += _dc_block(f"encoder.down_blocks.{i}.{j}", level, head)
+        if i < len(down) - 1 and level.layers:
+            name = f"encoder.down_blocks.{i}.{level.layers}.conv"
+            rows += conv(name, down[i + 1].width // unshuffle, level.width, 3)
+    rows += conv("encoder.conv_out", latent, down[-1].width, 3)
+    rows += conv("decoder.conv_in", up[-1].width, latent, 3)
+    for i, level in enumerate(up):
+        first = 1 if i < len(up) - 1 and level.layers else 0
+        if first:
+            rows += conv(f"decoder.up_blocks.{i}.0.conv", level.width * shuffle, up[i + 1].width, 3)
+        for j in range(level.layers):
+            rows += _dc_block(f"decoder.up_blocks.{i}.{first + j}", level, head)
+    width = up[0].width if up[0].layers else up[1].width
+    rows += norm("decoder.norm_out", width)
+    if up[0].layers:
+        rows += conv("decoder.conv_out", channels, width, 3)
+    else:
+        rows += conv("decoder.conv_out.conv", channels * shuffle, width, 3)
+    return Component(folder, tuple(rows), lambda name: block_of(r"(en|de)coder\.", name), dtypes=NEVER_FLOAT16)
+
+
+def _dc_block(name: str, level: dc_ae.Level, head: int) -> list[Row]:
+    width = level.width
+    if level.block == "ResBlock":
+        rows = conv(f"{name}.conv1", width, width, 3) + conv(f"{name}.conv2", width, width, 3, bias=False)
+        return rows + norm(f"{name}.norm", width)
+    inner, attn, gated = width // head * head, f"{name}.attn", f"{name}.conv_out"
+    rows = []
+    for part in "qkv":
+        rows += linear(f"{attn}.to_{part}", inner, width, bias=False, role="plain")
+    for i, kernel in enumerate(level.kernels):
+        scale = f"{attn}.to_qkv_multiscale.{i}"
+        rows += conv(f"{scale}.proj_in", 3 * inner, 1, kernel, bias=False)
+        rows += linear(f"{scale}.proj_out", 3 * inner, head, bias=False, role="plain", fix="pointwise")
+    rows += linear(f"{attn}.to_out", width, inner * (1 + len(level.kernels)), bias=False, role="plain")
+    rows += norm(f"{attn}.norm_out", width)
+    rows += linear(f"{gated}.conv_inverted", 8 * width, width, role="plain", fix="pointwise")
+    rows += conv(f"{gated}.conv_depth", 8 * width, 1, 3)
+    rows += linear(f"{gated}.conv_point", width, 4 * width, bias=False, role="plain", fix="pointwise")
+    return rows + norm(f"{gated}.norm", width)

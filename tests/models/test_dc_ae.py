@@ -1,0 +1,188 @@
+"""AutoencoderDC against diffusers, and streams of rows against whole maps."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_blockskip.converters import run
+from mlx_blockskip.converters.encoders import autoencoder_dc
+from mlx_blockskip.converters.source import open_source
+from support.compare import assert_parity, relative_error
+
+from mlx_blockskip.engine import files
+from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.weights import Shards
+from mlx_blockskip.models.vae import dc_ae
+
+RES, VIT = "ResBlock", "EfficientViTBlock"
+
+
+def both(**options):
+    """The same option for the encoder and the decoder."""
+    return {f"{half}_{name}": value for name, value in options.items() for half in ("encoder", "decoder")}
+
+
+SMALL = {
+    **both(block_types=(RES, RES, VIT), block_out_channels=(8, 16, 16), layers_per_block=(1, 1, 2)),
+    **both(qkv_multiscales=((), (), (5,))),
+    "latent_channels": 4,
+    "attention_head_dim": 4,
+    "downsample_block_type": "Conv",
+    "upsample_block_type": "interpolate",
+    "scaling_factor": 0.4,
+}
+SHUFFLED = {"downsample_block_type": "pixel_unshuffle", "upsample_block_type": "pixel_shuffle"}
+BRANCHES = {
+    "as SANA's": {},
+    "shuffled": SHUFFLED,
+    "no shortcuts": {"encoder_out_shortcut": False, "decoder_in_shortcut": False},
+    "first level empty": both(layers_per_block=(0, 2, 1)),
+    "first level empty, shuffled": {**both(layers_per_block=(0, 2, 1)), **SHUFFLED},
+    "residual blocks only": {**both(block_types=RES), **SHUFFLED},
+    "attention only": both(block_types=VIT, qkv_multiscales=((), (3,), (3, 7, 5))),
+    "activations": {"decoder_act_fns": ("relu", "gelu", "silu"), "decoder_conv_act_fn": "mish"},
+    "halves that differ": {"decoder_block_out_channels": (4, 8, 32), "encoder_layers_per_block": (2, 1, 1)},
+    "heads that leave channels": {"attention_head_dim": 6},
+}
+SANA = {
+    **both(block_types=(RES,) * 3 + (VIT,) * 3, qkv_multiscales=((), (), (), (5,), (5,), (5,))),
+    **both(block_out_channels=(128, 256, 512, 512, 1024, 1024)),
+    "encoder_layers_per_block": (2, 2, 2, 3, 3, 3),
+    "decoder_layers_per_block": (3, 3, 3, 3, 3, 3),
+    "downsample_block_type": "conv",
+    "upsample_block_type": "interpolate",
+    "scaling_factor": 0.41407,
+}
+"""The published config of dc-ae-f32c32-sana-1.0."""
+
+
+def small(tmp_path, **changes):
+    torch = pytest.importorskip("torch")
+    from diffusers import AutoencoderDC
+
+    torch.manual_seed(0)
+    model = AutoencoderDC(**{**SMALL, **changes}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "hf")
+    config = files.read_json(tmp_path / "hf" / "config.json")
+    made, source = autoencoder_dc("hf", config), open_source(tmp_path / "hf")
+    run.check_rows(made, source)
+    (tmp_path / "mlx").mkdir()
+    list(run.write_component(made, source, tmp_path / "mlx", run.Precision("float32")))
+    shards = Shards(tmp_path / "mlx")
+    return torch, model, shards.load(shards.names), config
+
+
+def pictures(*shape):
+    return np.random.default_rng(0).uniform(-1, 1, (*shape, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("changes", BRANCHES.values(), ids=BRANCHES)
+@pytest.mark.parametrize("shape", [(2, 24, 40), (1, 8, 8), (2, 4, 4)], ids=str)
+def test_equals_diffusers_on_random_configs(tmp_path, changes, shape):
+    """At 8 x 8 and 4 x 4 pixels the deepest maps have no more pixels than a head has channels."""
+    torch, model, weights, config = small(tmp_path, **changes)
+    pixels = pictures(*shape)
+    with torch.no_grad():
+        z = model.encode(torch.from_numpy(pixels.transpose(0, 3, 1, 2))).latent
+        decoded = model.decode(z).sample
+    ours = dc_ae.encode(weights, config, mx.array(pixels))
+    assert_parity("AutoencoderDC encode", ours.transpose(0, 3, 1, 2), z.numpy())
+    pixels = dc_ae.decode(weights, config, mx.array(z.numpy().transpose(0, 2, 3, 1)))
+    assert_parity("AutoencoderDC decode", pixels.transpose(0, 3, 1, 2), decoded.numpy())
+    assert relative_error(dc_ae.scale(ours, config), 0.4 * ours) <= 1e-6
+    assert relative_error(dc_ae.unscale(dc_ae.scale(ours, config), config), ours) <= 1e-6
+
+
+@pytest.mark.parametrize("changes", [{}, SHUFFLED, BRANCHES["attention only"]], ids=["conv", "shuffled", "attention"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7])
+def test_strips_of_every_size_give_the_same_as_none(tmp_path, rows, changes):
+    _, _, weights, config = small(tmp_path, **changes)
+    pixels = mx.array(pictures(2, 28, 20))
+    whole = dc_ae.encode(weights, config, pixels, rows=1000)
+    assert relative_error(dc_ae.encode(weights, config, pixels, rows=rows), whole) <= 1e-5
+    decoded = dc_ae.decode(weights, config, whole, rows=1000)
+    assert relative_error(dc_ae.decode(weights, config, whole, rows=rows), decoded) <= 1e-5
+
+
+def test_no_map_of_a_residual_level_is_ever_whole(tmp_path):
+    """Pixels go through several layers some rows at a time: less than one map of the first level is in memory."""
+    _, _, weights, config = small(tmp_path)
+    pixels = mx.array(pictures(1, 1024, 256))
+    mx.eval(weights, pixels)
+    z = dc_ae.encode(weights, config, pixels)
+    for work in (lambda: dc_ae.encode(weights, config, pixels, 4), lambda: dc_ae.decode(weights, config, z, 4)):
+        mx.reset_peak_memory()
+        start = mx.get_active_memory()
+        mx.eval(work())
+        assert mx.get_peak_memory() - start <= 1024 * 256 * 8 * 4
+
+
+def test_bfloat16_stays_bfloat16_and_is_near(tmp_path):
+    _, _, weights, config = small(tmp_path)
+    pixels = mx.array(pictures(1, 24, 24))
+    exact = dc_ae.decode(weights, config, dc_ae.encode(weights, config, pixels))
+    rounded = {name: tensor.astype(mx.bfloat16) for name, tensor in weights.items()}
+    z = dc_ae.encode(rounded, config, pixels.astype(mx.bfloat16))
+    decoded = dc_ae.decode(rounded, config, z)
+    assert z.dtype == decoded.dtype == mx.bfloat16
+    assert relative_error(decoded.astype(mx.float32), exact) <= 0.1
+
+
+def test_the_rows_fit_the_published_size():
+    torch = pytest.importorskip("torch")
+    from diffusers import AutoencoderDC
+
+    with torch.device("meta"):
+        left = {name: tuple(tensor.shape) for name, tensor in AutoencoderDC(**SANA).state_dict().items()}
+    component = autoencoder_dc("vae", SANA)
+    for row in component.rows:
+        assert row.fits(left.pop(row.name)), row
+    assert not left
+    assert {component.block(row.name) for row in component.rows} == {"encoder.", "decoder."}
+    assert dc_ae.factor(SANA) == 32
+
+
+def test_options_that_a_config_leaves_out_are_those_of_diffusers():
+    pytest.importorskip("torch")
+    import inspect
+
+    from diffusers import AutoencoderDC
+
+    theirs = {k: p.default for k, p in inspect.signature(AutoencoderDC.__init__).parameters.items() if k != "self"}
+    assert dict(dc_ae.DEFAULTS) == theirs
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"encoder_block_types": ("ResBlock", "ResBlock", "MBConv")},
+        {"decoder_norm_types": ("batch_norm", "rms_norm", "rms_norm")},
+        {"decoder_act_fns": "relu6"},
+        {"decoder_conv_act_fn": "tanh"},
+        {"downsample_block_type": "pool"},
+        {"upsample_block_type": "bicubic"},
+        {"decoder_qkv_multiscales": ((), (), (4,))},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_options_that_are_not_implemented_are_refused_by_name(change):
+    with pytest.raises(UserError, match=f"AutoencoderDC: {next(iter(change))}"):
+        dc_ae.complete({**SMALL, **change})
+    with pytest.raises(UserError, match=next(iter(change))):
+        autoencoder_dc("vae", {**SMALL, **change})
+
+
+@pytest.mark.parametrize("name", ["encoder_layers_per_block", "decoder_qkv_multiscales", "decoder_act_fns"])
+def test_options_of_different_lengths_are_refused(name):
+    changed = {**dc_ae.complete(SMALL), name: ("silu",) * 2}
+    with pytest.raises(UserError, match=f"{name} is of 2 levels, and its widths of 3"):
+        dc_ae.levels(changed, name.split("_")[0])
+
+
+@pytest.mark.parametrize("size", [(30, 32), (32, 30)])
+def test_sides_that_do_not_divide_are_refused(size):
+    with pytest.raises(UserError, match="sides are multiples of 4"):
+        dc_ae.encode({}, SMALL, mx.zeros((1, *size, 3)))
