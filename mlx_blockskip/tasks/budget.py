@@ -18,6 +18,9 @@ from mlx_blockskip.tasks.precompute import together
 from mlx_blockskip.tasks.samples import WAITING as CLASS_WAITING
 
 AUTO = "auto"
+MARGIN = 1.1
+"""What is proposed has to fit with this much to spare: a peak differs by an operation's output from run to run."""
+
 LEAST = 0
 """A budget of 0 asks for the least that is possible, whatever that is; nothing is refused then."""
 
@@ -133,7 +136,7 @@ def _smaller_training(settings: TrainSettings, model: DiffusionModel, plan: Skip
     ]
     for change in milder:
         changed = replace(settings, **change)
-        if changed != settings and max(p.peak for p in training_phases(changed, model, plan)) <= budget:
+        if changed != settings and MARGIN * max(p.peak for p in training_phases(changed, model, plan)) <= budget:
             yield " ".join(
                 f"--{name.replace('_', '-')} {value}"
                 for name, value in change.items()
@@ -148,5 +151,5 @@ def _smaller_generation(settings: GenerateSettings, model: DiffusionModel, image
     for share, count in ((1, 1), (0.75, 1), (0.5, 1), (0.25, 1)):
         w, h = (max(g, int(side * share) // g * g) for side in (width, height))
         changed = replace(settings, width=w, height=h, n_images=1)
-        if max(phase.peak for phase in generation_phases(changed, model, count)) <= budget:
+        if MARGIN * max(phase.peak for phase in generation_phases(changed, model, count)) <= budget:
             yield "one image at a time" if share == 1 else f"--width {w} --height {h}"

@@ -41,8 +41,10 @@ def test_what_must_shrink_shrinks(told):
         assert sizes == sorted(sizes, reverse=True)
     for precision in task.PRECISIONS:
         train = [next(p for p in by[precision, ratio].phases if p.name == "train") for ratio in task.RATIOS]
-        assert [p.read for p in train] == sorted((p.read for p in train), reverse=True)
-        assert [p.seconds for p in train] == sorted((p.seconds for p in train), reverse=True)
+        # between them it depends on the plan: the model's own for 40 % retains one double block more than for 30 %
+        for of in ("read", "seconds"):
+            values = [getattr(p, of) for p in train]
+            assert values[0] == max(values) > min(values) == values[-1]
 
 
 def test_the_size_is_that_of_the_converted_model(told, tmp_path):

@@ -2,6 +2,7 @@
 
 import gc
 import re
+import shutil
 
 import mlx.core as mx
 import pytest
@@ -48,21 +49,31 @@ def peaks(run, **options):
     return found
 
 
-def assert_predicted(phases, measured):
-    for phase in phases:
-        share = phase.peak / measured[phase.name]
-        shown = f"{phase.name}: predicted {phase.peak / 2**20:.2f} MiB, measured {measured[phase.name] / 2**20:.2f}"
-        assert 0.95 <= share <= 1.10, shown
+def assert_predicted(predict, measure, names):
+    """Within -5 and +10 %. Tiny peaks differ by an operation's output when threads race, so there are three tries."""
+    for last in (False, False, True):
+        measured = measure()
+        phases = [phase for phase in predict() if phase.name in names]
+        shares = {phase.name: phase.peak / measured[phase.name] for phase in phases}
+        if all(0.95 <= share <= 1.10 for share in shares.values()):
+            return
+        assert not last, f"predicted / measured: {shares}"
 
 
 @pytest.mark.parametrize("options", SETTINGS)
 def test_training_takes_what_is_predicted(tiny_flux, tmp_path, options):
     settings = training(tiny_flux, tmp_path, iters=3, memory_budget="0", patch_mode="resize", **options)
-    measured = peaks(train, settings=settings)
-    model = open_model(tiny_flux, 0)
-    settings = job.complete(settings, model)
-    phases = budget.training_phases(settings, model, plans.likely_plan(settings, model))
-    assert_predicted([p for p in phases if p.name in ("precompute", "train")], measured)
+
+    def predict():
+        model = open_model(tiny_flux, 0)
+        whole = job.complete(settings, model)
+        return budget.training_phases(whole, model, plans.likely_plan(whole, model))
+
+    def measure():
+        shutil.rmtree(tmp_path / "a", ignore_errors=True)
+        return peaks(train, settings=settings)
+
+    assert_predicted(predict, measure, ("precompute", "train"))
 
 
 @pytest.mark.parametrize(
@@ -73,10 +84,12 @@ def test_generation_takes_what_is_predicted(tiny_flux, tmp_path, width, height, 
         model=str(tiny_flux), prompt=["a cat"], width=width, height=height, n_images=count, steps=steps,
         memory_budget="0", output=str(tmp_path / "o.png"),
     )  # fmt: skip
-    measured = peaks(generate, settings=settings)
-    model = open_model(tiny_flux, 0)
-    phases = budget.generation_phases(complete(settings, model), model, count)
-    assert_predicted([phase for phase in phases if phase.name == "generate"], measured)
+
+    def predict():
+        model = open_model(tiny_flux, 0)
+        return budget.generation_phases(complete(settings, model), model, count)
+
+    assert_predicted(predict, lambda: peaks(generate, settings=settings), ("generate",))
 
 
 def test_images_beyond_the_traced_sizes_follow_the_line(tiny_flux, monkeypatch):
@@ -103,8 +116,10 @@ def test_training_that_cannot_fit_is_refused_before_it_begins_and_what_it_names_
     assert not [event for event in events if isinstance(event, Phase)]
     assert not list((tmp_path / "a").glob("*"))
     need = re.search(r"takes (\d+MB) at least", str(refused.value))[1]
-    change = re.search(r"the nearest that fits: --(\S+) (\d+)", str(refused.value))
-    for fitting in ({"memory_budget": need}, {change[1].replace("-", "_"): int(change[2])}):
+    named = str(refused.value).split("the nearest that fits: ")[1]
+    change = {name.replace("-", "_"): int(value) for name, value in re.findall(r"--(\S+) (\d+)", named)}
+    assert change
+    for fitting in ({"memory_budget": need}, change):
         directory = tmp_path / next(iter(fitting))
         found = peaks(train, settings=training(tiny_flux, directory, **{**options, **fitting, "iters": 2}))
         limit = budget.budget_of(fitting.get("memory_budget", "6MB"))
