@@ -11,7 +11,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-TESTS = ("models", "test_pipeline.py", "convert/test_peft.py")
+TESTS = ("models", "test_pipeline.py", "test_flow.py", "convert")
 
 if __name__ == "__main__":
     root = Path(__file__).parents[2]
