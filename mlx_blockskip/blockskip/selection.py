@@ -119,7 +119,6 @@ def probe(
     trainable: Mapping[int, Trainable] | None = None,
     velocity: Callable[[int, State], mx.array],
     wait: Callable[[Sample], Sample] = lambda sample: sample,
-    on_block: Callable[[int], None] | None = None,
 ) -> Probed:
     """How far the predicted velocity goes from that with full attention, for every variant, in one sweep.
 
@@ -147,7 +146,7 @@ def probe(
                 whose.append((i, (LAST, depth - boundary)))
         count += len(waiting)
 
-    forward(stack, reader, waiting, trainable=trainable, on_boundary=join, on_block=on_block)
+    forward(stack, reader, waiting, trainable=trainable, on_boundary=join)
     full = [velocity(i, sample.state) for i, sample in enumerate(samples)]
     found: list[dict[Variant, float]] = [{} for _ in samples]
     for (i, variant), sample in zip(whose[len(samples) :], waiting[len(samples) :], strict=True):

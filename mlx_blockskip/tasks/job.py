@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_blockskip import lora
 from mlx_blockskip.blockskip.patches import PatchSettings
-from mlx_blockskip.blockskip.plan import SkipPlan
+from mlx_blockskip.blockskip.plan import DEFAULT_RATIO, SkipPlan
 from mlx_blockskip.blockskip.residuals import Layout
 from mlx_blockskip.data import Dataset, load_dataset
 from mlx_blockskip.engine import files
@@ -23,7 +23,7 @@ from mlx_blockskip.tasks.recipe import Recipe
 from mlx_blockskip.tasks.samples import class_images
 
 FALLBACK: dict[str, Any] = {
-    "skip_ratio": 0.5,
+    "skip_ratio": DEFAULT_RATIO,
     "patch_mode": "dynamic",
     "rank": 16,
     "learning_rate": 1e-4,

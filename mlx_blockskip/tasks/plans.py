@@ -33,16 +33,20 @@ def known_plan(settings: TrainSettings, model: DiffusionModel) -> SkipPlan | Non
             depth, ratio=settings.skip_ratio, first=settings.skip_first, last=settings.skip_last, file=settings.plan
         )
     if settings.plan == EVEN or plans.budget(ratio, depth) == 0:
-        return SkipPlan.from_ratio(ratio, depth)
+        return even_plan(settings, model)
     if settings.plan == AUTO or f"{ratio:g}" not in recorded:
         return None
     return plans.choose(depth, ratio=ratio, recorded=recorded)
 
 
+def even_plan(settings: TrainSettings, model: DiffusionModel) -> SkipPlan:
+    """As many blocks at the start as at the end."""
+    return SkipPlan.from_ratio(_ratio(settings), model.stack.depth)
+
+
 def likely_plan(settings: TrainSettings, model: DiffusionModel) -> SkipPlan:
     """The plan, or one of the same ratio where it has to be found first: for what a run takes."""
-    known = known_plan(settings, model)
-    return SkipPlan.from_ratio(_ratio(settings), model.stack.depth) if known is None else known
+    return known_plan(settings, model) or even_plan(settings, model)
 
 
 def probed_plan(

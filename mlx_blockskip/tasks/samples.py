@@ -72,10 +72,7 @@ def class_images(
     made_from: dict[str, Any] = {
         "model": model.identity, "defaults": model.defaults, "prompts": list(prompts), "side": side, "seed": seed,
     }  # fmt: skip
-    record = directory / "made_from.json"
-    if not record.is_file() or files.read_json(record) != made_from:
-        with files.atomic_directory(directory, replace=True) as temporary:
-            files.write_json(temporary / record.name, made_from)
+    begin_directory(directory, made_from)
     names = [f"{i:04d}.png" for i in range(count)]
     for surplus in {path.name for path in directory.glob("*.png")} - set(names):
         (directory / surplus).unlink()
@@ -85,6 +82,14 @@ def class_images(
         yield from _write_class_images(model, texts, missing, side, [directory / name for name in names], seed)
     files.write_text(directory / "metadata.jsonl", "".join(map(data.metadata_line, names, texts)))
     return data.load_dataset(directory)
+
+
+def begin_directory(directory: Path, made_from: Mapping[str, Any]) -> None:
+    """Have a directory for images made from this: it is emptied where they were made from something else."""
+    record = directory / "made_from.json"
+    if not record.is_file() or files.read_json(record) != made_from:
+        with files.atomic_directory(directory, replace=True) as temporary:
+            files.write_json(temporary / record.name, made_from)
 
 
 def _write_class_images(

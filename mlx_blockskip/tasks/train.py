@@ -31,7 +31,7 @@ from mlx_blockskip.tasks.checkpoints import State
 from mlx_blockskip.tasks.job import Job, complete, prepare
 from mlx_blockskip.tasks.moments import Moments
 from mlx_blockskip.tasks.phases import phase
-from mlx_blockskip.tasks.plans import known_plan, likely_plan, probed_plan
+from mlx_blockskip.tasks.plans import even_plan, known_plan, probed_plan
 from mlx_blockskip.tasks.precompute import compute_chunk
 from mlx_blockskip.tasks.resolve import open_named
 from mlx_blockskip.tasks.samples import write_samples
@@ -65,7 +65,7 @@ def train(settings: TrainSettings) -> Generator[Event, None, TrainResult]:
     model = yield from open_named(settings.model, budget_of(settings.memory_budget))
     settings = complete(settings, model)
     plan = known_plan(settings, model)
-    ample = check_training(settings, model, likely_plan(settings, model))
+    ample = check_training(settings, model, plan or even_plan(settings, model))
     with files.lock(directory / ".lock"):
         if plan is None:
             plan = yield from probed_plan(settings, model, dataset, directory)

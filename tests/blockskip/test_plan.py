@@ -188,6 +188,13 @@ def test_ways_of_giving_a_plan_exclude_each_other(given, message):
         choose(8, **given)
 
 
+def test_a_ratio_does_not_go_with_a_file_of_a_single_plan(tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps({"depth": 8, "runs": [[2, 3]]}))
+    with pytest.raises(UserError, match="--skip-ratio and --plan: .*give only one"):
+        choose(8, ratio=0.5, file=str(path))
+
+
 @pytest.mark.parametrize("text", [None, "", "{", "[1, 2"])
 def test_a_plan_file_that_cannot_be_read_is_named(tmp_path, text):
     path = tmp_path / "plan.json"

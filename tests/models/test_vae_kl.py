@@ -3,15 +3,12 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_blockskip.converters import run
 from mlx_blockskip.converters.encoders import autoencoder_kl
-from mlx_blockskip.converters.source import open_source
+from support.autoencoder import random_autoencoder
 from support.compare import assert_parity, relative_error
 from support.golden import GOLDEN
 
-from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.weights import Shards
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.models.vae import kl
 
@@ -29,20 +26,7 @@ def small(tmp_path, **changes):
     torch = pytest.importorskip("torch")
     from diffusers import AutoencoderKL
 
-    torch.manual_seed(0)
-    model = AutoencoderKL(**{**SMALL, **changes}).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(tmp_path / "hf")
-    config = files.read_json(tmp_path / "hf" / "config.json")
-    made, source = autoencoder_kl("hf", config), open_source(tmp_path / "hf")
-    run.check_rows(made, source)
-    (tmp_path / "mlx").mkdir()
-    list(run.write_component(made, source, tmp_path / "mlx", run.Precision("float32")))
-    shards = Shards(tmp_path / "mlx")
-    return torch, model, shards.load(shards.names), config
+    return torch, *random_autoencoder(tmp_path, AutoencoderKL, {**SMALL, **changes}, autoencoder_kl)
 
 
 @pytest.mark.parametrize(

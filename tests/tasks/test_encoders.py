@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 from support.models import assets
+from support.tasks import drive
 
 from mlx_blockskip import convert
 from mlx_blockskip.engine.errors import UserError
@@ -12,15 +13,6 @@ from mlx_blockskip.events import Note
 from mlx_blockskip.tasks import encoders, hub
 from mlx_blockskip.tasks.encoders import clip_encoder, vision_encoder
 from mlx_blockskip.tasks.resolve import cache_directory
-
-
-def drive(task):
-    events = []
-    while True:
-        try:
-            events.append(next(task))
-        except StopIteration as done:
-            return done.value, events
 
 
 @pytest.fixture(autouse=True)

@@ -10,21 +10,13 @@ import pytest
 from huggingface_hub import errors
 from mlx_blockskip.converters import flux1
 from support.models import assets
+from support.tasks import drive
 
 from mlx_blockskip import convert
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note
 from mlx_blockskip.tasks import hub
 from mlx_blockskip.tasks.resolve import cache_directory, resolve
-
-
-def drive(task):
-    events = []
-    while True:
-        try:
-            events.append(next(task))
-        except StopIteration as done:
-            return done.value, events
 
 
 @pytest.fixture(autouse=True)
