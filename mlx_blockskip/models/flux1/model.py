@@ -1,19 +1,17 @@
 """An opened FLUX.1 model directory: the transformer's stack, its text encoders and its VAE, each read when needed."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from hashlib import sha256
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_blockskip.engine import files
-from mlx_blockskip.engine.stack import Weights
-from mlx_blockskip.engine.weights import BlockReader, Shards
+from mlx_blockskip.engine.weights import Shards
 from mlx_blockskip.models.family import Encoded, Posterior, Prompt, Size, Tokens
 from mlx_blockskip.models.flux1 import transformer as net
 from mlx_blockskip.models.flux1.transformer import Context
 from mlx_blockskip.models.layers import linear
+from mlx_blockskip.models.opened import Opened
 from mlx_blockskip.models.text import clip, t5, tokenize
 from mlx_blockskip.models.vae import kl
 
@@ -21,48 +19,20 @@ CLIP_LENGTH = 77
 COMPONENTS = ("transformer", "text_encoder", "text_encoder_2", "vae")
 
 
-class Flux1:
+class Flux1(Opened):
     """See `mlx_blockskip.models.family.DiffusionModel` for the methods' contract."""
 
     def __init__(self, path: Path, budget: int | None, defaults: Mapping[str, Any]):
-        self.path = path
-        self.budget = budget
-        self.defaults = defaults
-        self.shards = Shards(path / "transformer")
-        self.config = self.shards.config
-        self.stack = net.stack(self.config)
-        self.reader = BlockReader(self.shards, self.stack, budget)
-        self.scheduler: Mapping[str, Any] = files.read_json(path / "scheduler" / "scheduler_config.json")
-        self.vae = Shards(path / "vae")
-        self.vae_factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        super().__init__(path, budget, defaults, COMPONENTS, net.stack, kl.factor)
         self.granularity = 2 * self.vae_factor
-        self.identity = sha256("".join(Shards(path / name).identity for name in COMPONENTS).encode()).hexdigest()
-        self._rest: dict[str, Weights] = {}
         self._rope: dict[tuple[int, Size], tuple[mx.array, mx.array]] = {}
 
-    @property
-    def dtype(self) -> mx.Dtype:
-        return self.weights("proj_out")["proj_out.weight"].dtype
-
-    def weights(self, *modules: str) -> Weights:
-        """The weights outside the blocks, by module; they stay until `release`."""
-        merged: dict[str, mx.array] = {}
-        for module in modules:
-            if module not in self._rest:
-                self._rest[module] = self.shards.load(self.shards.under(module + "."))
-            merged |= self._rest[module]
-        return merged
-
-    def release(self) -> None:
-        """Let go of the weights outside the blocks and of the blocks that were kept."""
-        self._rest.clear()
-        self.reader.release()
-
-    def encode_prompts(self, prompts: Sequence[str], max_length: int) -> Encoded:
+    def encode_prompts(self, prompts: Sequence[str], max_length: int, negatives: Sequence[str] = ()) -> Encoded:
         """`prompt_embeds` (1, max_length, T5 width) and `pooled` (1, CLIP width) for each prompt.
 
         The token length is part of the model: FLUX.1 attends to padding.
         """
+        prompts = [*prompts, *negatives]
         clip_ids, _ = tokenize.clip_ids(self.path / "tokenizer", prompts, CLIP_LENGTH)
         t5_ids, truncated = tokenize.t5_ids(self.path / "tokenizer_2", prompts, max_length)
         pooled = self._sweep_text(clip.pooled, "text_encoder", clip_ids)
@@ -84,8 +54,8 @@ class Flux1:
 
     def encode_images(self, pixels: mx.array) -> Posterior:
         """Mean and log variance of the posterior, each (B, h, w, C): (B, H, W, 3) in [-1, 1]."""
-        weights = self._vae_weights(("encoder.", "quant_conv."))
-        return kl.encode(weights, self.vae.config, pixels.astype(_dtype_of(weights)))
+        weights, dtype = self.vae_weights(("encoder.", "quant_conv."))
+        return kl.encode(weights, self.vae.config, pixels.astype(dtype))
 
     def draw_latents(self, posterior: Posterior, noise: mx.array) -> mx.array:
         """A sample of the posterior, scaled: noise (B, h, w, C) -> (B, h, w, C)."""
@@ -95,15 +65,12 @@ class Flux1:
 
     def decode(self, latents: mx.array) -> mx.array:
         """(B, h, w, C) -> pixels (B, H, W, 3) in about [-1, 1], float32."""
-        weights = self._vae_weights(("decoder.", "post_quant_conv."))
+        weights, dtype = self.vae_weights(("decoder.", "post_quant_conv."))
         z = kl.unscale(latents.astype(mx.float32), self.vae.config)
-        return kl.decode(weights, self.vae.config, z.astype(_dtype_of(weights))).astype(mx.float32)
+        return kl.decode(weights, self.vae.config, z.astype(dtype)).astype(mx.float32)
 
-    def _vae_weights(self, prefixes: Iterable[str]) -> Weights:
-        return self.vae.load([name for prefix in prefixes for name in self.vae.under(prefix)])
-
-    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        return height // self.vae_factor, width // self.vae_factor, self.vae.config["latent_channels"]
+    def drawn_size(self, width: int, height: int) -> tuple[int, int]:
+        return width, height
 
     def token_count(self, size: Size) -> int:
         return size[0] * size[1] // 4
@@ -142,7 +109,3 @@ class Flux1:
 
     def head(self, tokens: Tokens, context: Context, modulation: tuple[mx.array, mx.array]) -> mx.array:
         return net.unpack(net.output(self.weights("proj_out"), tokens.image, modulation), context.size)
-
-
-def _dtype_of(weights: Weights) -> mx.Dtype:
-    return next(array.dtype for name, array in weights.items() if name.endswith("conv_in.weight"))

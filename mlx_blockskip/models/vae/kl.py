@@ -28,6 +28,11 @@ def check(config: Mapping[str, Any]) -> None:
             raise UserError(f"AutoencoderKL: {key}={config[key]!r} is not implemented; only {wanted} is")
 
 
+def factor(config: Mapping[str, Any]) -> int:
+    """Pixels a side of one latent."""
+    return int(2 ** (len(config["block_out_channels"]) - 1))
+
+
 def scale(z: mx.array, config: Mapping[str, Any]) -> mx.array:
     """Latents as the transformer sees them: (z - shift) x scale."""
     return (z - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]

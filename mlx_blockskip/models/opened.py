@@ -1,0 +1,67 @@
+"""What opened model directories of all families share: the transformer's stack, the VAE, and what stays of them."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_blockskip.engine import files
+from mlx_blockskip.engine.stack import Stack, Weights
+from mlx_blockskip.engine.weights import BlockReader, Shards
+
+
+class Opened:
+    """A directory with a `transformer`, a `vae` and a `scheduler`. components: the folders that make its identity.
+
+    make_stack: the transformer's config -> its blocks. factor: the VAE's config -> pixels a side of one latent.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        budget: int | None,
+        defaults: Mapping[str, Any],
+        components: Sequence[str],
+        make_stack: Callable[[Mapping[str, Any]], Stack],
+        factor: Callable[[Mapping[str, Any]], int],
+    ):
+        self.path = path
+        self.budget = budget
+        self.defaults = defaults
+        self.shards = Shards(path / "transformer")
+        self.config = self.shards.config
+        self.stack = make_stack(self.config)
+        self.reader = BlockReader(self.shards, self.stack, budget)
+        self.scheduler: Mapping[str, Any] = files.read_json(path / "scheduler" / "scheduler_config.json")
+        self.vae = Shards(path / "vae")
+        self.vae_factor = factor(self.vae.config)
+        self.identity = sha256("".join(Shards(path / name).identity for name in components).encode()).hexdigest()
+        self._rest: dict[str, Weights] = {}
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self.weights("proj_out")["proj_out.weight"].dtype
+
+    def weights(self, *modules: str) -> Weights:
+        """The weights outside the blocks, by module; they stay until `release`."""
+        merged: dict[str, mx.array] = {}
+        for module in modules:
+            if module not in self._rest:
+                self._rest[module] = self.shards.load(self.shards.under(module + ".") or [module])
+            merged |= self._rest[module]
+        return merged
+
+    def release(self) -> None:
+        """Let go of the weights outside the blocks and of the blocks that were kept."""
+        self._rest.clear()
+        self.reader.release()
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        return height // self.vae_factor, width // self.vae_factor, self.vae.config["latent_channels"]
+
+    def vae_weights(self, prefixes: Iterable[str]) -> tuple[Weights, mx.Dtype]:
+        """What is under these prefixes, and the type of its first convolution."""
+        weights = self.vae.load([name for prefix in prefixes for name in self.vae.under(prefix)])
+        return weights, next(array.dtype for name, array in weights.items() if ".conv_in." in name)
