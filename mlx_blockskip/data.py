@@ -31,11 +31,12 @@ class Example:
 class Dataset:
     """examples: sorted by file name. identity: a checksum of all images and captions.
 
-    warnings: what the user should hear about these images, a sentence each.
+    short_sides: of each example in pixels. warnings: what the user should hear about these images, a sentence each.
     """
 
     examples: tuple[Example, ...]
     identity: str
+    short_sides: tuple[int, ...]
     warnings: tuple[str, ...] = ()
 
 
@@ -65,10 +66,13 @@ def load_dataset(
     if not examples:
         raise UserError(f"{directory}: holds no images ({', '.join(s[1:] for s in SUFFIXES)})")
     state = hashlib.sha256()
+    sides = []
     for example in examples:
-        warnings += _read(example.path)[1]
+        image, problems = _read(example.path)
+        warnings += problems
+        sides.append(min(image.size))
         state.update(f"{files.sha256(example.path)} {example.caption!r}\n".encode())
-    return Dataset(tuple(examples), state.hexdigest(), tuple(dict.fromkeys(warnings)))
+    return Dataset(tuple(examples), state.hexdigest(), tuple(sides), tuple(dict.fromkeys(warnings)))
 
 
 def metadata_line(name: str, caption: str) -> str:
@@ -209,6 +213,21 @@ def to_image(pixels: np.ndarray) -> Image.Image:
     """The inverse, clipped and rounded. Source: diffusers VaeImageProcessor."""
     scaled = np.clip(pixels.astype(np.float32) / 2 + 0.5, 0, 1) * 255
     return Image.fromarray(np.round(scaled).astype(np.uint8))
+
+
+def fitted(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Scaled until it covers this size, and its middle cut out; itself where it has it.
+
+    Source: diffusers PixArtImageProcessor.resize_and_crop_tensor (bilinear between pixel centres, no averaging).
+    """
+    if image.size == (width, height):
+        return image
+    ratio = max(width / image.width, height / image.height)
+    across, down = int(image.width * ratio), int(image.height * ratio)
+    steps = (image.width / across, 0, 0, 0, image.height / down, 0)
+    scaled = image.transform((across, down), Image.Transform.AFFINE, steps, Image.Resampling.BILINEAR)
+    left, top = (across - width) // 2, (down - height) // 2
+    return scaled.crop((left, top, left + width, top + height))
 
 
 def grid(rows: list[list[Image.Image]], labels: list[Any] | None = None) -> Image.Image:

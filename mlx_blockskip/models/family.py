@@ -46,7 +46,8 @@ class DiffusionModel(Protocol):
 
     `context` splits into what `restore` can make again: `record` names the arrays that the blocks and the head take
     from a context besides the modulation, and `prompt_record` those of them that depend on the prompt alone.
-    `blank_prompt` is of the shapes and types of an encoded prompt, made without an encoder.
+    `blank_prompt` is of the shapes and types of an encoded prompt, made without an encoder. `encode_prompts` gives
+    the prompts and after them the negatives, in one sweep. An image of a size in pixels is drawn at its `drawn_size`.
     """
 
     path: Path
@@ -60,7 +61,7 @@ class DiffusionModel(Protocol):
     @property
     def dtype(self) -> mx.Dtype: ...
 
-    def encode_prompts(self, prompts: Sequence[str], max_length: int) -> Encoded: ...
+    def encode_prompts(self, prompts: Sequence[str], max_length: int, negatives: Sequence[str] = ()) -> Encoded: ...
 
     def blank_prompt(self, max_length: int) -> Prompt: ...
 
@@ -69,6 +70,8 @@ class DiffusionModel(Protocol):
     def draw_latents(self, posterior: Posterior, noise: mx.array) -> mx.array: ...
 
     def decode(self, latents: mx.array) -> mx.array: ...
+
+    def drawn_size(self, width: int, height: int) -> tuple[int, int]: ...
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]: ...
 

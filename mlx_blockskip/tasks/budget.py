@@ -91,14 +91,14 @@ def training_phases(settings: TrainSettings, model: DiffusionModel, plan: SkipPl
 
 def generation_phases(settings: GenerateSettings, model: DiffusionModel, images: int) -> list[Phase]:
     """What a step of all images takes, and decoding one."""
-    width, height = required(settings, "width", "height")
+    width, height = model.drawn_size(*required(settings, "width", "height"))
     return [_generating(settings, model, images), forecast.images(model, width, height, decoding=True)]
 
 
 def _generating(settings: GenerateSettings, model: DiffusionModel, images: int) -> Phase:
     width, height, length, steps = required(settings, "width", "height", "max_sequence_length", "steps")
     branches = 2 if (settings.cfg_scale or 1.0) > 1 else 1
-    tracer = Tracer(model, Shape(width, height, length, guidance=settings.guidance))
+    tracer = Tracer(model, Shape(*model.drawn_size(width, height), length, guidance=settings.guidance))
     prompts = images // settings.n_images + branches - 1
     return tracer.generate(steps, images * branches, prompts)
 

@@ -97,7 +97,7 @@ def estimate(settings: EstimateSettings) -> Generator[Event, None, list[Estimate
         )  # fmt: skip
         tracers["train"].train(range(first.stack.depth))
         yield track.step(2)
-        width, height = settings.width or 0, settings.height or 0
+        width, height = first.drawn_size(settings.width or 0, settings.height or 0)
         tracers["generate"] = Tracer(first, Shape(width, height, settings.max_sequence_length or 0), timed=True)
         drawing = [tracers["generate"].generate(settings.steps or 1)]
         yield track.step(3)

@@ -21,7 +21,7 @@ from mlx_blockskip.tasks.adapters import load_adapters
 from mlx_blockskip.tasks.budget import budget_of, check_generation
 from mlx_blockskip.tasks.phases import phase
 from mlx_blockskip.tasks.resolve import open_named
-from mlx_blockskip.tasks.sampling import Request, check_size, sample, seeded_noise, to_images
+from mlx_blockskip.tasks.sampling import Request, check_size, sample, seeded_noise, to_image
 from mlx_blockskip.tasks.trace import trace_paths, traced
 
 PNG_KEY = "mlx-blockskip"
@@ -71,7 +71,7 @@ def draw(
     model: DiffusionModel, settings: GenerateSettings, shots: Sequence[Shot], tree: lora.Tree
 ) -> Generator[Event, None, None]:
     """Make all images in one sweep a step, then decode and write one after the other. settings: `complete`."""
-    (count,) = required(settings, "steps")
+    count, width, height = required(settings, "steps", "width", "height")
     prompts = list(dict.fromkeys(shot.prompt for shot in shots))
     encoded, negative = yield from encode(model, prompts, settings)
     requests = [Request(encoded.prompts[prompts.index(s.prompt)], negative, s.noise, s.masks) for s in shots]
@@ -95,7 +95,7 @@ def draw(
     with phase("decode", len(latents), "image") as track:
         yield track.begin
         for done, (latent, shot) in enumerate(zip(latents, shots, strict=True), 1):
-            (image,) = to_images(model.decode(latent))
+            image = to_image(model, latent, width, height)
             write_png(shot.target, image, None if shot.masks else record(settings, shot.prompt, shot.seed))
             yield track.step(done)
             yield Image(shot.target, shot.prompt)
@@ -134,10 +134,11 @@ def encode(
     """Encode all prompts in one sweep; the negative prompt too where CFG is on."""
     (length,) = required(settings, "max_sequence_length")
     guided = (settings.cfg_scale or 1.0) > 1
-    texts = [*prompts, settings.negative_prompt] if guided else prompts
+    negatives = [settings.negative_prompt] if guided else []
+    texts = [*prompts, *negatives]
     with phase("encode prompts", len(texts), "prompt") as track:
         yield track.begin
-        encoded = model.encode_prompts(texts, length)
+        encoded = model.encode_prompts(prompts, length, negatives)
         yield track.step(len(texts))
     yield track.end
     for text, cut in zip(texts, encoded.truncated, strict=True):
@@ -153,7 +154,7 @@ def read_noise(settings: GenerateSettings, model: DiffusionModel, count: int) ->
         return [seeded_noise(model, settings.seed + i, width, height) for i in range(count)]
     path = Path(settings.noise).expanduser()
     entry = files.read_header(path).entries.get("noise")
-    h, w, c = model.latent_shape(width, height)
+    h, w, c = model.latent_shape(*model.drawn_size(width, height))
     if entry is None or entry.shape != (count, c, h, w):
         found = "no tensor `noise`" if entry is None else f"noise {list(entry.shape)}"
         raise UserError(f"{path}: has {found}, and {[count, c, h, w]} is needed for {count} images of this size")

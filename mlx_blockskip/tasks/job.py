@@ -109,6 +109,11 @@ def prepare(
     )
     assert settings.prior_weight is not None
     patch = PatchSettings(settings.patch_mode or "dynamic", s_min, s_max, model.granularity)
+    if small := sum(side < s_max for side in dataset.short_sides):
+        yield Warning(
+            f"{small} of {len(dataset.examples)} images have a side of less than {s_max} pixels and are enlarged; "
+            f"larger photos, or a smaller --resolution, keep what is learned sharp"
+        )
     prior = yield from prior_dataset(settings, directory, model)
     examples = dataset.examples + (prior.examples if prior else ())
     captions = list(dict.fromkeys(example.caption for example in examples))

@@ -12,7 +12,7 @@ from mlx_blockskip.engine import files, philox
 from mlx_blockskip.events import Event, Image
 from mlx_blockskip.models.family import DiffusionModel, Prompt
 from mlx_blockskip.tasks.phases import phase
-from mlx_blockskip.tasks.sampling import Request, check_size, sample, seeded_noise, to_images
+from mlx_blockskip.tasks.sampling import Request, check_size, sample, seeded_noise, to_image
 
 CLASS_NOISE = 0xC1A
 """Keeps the noise of class images apart from other random streams of the same seed."""
@@ -21,30 +21,40 @@ WAITING = 8
 """Class images that wait in one sweep."""
 
 
-def encode(model: DiffusionModel, prompts: Sequence[str]) -> dict[str, Prompt]:
-    """Each prompt once, and the empty one, in one sweep."""
-    distinct = list(dict.fromkeys([*prompts, ""]))
+Encodings = tuple[Mapping[str, Prompt], Prompt]
+"""Encoded prompts by their text, and the empty negative prompt."""
+
+
+def encode(model: DiffusionModel, prompts: Sequence[str]) -> Encodings:
+    """Each prompt once, and the negative one, in one sweep."""
+    distinct = list(dict.fromkeys(prompts))
     length = model.defaults["max_sequence_length"]
-    return dict(zip(distinct, model.encode_prompts(distinct, length).prompts, strict=True))
+    *encoded, negative = model.encode_prompts(distinct, length, [""]).prompts
+    return dict(zip(distinct, encoded, strict=True)), negative
 
 
 def render(
     model: DiffusionModel,
-    encoded: Mapping[str, Prompt],
+    encodings: Encodings,
     prompts: Sequence[str],
     noises: Sequence[mx.array],
+    size: tuple[int, int],
     tree: lora.Tree | None = None,
 ) -> Iterator[PillowImage.Image]:
-    """One image a prompt, from its noise (1, h, w, C), by the model's own defaults. encoded: from `encode`."""
+    """One image a prompt, from its noise (1, h, w, C), by the model's own defaults.
+
+    encodings: from `encode`. size: width and height in pixels.
+    """
     d = model.defaults
     cfg = d.get("cfg_scale", 1.0)
-    negative = encoded[""] if cfg > 1 else None
+    encoded, empty = encodings
+    negative = empty if cfg > 1 else None
     requests = [Request(encoded[prompt], negative, noise) for prompt, noise in zip(prompts, noises, strict=True)]
     steps = sample(model, requests, steps=d["steps"], cfg_scale=cfg, guidance=d.get("guidance"), trainable=tree)
     *_, latents = steps
     model.release()
     for latent in latents:
-        yield to_images(model.decode(latent))[0]
+        yield to_image(model, latent, *size)
     model.release()
 
 
@@ -52,8 +62,9 @@ def write_samples(
     model: DiffusionModel, prompts: Sequence[str], tree: lora.Tree, directory: Path, step: int, seed: int
 ) -> Generator[Event, None, None]:
     """One image a prompt, the same noise for all, as samples/step-000100-1.png."""
-    noise = seeded_noise(model, seed, model.defaults["width"], model.defaults["height"])
-    images = render(model, encode(model, prompts), prompts, [noise] * len(prompts), tree)
+    size = model.defaults["width"], model.defaults["height"]
+    noise = seeded_noise(model, seed, *size)
+    images = render(model, encode(model, prompts), prompts, [noise] * len(prompts), size, tree)
     for i, (image, prompt) in enumerate(zip(images, prompts, strict=True), 1):
         path = directory / f"step-{step:06d}-{i}.png"
         save_png(path, image)
@@ -97,12 +108,12 @@ def _write_class_images(
 ) -> Generator[Event, None, None]:
     with phase("class images", len(missing), "image") as track:
         yield track.begin
-        encoded = encode(model, [texts[i] for i in missing])
-        shape = (1, *model.latent_shape(side, side))
+        encodings = encode(model, [texts[i] for i in missing])
+        shape = (1, *model.latent_shape(*model.drawn_size(side, side)))
         for start in range(0, len(missing), WAITING):
             numbers = missing[start : start + WAITING]
             noises = [mx.array(philox.normal(seed, CLASS_NOISE, i, shape=shape)) for i in numbers]
-            images = render(model, encoded, [texts[i] for i in numbers], noises)
+            images = render(model, encodings, [texts[i] for i in numbers], noises, (side, side))
             for done, (i, image) in enumerate(zip(numbers, images, strict=True), start + 1):
                 save_png(paths[i], image)
                 yield track.step(done)

@@ -7,6 +7,7 @@ from hashlib import sha256
 
 import mlx.core as mx
 import numpy as np
+from PIL import Image as PillowImage
 
 from mlx_blockskip import data, flow
 from mlx_blockskip.engine import philox
@@ -32,14 +33,15 @@ class Request:
 def check_size(model: DiffusionModel, width: int, height: int) -> None:
     """Raise UserError, with the nearest size, where the model cannot take this one."""
     g = model.granularity
-    if width % g or height % g or width < g or height < g:
+    if width < 1 or height < 1 or any(side % g for side in model.drawn_size(width, height)):
         near = " x ".join(str(max(g, round(side / g) * g)) for side in (width, height))
         raise UserError(f"{width} x {height}: the sides must be multiples of {g}; the nearest is {near}")
 
 
 def seeded_noise(model: DiffusionModel, seed: int, width: int, height: int) -> mx.array:
     """(1, h, w, C) standard normal, float32, a function of the seed and the size."""
-    return mx.array(philox.normal(seed, NOISE, shape=(1, *model.latent_shape(width, height))))
+    shape = (1, *model.latent_shape(*model.drawn_size(width, height)))
+    return mx.array(philox.normal(seed, NOISE, shape=shape))
 
 
 def fresh_noise(noise: mx.array) -> flow.Fresh:
@@ -96,6 +98,7 @@ def sample(
         yield latents
 
 
-def to_images(pixels: mx.array) -> list:
-    """(B, H, W, 3) in [-1, 1] -> Pillow images."""
-    return [data.to_image(np.array(p)) for p in pixels.astype(mx.float32)]
+def to_image(model: DiffusionModel, latents: mx.array, width: int, height: int) -> PillowImage.Image:
+    """The picture of this size from latents (1, h, w, C): decoded; scaled and cut where it was drawn in another."""
+    (pixels,) = model.decode(latents).astype(mx.float32)
+    return data.fitted(data.to_image(np.array(pixels)), width, height)

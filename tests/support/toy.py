@@ -84,8 +84,8 @@ class Toy:
     def _rest(self):
         return self.shards.load(self.shards.under("rest."))
 
-    def encode_prompts(self, prompts: Sequence[str], max_length: int) -> Encoded:
-        found = []
+    def encode_prompts(self, prompts: Sequence[str], max_length: int, negatives: Sequence[str] = ()) -> Encoded:
+        found, prompts = [], [*prompts, *negatives]
         for prompt in prompts:
             codes = [ord(c) % 97 for c in prompt][:max_length]
             table = philox.normal(7, shape=(97, TEXT))
@@ -108,6 +108,9 @@ class Toy:
 
     def decode(self, latents):
         return mx.repeat(mx.repeat(latents[..., :3], FACTOR, axis=1), FACTOR, axis=2)
+
+    def drawn_size(self, width, height):
+        return width, height
 
     def latent_shape(self, width, height):
         return height // FACTOR, width // FACTOR, CHANNELS
