@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_blockskip.converters.encoders import block_of
+from mlx_blockskip.converters.encoders import autoencoder_dc, block_of, gemma2_encoder
 from mlx_blockskip.converters.table import Component, Row, conv, linear, norm
 
 COPIED = ("tokenizer", "scheduler")
@@ -21,10 +21,14 @@ ADAPTER_ALPHAS = False
 
 def components(configs: Mapping[str, Mapping[str, Any]]) -> list[Component]:
     """The components, from their configs by folder."""
-    return [transformer("transformer", configs["transformer"])]
+    return [
+        transformer("transformer", configs["transformer"]),
+        gemma2_encoder("text_encoder", configs["text_encoder"]),
+        autoencoder_dc("vae", configs["vae"]),
+    ]
 
 
-FOLDERS = ("transformer",)
+FOLDERS = ("transformer", "text_encoder", "vae")
 
 
 def transformer(folder: str, config: Mapping[str, Any]) -> Component:

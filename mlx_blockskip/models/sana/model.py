@@ -1,0 +1,121 @@
+"""An opened SANA model directory: the transformer's stack, Gemma-2 and the DC-AE, each read when needed."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_blockskip.engine.weights import Shards
+from mlx_blockskip.models.family import Encoded, Posterior, Prompt, Size, Tokens
+from mlx_blockskip.models.opened import Opened
+from mlx_blockskip.models.sana import transformer as net
+from mlx_blockskip.models.sana.prompting import INSTRUCTION, cleaned
+from mlx_blockskip.models.sana.sizes import binned
+from mlx_blockskip.models.sana.transformer import Context
+from mlx_blockskip.models.text import gemma2, tokenize
+from mlx_blockskip.models.vae import dc_ae
+
+COMPONENTS = ("transformer", "text_encoder", "vae")
+
+
+class Sana(Opened):
+    """See `mlx_blockskip.models.family.DiffusionModel` for the methods' contract.
+
+    Of the defaults, `instruction` says whether prompts are put under SANA's instruction, and `resolution_binning`
+    whether images are drawn only in the sizes that it was trained in.
+    """
+
+    def __init__(self, path: Path, budget: int | None, defaults: Mapping[str, Any]):
+        super().__init__(path, budget, defaults, COMPONENTS, net.stack, dc_ae.factor)
+        self.granularity = self.config["patch_size"] * self.vae_factor
+
+    def encode_prompts(self, prompts: Sequence[str], max_length: int, negatives: Sequence[str] = ()) -> Encoded:
+        """`text` (1, max_length, D) and `bias` (1, 1, 1, max_length) for each prompt, as every block takes them.
+
+        Of a prompt's tokens the first and the last max_length - 1 are kept: those of the instruction go, all but the
+        first. Negatives have no instruction. Source: SanaPipeline.encode_prompt.
+        """
+        tokenizer = self.path / "tokenizer"
+        instruction = INSTRUCTION if self.defaults.get("instruction", True) else ""
+        room = max_length
+        if instruction:
+            longest = len(instruction.encode()) + 1  # no token is shorter than a byte
+            room += int(tokenize.gemma_ids(tokenizer, [instruction], longest)[1].sum()) - 2
+        rows: list[tuple[np.ndarray, np.ndarray]] = []
+        truncated: list[bool] = []
+        asked = [(instruction + cleaned(prompt), room) for prompt in prompts]
+        for text, length in asked + [(cleaned(negative), max_length) for negative in negatives]:
+            ids, mask, cut = tokenize.gemma_ids(tokenizer, [text], length)
+            rows.append((ids, mask))
+            truncated += cut
+        shards = Shards(self.path / "text_encoder")
+        found = gemma2.encode(shards, [ids for ids, _ in rows], [mask for _, mask in rows], self.budget)
+        kept = [0, *range(1 - max_length, 0)]
+        return Encoded([self._prompt(hidden[:, kept], mask[:, kept]) for hidden, mask in found], truncated)
+
+    def _prompt(self, hidden: mx.array, mask: mx.array) -> Prompt:
+        weights = self.weights("caption_projection", "caption_norm")
+        text = net.caption(weights, hidden.astype(self.dtype))
+        prompt = {"text": text, "bias": net.text_bias(mask, self.dtype)}
+        mx.eval(prompt)
+        return prompt
+
+    def blank_prompt(self, max_length: int) -> Prompt:
+        width = self.config["num_attention_heads"] * self.config["attention_head_dim"]
+        return {
+            "text": mx.zeros((1, max_length, width), self.dtype),
+            "bias": mx.zeros((1, 1, 1, max_length), self.dtype),
+        }
+
+    def encode_images(self, pixels: mx.array) -> Posterior:
+        """The latents themselves, (B, h, w, C), of (B, H, W, 3) in [-1, 1]: a DC-AE has no posterior."""
+        weights, dtype = self.vae_weights(("encoder.",))
+        return (dc_ae.encode(weights, self.vae.config, pixels.astype(dtype)),)
+
+    def draw_latents(self, posterior: Posterior, noise: mx.array) -> mx.array:
+        """The latents, scaled: (B, h, w, C). There is nothing to draw."""
+        return dc_ae.scale(posterior[0].astype(mx.float32), self.vae.config)
+
+    def decode(self, latents: mx.array) -> mx.array:
+        """(B, h, w, C) -> pixels (B, H, W, 3) in about [-1, 1], float32."""
+        weights, dtype = self.vae_weights(("decoder.",))
+        z = dc_ae.unscale(latents.astype(mx.float32), self.vae.config)
+        return dc_ae.decode(weights, self.vae.config, z.astype(dtype)).astype(mx.float32)
+
+    def drawn_size(self, width: int, height: int) -> tuple[int, int]:
+        if not self.defaults.get("resolution_binning", True):
+            return width, height
+        return binned(width, height, self.config["sample_size"])
+
+    def token_count(self, size: Size) -> int:
+        return size[0] * size[1] // self.config["patch_size"] ** 2
+
+    def tokens(self, latents: mx.array, prompt: Prompt) -> Tokens:
+        return Tokens(net.embed(self.weights("patch_embed"), self.config, latents))
+
+    def context(self, sigma: mx.array, prompt: Prompt, size: Size, guidance: float | None) -> Context:
+        scale = mx.full(sigma.shape, 1.0 if guidance is None else guidance, mx.float32)
+        temb, embedded = net.time_embedding(self.weights("time_embed"), self.config, sigma, scale)
+        return Context(prompt["text"], prompt["bias"], temb, embedded, size)
+
+    def prompt_record(self, prompt: Prompt) -> dict[str, mx.array]:
+        return dict(prompt)
+
+    def record(self, context: Context) -> dict[str, mx.array]:
+        return {"temb": context.temb}
+
+    def restore(self, size: Size, record: Mapping[str, mx.array]) -> Context:
+        return Context(record["text"], record["bias"], record["temb"], None, size)
+
+    def head_modulation(self, context: Context) -> tuple[mx.array]:
+        assert context.embedded is not None
+        return (context.embedded,)
+
+    def head(self, tokens: Tokens, context: Context, modulation: tuple[mx.array]) -> mx.array:
+        """The velocity (B, h, w, C); what a transformer of twice the channels says of the variance is left out."""
+        weights = self.weights("scale_shift_table", "proj_out")
+        found = net.output(weights, self.config, tokens.image, modulation[0], context.size)
+        channels = self.config["in_channels"]
+        return found[..., :channels] if found.shape[-1] == 2 * channels else found
