@@ -215,19 +215,23 @@ def to_image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(np.round(scaled).astype(np.uint8))
 
 
-def fitted(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Scaled until it covers this size, and its middle cut out; itself where it has it.
+def fitted(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """(H, W, 3) float32 scaled until it covers this size, and its middle cut out; itself where it has it.
 
     Source: diffusers PixArtImageProcessor.resize_and_crop_tensor (bilinear between pixel centres, no averaging).
     """
-    if image.size == (width, height):
-        return image
-    ratio = max(width / image.width, height / image.height)
-    across, down = int(image.width * ratio), int(image.height * ratio)
-    steps = (image.width / across, 0, 0, 0, image.height / down, 0)
-    scaled = image.transform((across, down), Image.Transform.AFFINE, steps, Image.Resampling.BILINEAR)
+    rows, columns = pixels.shape[:2]
+    if (columns, rows) == (width, height):
+        return pixels
+    ratio = max(width / columns, height / rows)
+    across, down = int(columns * ratio), int(rows * ratio)
+    steps = (columns / across, 0, 0, 0, rows / down, 0)
     left, top = (across - width) // 2, (down - height) // 2
-    return scaled.crop((left, top, left + width, top + height))
+    channels = [
+        Image.fromarray(channel).transform((across, down), Image.Transform.AFFINE, steps, Image.Resampling.BILINEAR)
+        for channel in np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    ]
+    return np.stack([np.asarray(c)[top : top + height, left : left + width] for c in channels], axis=-1)
 
 
 def grid(rows: list[list[Image.Image]], labels: list[Any] | None = None) -> Image.Image:

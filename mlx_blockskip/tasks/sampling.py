@@ -101,4 +101,4 @@ def sample(
 def to_image(model: DiffusionModel, latents: mx.array, width: int, height: int) -> PillowImage.Image:
     """The picture of this size from latents (1, h, w, C): decoded; scaled and cut where it was drawn in another."""
     (pixels,) = model.decode(latents).astype(mx.float32)
-    return data.fitted(data.to_image(np.array(pixels)), width, height)
+    return data.to_image(data.fitted(np.array(pixels), width, height))

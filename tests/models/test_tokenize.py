@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support.golden import GOLDEN, PROMPTS
 from support.models import assets
+from support.sana import gemma_tokenizer
 
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.text import tokenize
@@ -108,24 +109,7 @@ def test_t5_ids_are_cut_and_padded_as_by_transformers(length):
 
 @pytest.fixture(params=["starts by itself", "does not"])
 def gemma(request, tmp_path):
-    """A tokenizer as Gemma's, of few pieces; its tokenizer.json puts the start token in front, or leaves it out."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{i:02X}>" for i in range(256))]
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.train_from_iterator(PROMPTS, trainers.BpeTrainer(vocab_size=340, special_tokens=special))
-    if request.param == "starts by itself":
-        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
-    path = tmp_path / "tokenizer"
-    path.mkdir()
-    tokenizer.save(str(path / "tokenizer.json"))
-    config = {name: f"<{name.removesuffix('_token')}>" for name in ("pad_token", "eos_token", "bos_token", "unk_token")}
-    config |= {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "add_eos_token": False}
-    (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return path
+    return gemma_tokenizer(tmp_path / "tokenizer", PROMPTS, starts=request.param == "starts by itself")
 
 
 @pytest.mark.parametrize("length", [3, 24, 512])
