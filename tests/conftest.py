@@ -1,6 +1,7 @@
 import pytest
 from support.compare import gather, parity_table, worst
 from support.models import HEDGEHOG, assets, convert
+from support.sana import checkpoint
 from support.toy import make_toy
 
 import mlx_blockskip  # noqa: F401  (preloads OpenBLAS before anything imports mlx.core)
@@ -27,10 +28,16 @@ def toy(tmp_path_factory):
     return make_toy(tmp_path_factory.mktemp("toy") / "toy")
 
 
-@pytest.fixture(scope="session", params=["flux1", "toy"])
-def family_model(request, tiny_flux, toy):
+@pytest.fixture(scope="session")
+def small_sana(tmp_path_factory):
+    """A random SANA, converted to float32."""
+    return convert(checkpoint(tmp_path_factory.mktemp("sana")), tmp_path_factory.mktemp("sana") / "sana", "sana")
+
+
+@pytest.fixture(scope="session", params=["tiny_flux", "small_sana", "toy"])
+def family_model(request):
     """A model directory of every family that has a small model; contract tests run over all of them."""
-    return {"flux1": tiny_flux, "toy": toy}[request.param]
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture

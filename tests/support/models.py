@@ -17,11 +17,11 @@ def assets() -> Path:
 HEDGEHOG = assets() / "subjects" / "hedgehog"
 
 
-def convert(source: Path, target: Path, **precision) -> Path:
-    """Convert a FLUX.1 checkpoint."""
+def convert(source: Path, target: Path, family: str = "flux1", **precision) -> Path:
+    """Convert a checkpoint of this family."""
     wanted = run.Precision(**{"dtype": "float32", **precision})
     with files.atomic_directory(target) as temporary:
-        for _ in run.write_model(source, temporary, "flux1", wanted, run.open_checkpoint(source, "flux1"), "test"):
+        for _ in run.write_model(source, temporary, family, wanted, run.open_checkpoint(source, family), "test"):
             pass
     return target
 
