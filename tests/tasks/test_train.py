@@ -339,7 +339,7 @@ def test_a_ctrl_c_never_leaves_a_step_half_done():
         ({"data": "nowhere"}, "nowhere"),
         ({"skip_ratio": 1.0}, "--skip-ratio"),
         ({"skip_ratio": 0.5, "skip_first": 1}, "only one"),
-        ({"train_resolution": 36}, "multiple of"),
+        ({"train_resolution": 33}, "multiple of"),
         ({"train_resolution": 96}, "must not be above"),
         ({"cache_limit": "1KB"}, "--cache-limit"),
         ({"iters": 0}, "--iters 0"),
