@@ -75,6 +75,7 @@ class TrainSettings:
         group=METHOD,
     )
     residuals: str = option("base", "Features of skipped blocks.", choices=("base", "fresh", "none"), group=METHOD)
+    refresh: int = option(50, "Steps after which fresh residuals are made anew.", group=METHOD)
     patch_mode: str | None = option(
         None, "How patches are cut.", choices=("dynamic", "high-to-low", "random", "resize", "none"), group=METHOD
     )

@@ -58,6 +58,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "50 %, (n, m) = (5, 1)": {"skip_first": 5, "skip_last": 1, **WHOLE},
     "50 %, the middle (HollowedNet)": {"plan": {"depth": 12, "runs": [[3, 9]]}, **WHOLE},
     "50 %, dynamic patches": {"skip_ratio": 0.5, "patch_mode": "dynamic", **SMALL},
+    "50 %, fresh every 20 steps": {**HALF, "residuals": "fresh", "refresh": 20},
+    "50 %, rank 32": {**HALF, "rank": 32},
+    "50 %, the last block kept": {"plan": {"depth": 12, "runs": [[0, 3], [8, 11]]}, **WHOLE},
 }
 PLAIN = next(iter(ROWS))
 TUNING = {

@@ -34,9 +34,6 @@ FALLBACK: dict[str, Any] = {
 }
 """Where neither the model nor its family records a default."""
 
-FRESH_STEPS = 50
-"""With fresh residuals a chunk holds at most this many optimizer steps, so that residuals do not go stale."""
-
 FREE_TO_CHANGE = (
     *("model", "data", "adapter_path", "resume", "memory_budget", "trace_memory", "cache_limit", "plan"),
     *("skip_ratio", "skip_first", "skip_last", "steps_per_save", "steps_per_sample", "sample_prompt"),
@@ -189,5 +186,7 @@ def chunk_length(settings: TrainSettings, shape: Layout) -> int:
             f"--cache-limit {settings.cache_limit}: one step's records take {step / 2**20:.0f} MiB; raise it"
         )
     if settings.residuals == "fresh":
-        steps = min(steps, FRESH_STEPS)
+        if settings.refresh < 1:
+            raise UserError(f"--refresh {settings.refresh}: at least one step is needed")
+        steps = min(steps, settings.refresh)
     return int(steps * settings.grad_accumulation)

@@ -149,11 +149,12 @@ def test_fresh_residuals_follow_the_adapter_from_the_second_chunk_on(quick):
     made = {
         (mode, name): train(quick(f"{mode}-{name}", residuals=mode, **more), on_event=said.append).adapter_path
         for mode in ("base", "fresh")
-        for name, more in (("one", options), ("many", few))
+        for name, more in (("one", options), ("many", few), ("often", {**options, "refresh": 1}))
     }
     assert_same_adapter(made["base", "one"], made["fresh", "one"])
     assert sum("fits into one chunk" in e.message for e in said if isinstance(e, Warning)) == 1
     assert_same_adapter(made["base", "one"], made["base", "many"])
+    assert_same_adapter(made["fresh", "often"], made["fresh", "many"])
     first, second = factors(made["base", "many"]), factors(made["fresh", "many"])
     assert not all(same_bits(first[name], second[name]) for name in first)
 
@@ -340,6 +341,7 @@ def test_a_ctrl_c_never_leaves_a_step_half_done():
         ({"skip_ratio": 1.0}, "--skip-ratio"),
         ({"skip_ratio": 0.5, "skip_first": 1}, "only one"),
         ({"train_resolution": 33}, "multiple of"),
+        ({"residuals": "fresh", "refresh": 0}, "--refresh 0"),
         ({"train_resolution": 96}, "must not be above"),
         ({"cache_limit": "1KB"}, "--cache-limit"),
         ({"iters": 0}, "--iters 0"),
