@@ -1,8 +1,8 @@
-"""The paper's ablations (its tables 1, 2 and 11) in small: what each part of the method does to tiny-flux's learning.
+"""The paper's ablations (its tables 1, 2 and 11) in small: what each part of the method does to learning.
 
-    python examples/ablation/run.py OUT [--full] [--jobs 2] [--tune]
+    python examples/ablation/run.py OUT [--model tiny-sana] [--full] [--jobs 2] [--tune]
 
-Every row is trained for the same number of steps on subjects that tiny-flux never saw and that were not used to choose
+Every row is trained for the same number of steps on subjects that the model never saw and that were not used to choose
 learning rate, steps or plan: those were fixed on the hedgehog and the teapot (--tune prints what they were chosen
 from). The raw results stay in OUT/results as JSON, a file a row and subject, and what is there is not run again. Writes
 OUT/table.md and OUT/table.png and prints an estimate of the time first. --full takes more subjects and seeds.
@@ -27,7 +27,7 @@ from PIL import Image
 from subjects import SUBJECTS, draw
 from table import table
 
-from mlx_blockskip import generate, train
+from mlx_blockskip import generate, load, train
 from mlx_blockskip.data import load_dataset
 from mlx_blockskip.events import PhaseEnd, finish
 from mlx_blockskip.tasks.encoders import clip_encoder, vision_encoder
@@ -35,39 +35,55 @@ from mlx_blockskip.tasks.resolve import resolve
 
 HERE = Path(__file__).resolve().parent
 SEEDS, PROMPTS = 3, 4
-COMMON = {
-    "iters": 200, "batch_size": 4, "learning_rate": 2e-3, "rank": 16, "class_images": 0, "resolution": 128,
-    "steps_per_save": 0,
-}  # fmt: skip
-WHOLE = {"patch_mode": "none", "train_resolution": 128}
-SMALL = {"train_resolution": 64}
+SIDE, SMALL_SIDE = 128, 64
+COMMON = {"batch_size": 4, "rank": 16, "class_images": 0, "resolution": SIDE, "steps_per_save": 0}
+FIXED = {
+    "tiny-flux": {"learning_rate": 2e-3, "iters": 200},
+    "tiny-sana": {"learning_rate": 2e-3, "iters": 200},
+}
+"""By model, what was fixed on the tuning subjects."""
+
+WHOLE = {"patch_mode": "none", "train_resolution": SIDE}
+SMALL = {"train_resolution": SMALL_SIDE}
 HALF = {"skip_ratio": 0.5, **WHOLE}
-ROWS: dict[str, dict[str, Any]] = {
-    "plain LoRA, 128 px": {"skip_ratio": 0.0, **WHOLE},
-    "resize to 64": {"skip_ratio": 0.0, "patch_mode": "resize", **SMALL},
-    "dynamic patches": {"skip_ratio": 0.0, "patch_mode": "dynamic", **SMALL},
-    "high-to-low patches": {"skip_ratio": 0.0, "patch_mode": "high-to-low", **SMALL},
-    "random patches": {"skip_ratio": 0.0, "patch_mode": "random", **SMALL},
-    "30 % skipped": {"skip_ratio": 0.3, **WHOLE},
-    "40 % skipped": {"skip_ratio": 0.4, **WHOLE},
-    "50 % skipped": HALF,
-    "50 %, fresh residuals": {**HALF, "residuals": "fresh"},
-    "50 %, no residuals": {**HALF, "residuals": "none"},
-    "50 %, first only": {"skip_first": 6, "skip_last": 0, **WHOLE},
-    "50 %, last only": {"skip_first": 0, "skip_last": 6, **WHOLE},
-    "50 %, (n, m) = (5, 1)": {"skip_first": 5, "skip_last": 1, **WHOLE},
-    "50 %, the middle (HollowedNet)": {"plan": {"depth": 12, "runs": [[3, 9]]}, **WHOLE},
-    "50 %, dynamic patches": {"skip_ratio": 0.5, "patch_mode": "dynamic", **SMALL},
-    "50 %, fresh every 20 steps": {**HALF, "residuals": "fresh", "refresh": 20},
-    "50 %, rank 32": {**HALF, "rank": 32},
-    "50 %, the last block kept": {"plan": {"depth": 12, "runs": [[0, 3], [8, 11]]}, **WHOLE},
-}
-PLAIN = next(iter(ROWS))
-TUNING = {
-    f"{name}, {rate:g}, {iters} steps": {**ROWS[name], "learning_rate": rate, "iters": iters}
-    for name in (PLAIN, "50 % skipped")
-    for rate, iters in ((5e-4, 200), (1e-3, 200), (2e-3, 200), (1e-3, 300))
-}
+PLAIN, SKIPPED = "plain LoRA, 128 px", "50 % skipped"
+
+
+def rows(depth: int, plan: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """Training options by row. plan: the n and m recorded for 50 %."""
+    half, n, m = depth // 2, plan["n"], plan["m"]
+    middle, kept = [[depth // 4, depth // 4 + half]], [[0, n], [depth - 1 - m, depth - 1]]
+    return {
+        PLAIN: {"skip_ratio": 0.0, **WHOLE},
+        "resize to 64": {"skip_ratio": 0.0, "patch_mode": "resize", **SMALL},
+        "dynamic patches": {"skip_ratio": 0.0, "patch_mode": "dynamic", **SMALL},
+        "high-to-low patches": {"skip_ratio": 0.0, "patch_mode": "high-to-low", **SMALL},
+        "random patches": {"skip_ratio": 0.0, "patch_mode": "random", **SMALL},
+        "30 % skipped": {"skip_ratio": 0.3, **WHOLE},
+        "40 % skipped": {"skip_ratio": 0.4, **WHOLE},
+        SKIPPED: HALF,
+        "50 %, fresh residuals": {**HALF, "residuals": "fresh"},
+        "50 %, no residuals": {**HALF, "residuals": "none"},
+        "50 %, first only": {"skip_first": half, "skip_last": 0, **WHOLE},
+        "50 %, last only": {"skip_first": 0, "skip_last": half, **WHOLE},
+        f"50 %, (n, m) = ({half - 1}, 1)": {"skip_first": half - 1, "skip_last": 1, **WHOLE},
+        "50 %, the middle (HollowedNet)": {"plan": {"depth": depth, "runs": middle}, **WHOLE},
+        "50 %, dynamic patches": {"skip_ratio": 0.5, "patch_mode": "dynamic", **SMALL},
+        "50 %, fresh every 20 steps": {**HALF, "residuals": "fresh", "refresh": 20},
+        "50 %, rank 32": {**HALF, "rank": 32},
+        "50 %, the last block kept": {"plan": {"depth": depth, "runs": kept}, **WHOLE},
+    }
+
+
+def tuning(table: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Learning rates and steps, of plain LoRA and of half the blocks."""
+    return {
+        f"{name}, {rate:g}, {iters} steps": {**table[name], "learning_rate": rate, "iters": iters}
+        for name in (PLAIN, SKIPPED)
+        for rate, iters in ((5e-4, 200), (1e-3, 200), (2e-3, 200), (1e-3, 300))
+    }
+
+
 COLOURS = ("red", "blue", "gray", "purple", "brown", "yellow", "green", "cyan")
 DRIFT = (
     "a ghost on a blue background",
@@ -93,18 +109,26 @@ def prompts_for(subject: Path) -> list[str]:
     return [f"a sks toy on a {c} background" for c in COLOURS if c not in captions][:PROMPTS]
 
 
-def images(out: Path, prompts: Sequence[str], seeds: int, adapter: Path | None) -> list[Image.Image]:
+def images(
+    out: Path, model: str, prompts: Sequence[str], seeds: int, adapter: Path | None, side: int = SIDE
+) -> list[Image.Image]:
     """`seeds` images a prompt."""
     given = [str(adapter)] if adapter else []
-    paths = generate(prompt=list(prompts), n_images=seeds, adapter_path=given, output=str(out / "image.png"))
-    return [Image.open(path).copy() for path in paths]
+    paths = generate(
+        model=model, prompt=list(prompts), n_images=seeds, adapter_path=given, width=side, height=side,
+        output=str(out / "image.png"),
+    )  # fmt: skip
+    found = [Image.open(path).copy() for path in paths]
+    for path in paths:
+        path.unlink()
+    return found
 
 
-def one(out: Path, name: str, options: dict[str, Any], subject: Path, seed: int) -> dict[str, Any]:
+def one(out: Path, name: str, options: dict[str, Any], subject: Path, seed: int, model: str) -> dict[str, Any]:
     """Train a row on a subject and measure it. Without options: the model as it is."""
     work = out / "work" / f"{slug(name)}-{subject.name}-{seed}"
     work.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {"row": name, "subject": subject.name, "seed": seed}
+    found: dict[str, Any] = {"row": name, "subject": subject.name, "seed": seed, "model": model}
     adapter, began = None, time.perf_counter()
     if options:
         adapter = work / "adapter"
@@ -112,33 +136,31 @@ def one(out: Path, name: str, options: dict[str, Any], subject: Path, seed: int)
         if isinstance(plan, dict):
             (work / "plan.json").write_text(json.dumps(plan))
             options = {**options, "plan": str(work / "plan.json")}
+        how = {**COMMON, **FIXED[model], **options}
         ends: list[PhaseEnd] = []
         train(
-            data=str(subject), adapter_path=str(adapter), seed=seed,
-            on_event=lambda event: ends.append(event) if isinstance(event, PhaseEnd) else None,
-            **{**COMMON, **options},
+            model=model, data=str(subject), adapter_path=str(adapter), seed=seed,
+            on_event=lambda event: ends.append(event) if isinstance(event, PhaseEnd) else None, **how,
         )  # fmt: skip
         own = [end for end in ends if end.phase == "train"]
         found |= {
             "peak": max(end.peak_memory for end in own),
-            "seconds a step": sum(end.seconds for end in own) / {**COMMON, **options}["iters"],
+            "seconds a step": sum(end.seconds for end in own) / how["iters"],
             "training seconds": time.perf_counter() - began,
         }
     prompts = prompts_for(subject)
-    shown, others = images(work, prompts, SEEDS, adapter), images(work, DRIFT, 1, adapter)
+    shown, others = images(work, model, prompts, SEEDS, adapter), images(work, model, DRIFT, 1, adapter)
     for group, kind in ((shown, "subject"), (others, "drift")):
         for i, image in enumerate(group):
             image.save(work / f"{kind}-{i:02d}.png")
-    for path in work.glob("image-*.png"):
-        path.unlink()
-    model = finish(resolve("tiny-flux"))
-    dino, clip = finish(vision_encoder(None, model)), finish(clip_encoder(None, model))
+    opened = finish(resolve(model))
+    dino, clip = finish(vision_encoder(None, opened)), finish(clip_encoder(None, opened))
     known = Known.of(subject)
     ranks = known.ranks(shown)
     asked = [prompt.split(" on a ")[1].split()[0] for prompt in prompts for _ in range(SEEDS)]
     texts = [prompt.replace("sks ", "") for prompt in prompts for _ in range(SEEDS)]
     kept = sorted((out / "work" / f"base-{subject.name}-{seed}").glob("drift-*.png"))
-    before = [Image.open(path) for path in kept] if kept else images(work, DRIFT, 1, None)
+    before = [Image.open(path) for path in kept] if kept else images(work, model, DRIFT, 1, None)
     return found | {
         "top-1": sum(rank == 0 for rank in ranks) / len(ranks),
         "rank": float(np.median(ranks)),
@@ -148,7 +170,14 @@ def one(out: Path, name: str, options: dict[str, Any], subject: Path, seed: int)
         "colour": sum(colour(image) == c for image, c in zip(shown, asked, strict=True)) / len(shown),
         "kept": likeness(dino, before, others),
         "seconds": time.perf_counter() - began,
+        **in_small(work, model, prompts, adapter, known),
     }
+
+
+def in_small(work: Path, model: str, prompts: Sequence[str], adapter: Path | None, known: Known) -> dict[str, float]:
+    """Retrieval at the side that patches are trained at: a model that knows few sizes may not carry over from it."""
+    shown = images(work, model, prompts, SEEDS, adapter, SMALL_SIDE)
+    return {"top-1 at 64 px": sum(rank == 0 for rank in known.ranks(shown)) / len(shown)}
 
 
 def slug(name: str) -> str:
@@ -156,14 +185,14 @@ def slug(name: str) -> str:
 
 
 def jobs_of(
-    out: Path, rows: dict[str, dict[str, Any]], subjects: Sequence[Path], seeds: Sequence[int]
+    out: Path, table: dict[str, dict[str, Any]], subjects: Sequence[Path], seeds: Sequence[int], model: str
 ) -> Iterator[tuple[Path, list[str]]]:
     """(where a result goes, the arguments of the process that makes it), the model as it is first."""
     for seed in seeds:
-        for name, options in {"base": {}, **rows}.items():
+        for name, options in {"base": {}, **table}.items():
             for subject in subjects:
                 target = out / "results" / f"{slug(name)}-{subject.name}-{seed}.json"
-                yield target, ["--one", json.dumps([name, options, str(subject), seed])]
+                yield target, ["--one", json.dumps([name, options, str(subject), seed, model])]
 
 
 def run(out: Path, waiting: Sequence[tuple[Path, list[str]]], jobs: int) -> None:
@@ -208,18 +237,18 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="all subjects and three seeds")
     parser.add_argument("--tune", action="store_true", help="learning rates and steps on the two tuning subjects")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--model", choices=FIXED, default="tiny-flux", help="each wants an OUT of its own")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        name, options, subject, seed = json.loads(given.one)
-        print(json.dumps(one(given.out, name, options, Path(subject), seed)))
+        name, options, subject, seed, model = json.loads(given.one)
+        print(json.dumps(one(given.out, name, options, Path(subject), seed, model)))
         return
-    rows = TUNING if given.tune else ROWS
-    waiting = list(
-        jobs_of(
-            given.out, rows, chosen_subjects(given.out, given.full, given.tune), range(3) if given.full else range(1)
-        )
-    )
+    opened = load(given.model)
+    chosen = rows(opened.stack.depth, opened.defaults["plans"]["0.5"])
+    subjects = chosen_subjects(given.out, given.full, given.tune)
+    seeds = range(3) if given.full else range(1)
+    waiting = list(jobs_of(given.out, tuning(chosen) if given.tune else chosen, subjects, seeds, given.model))
     run(given.out, waiting, given.jobs)
     results = [json.loads(target.read_text()) for target, _ in waiting]
     text, picture = table(results, f"{PLAIN}, 0.001, 200 steps" if given.tune else PLAIN)

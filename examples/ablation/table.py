@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 COMPARED = ("top-1", "DINO", "CLIP-I")
 """What retention is of."""
 
-SHOWN = ("top-1", "rank", "DINO", "CLIP-I", "CLIP-T", "colour", "kept")
+SHOWN = ("top-1", "top-1 at 64 px", "rank", "DINO", "CLIP-I", "CLIP-T", "colour", "kept")
 DRAWS = 2000
 INK, GRID, BAR = "#222222", "#dddddd", "#1f5fa8"
 Results = Sequence[dict[str, Any]]
@@ -38,13 +38,14 @@ def mean(values: dict) -> float:
 
 def table(results: Results, plain: str) -> tuple[str, Image.Image]:
     """Markdown, and bars of what each row retains of `plain`."""
-    measures = {name: by_row(results, name) for name in (*SHOWN, "peak", "seconds a step")}
+    shown = [name for name in SHOWN if by_row(results, name)]
+    measures = {name: by_row(results, name) for name in (*shown, "peak", "seconds a step")}
     rows = list(measures["top-1"])
-    head = ["", *SHOWN, "peak, MiB", "s a step", *(f"{name} - plain" for name in COMPARED)]
+    head = ["", *shown, "peak, MiB", "s a step", *(f"{name} - plain" for name in COMPARED)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     retained: dict[str, list[tuple[float, float, float]]] = {}
     for row in rows:
-        cells = [f"{mean(measures[name][row]):.{1 if name == 'rank' else 3}f}" for name in SHOWN]
+        cells = [f"{mean(measures[name][row]):.{1 if name == 'rank' else 3}f}" for name in shown]
         trained = row in measures["peak"]
         cells.append(f"{mean(measures['peak'][row]) / 2**20:.1f}" if trained else "")
         cells.append(f"{mean(measures['seconds a step'][row]):.2f}" if trained else "")
