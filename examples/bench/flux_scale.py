@@ -1,13 +1,13 @@
-"""FLUX.1-dev at full width, phase by phase: peak of MLX memory, and of private memory beside it. Prints Markdown.
+"""A model at full width, phase by phase: peak of MLX memory, and of private memory beside it. Prints Markdown.
 
-    python examples/bench/flux_scale.py WORK [--full-depth]
+    python examples/bench/flux_scale.py WORK [--model flux1-dev|sana-1.6b] [--full-depth]
 
 Models are hollow: zeros in sparse files, since memory does not depend on the values of weights. Points of full width
 (few blocks, so that they take minutes and not hours) are measured with --memory-budget 0, the least that is possible,
 each once and in a process of its own, and kept in WORK/points. What they take is also predicted, by `engine.planner`,
-from one traced block of a kind; the prediction then gives the cells of the table at full depth (19 + 38 blocks).
+from one traced block of a kind; the prediction then gives the cells of the table at full depth (19 + 38 in FLUX.1).
 --full-depth measures some of those cells too (about 10 minutes each on two cores): they are held out, nothing is fitted
-to them. Conversion is measured on 2 + 2 blocks: it has one tensor in memory at a time.
+to them. Conversion is measured on two blocks of a kind: it has one tensor in memory at a time.
 
 A last table predicts Metal, where nothing was measured: the same work with products and convolutions that give arrays
 of the right shapes and take nothing beside, where the CPU backend unfolds convolutions and turns weights into float32.
@@ -21,86 +21,152 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from steps import GIB, MIB, machine
 
-FULL = (19, 38)
 RANK = 16
-SAMPLES = 42
-"""Records of 768 tokens that wait in one sweep; 64 take two."""
 
-LIMITS = {
-    "convert": (0.75, 0.75), "encode prompts": (0.75, 1.25), "encode images": (1.0, 1.0), "precompute": (1.25, 2.0),
-    "train": (1.25, 1.5), "generate": (1.5, 2.0), "decode": (1.5, 1.5),
+
+@dataclass(frozen=True)
+class Model:
+    """What is measured of a preset.
+
+    depths: the config's names for numbers of blocks. full: those of the preset. pixels: a side of one token. text:
+    tokens of a prompt. read: those that its encoder reads. side: of a training patch; s_max is twice that. encoded,
+    drawn: sides of images. samples: records that wait in one sweep. limits: GiB that a phase may take, in 4 bit and in
+    bfloat16. The rest are points, with the plan or what waits.
+    """
+
+    bundled: str
+    depths: tuple[str, ...]
+    full: tuple[int, ...]
+    pixels: int
+    text: int
+    read: int
+    side: int
+    encoded: int
+    drawn: int
+    samples: int
+    plans: tuple[tuple[int, int], ...]
+    limits: dict[str, tuple[float, float]]
+    train: tuple[dict, ...]
+    held_out: tuple[dict, ...]
+    precompute: tuple[dict, ...]
+    generate: tuple[dict, ...]
+
+
+MODELS = {
+    "flux1-dev": Model(
+        bundled="tiny-flux", depths=("num_layers", "num_single_layers"), full=(19, 38), pixels=16, text=512, read=512,
+        side=256, encoded=512, drawn=1024, samples=42, plans=((28, 0), (14, 14), (0, 28)),
+        limits={
+            "convert": (0.75, 0.75), "encode prompts": (0.75, 1.25), "encode images": (1.0, 1.0),
+            "precompute": (1.25, 2.0), "train": (1.25, 1.5), "generate": (1.5, 2.0), "decode": (1.5, 1.5),
+        },
+        train=(
+            {"bits": 0, "depth": (1, 1), "n": 0, "m": 1},
+            {"bits": 0, "depth": (1, 1), "n": 1, "m": 0},
+            {"bits": 0, "depth": (2, 2), "n": 0, "m": 2},
+            {"bits": 0, "depth": (2, 2), "n": 1, "m": 1},
+            {"bits": 0, "depth": (2, 2), "n": 2, "m": 0, "text": 64},
+            {"bits": 4, "depth": (1, 1), "n": 0, "m": 1},
+            {"bits": 4, "depth": (1, 1), "n": 1, "m": 0},
+        ),
+        held_out=(
+            {"bits": 0, "depth": (19, 38), "n": 0, "m": 28},
+            {"bits": 0, "depth": (19, 38), "n": 28, "m": 0},
+            {"bits": 4, "depth": (19, 38), "n": 0, "m": 28},
+        ),
+        precompute=(
+            {"bits": 0, "depth": (1, 1), "samples": 8},
+            {"bits": 0, "depth": (1, 1), "samples": 24},
+            {"bits": 4, "depth": (1, 1), "samples": 8},
+        ),
+        generate=(
+            {"bits": 0, "depth": (1, 1), "side": 512},
+            {"bits": 0, "depth": (1, 1), "side": 1024},
+            {"bits": 4, "depth": (1, 1), "side": 1024},
+        ),
+    ),
+    "sana-1.6b": Model(
+        bundled="tiny-sana", depths=("num_layers",), full=(20,), pixels=32, text=300, read=530, side=512,
+        encoded=512, drawn=1024, samples=64, plans=((10, 0), (5, 5), (0, 10)),
+        limits={**dict.fromkeys(
+            ("convert", "encode prompts", "encode images", "precompute", "generate", "decode"), (1.5, 1.5)
+        ), "train": (0.75, 0.75)},
+        train=(
+            {"bits": 0, "depth": (2,), "n": 0, "m": 1},
+            {"bits": 0, "depth": (2,), "n": 1, "m": 0},
+            {"bits": 4, "depth": (2,), "n": 0, "m": 1},
+        ),
+        held_out=(
+            {"bits": 0, "depth": (20,), "n": 0, "m": 10},
+            {"bits": 0, "depth": (20,), "n": 10, "m": 0},
+        ),
+        precompute=({"bits": 0, "depth": (2,), "samples": 8}, {"bits": 0, "depth": (2,), "samples": 24}),
+        generate=({"bits": 0, "depth": (2,), "side": 1024}, {"bits": 4, "depth": (2,), "side": 1024}),
+    ),
 }  # fmt: skip
-"""GiB that a phase may take, in 4 bit and in bfloat16."""
-
-TRAIN = (
-    {"bits": 0, "depth": (1, 1), "n": 0, "m": 1, "text": 512, "side": 256},
-    {"bits": 0, "depth": (1, 1), "n": 1, "m": 0, "text": 512, "side": 256},
-    {"bits": 0, "depth": (2, 2), "n": 0, "m": 2, "text": 512, "side": 256},
-    {"bits": 0, "depth": (2, 2), "n": 1, "m": 1, "text": 512, "side": 256},
-    {"bits": 0, "depth": (2, 2), "n": 2, "m": 0, "text": 64, "side": 256},
-    {"bits": 4, "depth": (1, 1), "n": 0, "m": 1, "text": 512, "side": 256},
-    {"bits": 4, "depth": (1, 1), "n": 1, "m": 0, "text": 512, "side": 256},
-)
-HELD_OUT = (
-    {"bits": 0, "depth": FULL, "n": 0, "m": 28, "text": 512, "side": 256},
-    {"bits": 0, "depth": FULL, "n": 28, "m": 0, "text": 512, "side": 256},
-    {"bits": 4, "depth": FULL, "n": 0, "m": 28, "text": 512, "side": 256},
-)
-PRECOMPUTE = (
-    {"bits": 0, "depth": (1, 1), "samples": 8, "text": 512, "side": 256},
-    {"bits": 0, "depth": (1, 1), "samples": 24, "text": 512, "side": 256},
-    {"bits": 4, "depth": (1, 1), "samples": 8, "text": 512, "side": 256},
-)
-GENERATE = (
-    {"bits": 0, "depth": (1, 1), "text": 512, "side": 512},
-    {"bits": 0, "depth": (1, 1), "text": 512, "side": 1024},
-    {"bits": 4, "depth": (1, 1), "text": 512, "side": 1024},
-)
 
 
-def hollow(work: Path, bits: int, depth: tuple[int, int], encoders: bool) -> Path:
-    """A hollow FLUX.1-dev. encoders: text encoders at full depth."""
+def configs_of(name: str, depth: Sequence[int]) -> dict:
+    """The preset's configs with so many blocks of each kind."""
+    from mlx_blockskip.models.registry import families
+
+    preset = next(family.presets[name] for family in families().values() if name in family.presets)
+    depths = dict(zip(MODELS[name].depths, depth, strict=True))
+    return {**preset, "transformer": {**preset["transformer"], **depths}}
+
+
+def family_of(name: str):  # type: ignore[no-untyped-def]
+    from mlx_blockskip.models.registry import families
+
+    return next(family for family in families().values() if name in family.presets)
+
+
+def hollow(job: dict, encoders: bool = False) -> Path:
+    """A hollow model. encoders: text encoders at full depth."""
     from mlx_blockskip.converters.hollow import write_hollow
     from mlx_blockskip.converters.run import Precision
 
-    from mlx_blockskip.models.flux1.presets import PRESETS, shallow
     from mlx_blockskip.tasks.resolve import bundled
 
-    target = work / f"{bits or 16}-bit-{depth[0]}-{depth[1]}{'-encoders' if encoders else ''}"
+    name, bits, depth = job["model"], job["bits"], job["depth"]
+    blocks = "-".join(str(count) for count in depth)
+    target = Path(job["work"]) / f"{name}-{bits or 16}-bit-{blocks}{'-encoders' if encoders else ''}"
     if not target.exists():
-        preset = PRESETS["flux1-dev"]
-        configs = dict(preset if encoders else shallow(preset))
-        configs["transformer"] = {**preset["transformer"], "num_layers": depth[0], "num_single_layers": depth[1]}
-        write_hollow(
-            target, "flux1", configs, Precision("bfloat16", bits), bundled("tiny-flux"), scheduler=preset["scheduler"]
-        )
+        family, configs = family_of(name), configs_of(name, depth)
+        if not encoders:
+            configs = {**family.shallow(configs), "transformer": configs["transformer"]}
+        source = bundled(MODELS[name].bundled)
+        write_hollow(target, family.name, configs, Precision("bfloat16", bits), source, scheduler=configs["scheduler"])
     return target
 
 
-def make_source(target: Path) -> None:
-    """A checkpoint of zeros in Hugging Face layout, 2 + 2 blocks, for conversion."""
+def make_source(target: Path, name: str) -> None:
+    """A checkpoint of zeros in Hugging Face layout, two blocks of each kind, for conversion."""
     import shutil
 
-    from mlx_blockskip.converters.flux1 import components
+    from mlx_blockskip.converters.run import load_table
 
     from mlx_blockskip.engine import files
-    from mlx_blockskip.models.flux1.presets import PRESETS
     from mlx_blockskip.tasks.resolve import bundled
 
-    tiny, preset = bundled("tiny-flux"), dict(PRESETS["flux1-dev"])
-    preset["transformer"] = {**preset["transformer"], "num_layers": 2, "num_single_layers": 2}
-    preset["text_encoder_2"] = {**preset["text_encoder_2"], "num_layers": 2}
+    tiny, table = bundled(MODELS[name].bundled), load_table(family_of(name).name)
+    configs = configs_of(name, [2] * len(MODELS[name].depths))
+    for folder, key in (("text_encoder", "num_hidden_layers"), ("text_encoder_2", "num_layers")):
+        if folder in configs:
+            configs[folder] = {**configs[folder], key: 2}
     with files.atomic_directory(target) as out:
-        for name in ("tokenizer", "tokenizer_2", "scheduler"):
-            shutil.copytree(tiny / name, out / name)
+        for folder in table.COPIED:
+            shutil.copytree(tiny / folder, out / folder)
         shutil.copyfile(tiny / "model_index.json", out / "model_index.json")
-        for component in components(preset):
+        for component in table.components(configs):
             folder = out / component.folder
-            files.write_json(folder / "config.json", preset[component.folder])
+            files.write_json(folder / "config.json", configs[component.folder])
             file = "model" if component.folder.startswith("text") else "diffusion_pytorch_model"
             entries = [files.TensorEntry(row.name, row.their_shape(), "BF16") for row in component.rows]
             header, size = files.encode_header(entries)
@@ -142,9 +208,11 @@ def without_scratch() -> None:
 
         return forward(x)
 
-    def conv2d(x: mx.array, weight: mx.array, stride: int = 1) -> mx.array:
+    def conv2d(x: mx.array, weight: mx.array, stride: int = 1, padding: int | tuple[int, int] = 0, **_) -> mx.array:  # type: ignore[no-untyped-def]
+        across = (padding, padding) if isinstance(padding, int) else padding
+        x = mx.pad(x[..., :1], [(0, 0), *((side, side) for side in across), (0, 0)])
         height, width = ((side - kernel) // stride + 1 for side, kernel in zip(x.shape[1:3], weight.shape[1:3]))
-        some = x[:, : height * stride : stride, : width * stride : stride, :1][:, :height, :width]
+        some = x[:, : height * stride : stride, : width * stride : stride][:, :height, :width]
         return mx.broadcast_to(some, (x.shape[0], height, width, weight.shape[0])) * 0
 
     layers.matmul = lambda x, weight, bias=None: product(x, weight.shape[0])  # type: ignore[assignment]
@@ -163,7 +231,9 @@ def child(job: dict) -> dict:
     private = PrivateMemory()
     found: dict[str, int] = {}
     # MLX waits busily at its limit; a VAE takes minutes that way, so it gets what its row allows
-    limits.bound(int(LIMITS[job["phase"]][1] * GIB) if job["phase"] in ("encode images", "decode") else 0)
+    limits.bound(
+        int(MODELS[job["model"]].limits[job["phase"]][1] * GIB) if job["phase"] in ("encode images", "decode") else 0
+    )
 
     def keep(event: object) -> None:
         if isinstance(event, PhaseEnd):
@@ -173,11 +243,11 @@ def child(job: dict) -> dict:
     if job["phase"] == "convert":
         from mlx_blockskip import convert
 
-        source = Path(job["work"]) / "source"
+        source = Path(job["work"]) / f"source-{job['model']}"
         if not source.exists():
-            make_source(source)
+            make_source(source, job["model"])
         convert(
-            hf_path=str(source), mlx_path=f"{job['work']}/converted-{job['bits']}", quantize=job["bits"] > 0,
+            hf_path=str(source), mlx_path=f"{source}-{job['bits']}", quantize=job["bits"] > 0,
             dtype="bfloat16", on_event=keep,
         )  # fmt: skip
     elif job["phase"] in ("train", "precompute"):
@@ -195,10 +265,9 @@ def settings_of(job: dict):  # type: ignore[no-untyped-def]
     from mlx_blockskip.settings import TrainSettings
     from mlx_blockskip.tasks.resolve import bundled
 
-    model = hollow(Path(job["work"]), job["bits"], tuple(job["depth"]), encoders=False)
     return TrainSettings(
-        model=str(model), data=str(bundled("subjects") / "hedgehog"), prompt="a photo of sks dog", iters=1, rank=RANK,
-        batch_size=1, memory_budget="0", max_sequence_length=job["text"], train_resolution=job["side"],
+        model=str(hollow(job)), data=str(bundled("subjects") / "hedgehog"), prompt="a photo of sks dog", iters=1,
+        rank=RANK, batch_size=1, memory_budget="0", max_sequence_length=job["text"], train_resolution=job["side"],
         resolution=2 * job["side"], skip_first=job.get("n", 0), skip_last=job.get("m", 0),
         adapter_path=f"{job['work']}/adapter-{os.getpid()}",
     )  # fmt: skip
@@ -235,9 +304,10 @@ def direct(job: dict) -> None:
     from mlx_blockskip.models.registry import open_model
 
     encoders = job["phase"] == "encode prompts"
-    model = open_model(hollow(Path(job["work"]), job["bits"], tuple(job["depth"]), encoders), 0)
+    model = open_model(hollow(job, encoders), 0)
     side = job.get("side", 0)
     if encoders:
+        model.defaults = {**model.defaults, "instruction": False}  # its tokens are counted in `read`
         mx.eval([list(p.values()) for p in model.encode_prompts(["a photo of sks dog"], job["text"]).prompts])
     elif job["phase"] == "encode images":
         mx.eval(model.encode_images(mx.zeros((1, side, side, 3))))
@@ -255,23 +325,21 @@ def predict(job: dict) -> dict[str, int]:
     import mlx_blockskip  # noqa: F401
     from mlx_blockskip import lora
     from mlx_blockskip.blockskip.plan import SkipPlan
-    from mlx_blockskip.models.flux1 import FAMILY
     from mlx_blockskip.models.registry import open_model
     from mlx_blockskip.tasks.forecast import Shape, Tracer
 
     if job.get("metal"):
         without_scratch()
-    depth = tuple(job["depth"])
-    models = {bits: open_model(hollow(Path(job["work"]), bits, depth, encoders=False), 0) for bits in (0, 4)}
+    models = {bits: open_model(hollow({**job, "bits": bits}), 0) for bits in (0, 4)}
     shape = Shape(job["side"], job["side"], job["text"])
-    traced = Tracer(models[0], shape, RANK, lora.targets(FAMILY.lora_targets, "all"))
+    traced = Tracer(models[0], shape, RANK, lora.targets(family_of(job["model"]).lora_targets, "all"))
     found = {}
     for bits, model in models.items():
         tracer = traced.on(model)
         if job["phase"] == "generate":
             found[f"{bits}"] = tracer.generate(1).peak
         for n, m in job.get("plans", ()):
-            plan = SkipPlan.ends(n, m, sum(depth))
+            plan = SkipPlan.ends(n, m, sum(job["depth"]))
             if job["phase"] == "train":
                 found[f"{bits} {n} {m}"] = tracer.train(plan.retained).peak
             else:
@@ -301,22 +369,22 @@ def gib(count: float) -> str:
     return f"{count / GIB:.2f}"
 
 
-def named(job: dict) -> str:
+def named(job: dict, tokens: int, held: bool) -> str:
     """A point in words."""
-    blocks = f"{job['bits'] or 16} bit, {job['depth'][0]} + {job['depth'][1]} blocks"
+    blocks = f"{job['bits'] or 16} bit, {' + '.join(str(count) for count in job['depth'])} blocks"
     plan = f", (n, m) = ({job['n']}, {job['m']})" if "n" in job else ""
     samples = f", {job['samples']} samples" if "samples" in job else ""
-    held = ", held out" if job in HELD_OUT else ""
-    return f"{blocks}{plan}, {job['text']} + {(job['side'] // 16) ** 2} tokens{samples}{held}"
+    return f"{blocks}{plan}, {job['text']} + {tokens} tokens{samples}{', held out' if held else ''}"
 
 
-def points(work: Path, full_depth: bool) -> list[tuple[str, str, dict, float]]:
+def points(work: Path, name: str, full_depth: bool) -> list[tuple[str, str, dict, float]]:
     """(phase, what, measured, predicted bytes) of every point that has a prediction."""
-    found = []
-    wanted = [("train", job) for job in (*TRAIN, *(HELD_OUT if full_depth else ()))]
-    wanted += [("precompute", job) for job in PRECOMPUTE] + [("generate", job) for job in GENERATE]
-    for phase, job in wanted:
-        shape = {key: job[key] for key in ("depth", "text", "side", "samples") if key in job}
+    model, found = MODELS[name], []
+    wanted = [("train", job) for job in (*model.train, *(model.held_out if full_depth else ()))]
+    wanted += [("precompute", job) for job in model.precompute] + [("generate", job) for job in model.generate]
+    for phase, point in wanted:
+        job = {"model": name, "text": model.text, "side": model.side, **point}
+        shape = {key: job[key] for key in ("model", "depth", "text", "side", "samples") if key in job}
         key = f"{job['bits']}"
         if phase == "train":
             shape["plans"] = [(job["n"], job["m"])]
@@ -326,61 +394,66 @@ def points(work: Path, full_depth: bool) -> list[tuple[str, str, dict, float]]:
             shape["plans"] = [(last, 0)]
             key += f" {last} 0"
         predicted = measure({**shape, "phase": phase, "work": str(work)}, True)["peaks"][key]
-        found.append((phase, named(job), measure({**job, "phase": phase, "work": str(work)}), predicted))
+        said = named(job, (job["side"] // model.pixels) ** 2, point in model.held_out)
+        found.append((phase, said, measure({**job, "phase": phase, "work": str(work)}), predicted))
     return found
 
 
-def cells(work: Path, full_depth: bool = False, metal: bool = False) -> dict[str, dict[int, str]]:
+def cells(work: Path, name: str, full_depth: bool = False, metal: bool = False) -> dict[str, dict[int, str]]:
     """What each phase takes at full depth, by bits. metal: predicted for Metal."""
+    model = MODELS[name]
     more = {"metal": True} if metal else {}
     table: dict[str, dict[int, str]] = {}
 
-    def put(name: str, bits: int, text: str) -> None:
-        table.setdefault(name, {})[bits] = text
+    def put(row: str, bits: int, text: str) -> None:
+        table.setdefault(row, {})[bits] = text
 
     def measured(phase: str, bits: int, **job: object) -> str:
-        result = measure({"phase": phase, "bits": bits, "work": str(work), "depth": (1, 1), **job, **more})
+        shape = {"model": name, "depth": (1,) * len(model.full), "work": str(work), **job, **more}
+        result = measure({"phase": phase, "bits": bits, **shape})
         return gib(result["peaks"][phase]) + ("" if metal else f" ({gib(result['private'])})")
 
     def predicted(phase: str, side: int, **job: object) -> dict[str, int]:
-        shape = {"phase": phase, "depth": FULL, "text": 512, "work": str(work), "side": side, **job, **more}
-        return measure(shape, True)["peaks"]
+        shape = {"phase": phase, "model": name, "depth": model.full, "text": model.text, "work": str(work)}
+        return measure({**shape, "side": side, **job, **more}, True)["peaks"]
 
-    plans = [(28, 0), (14, 14), (0, 28)]
-    steps = predicted("train", 256, plans=plans)
-    chunks = predicted("precompute", 256, plans=plans, samples=SAMPLES)
-    drawing = predicted("generate", 1024)
+    steps = predicted("train", model.side, plans=model.plans)
+    chunks = predicted("precompute", model.side, plans=model.plans, samples=model.samples)
+    drawing = predicted("generate", model.drawn)
     said = "" if metal else " predicted"
     for bits in (4, 0):
         if not metal:
             put("convert", bits, measured("convert", bits))
-        put("encode prompts, 512 tokens", bits, measured("encode prompts", bits, text=512))
-        put("encode images, 512 px", bits, measured("encode images", 0, side=512))
-        for n, m in plans:
+        put(f"encode prompts, {model.read} tokens", bits, measured("encode prompts", bits, text=model.read))
+        put(f"encode images, {model.encoded} px", bits, measured("encode images", 0, side=model.encoded))
+        for n, m in model.plans:
             put(f"precompute, 64 samples, ({n}, {m})", bits, f"{gib(chunks[f'{bits} {n} {m}'])}{said}")
-        for n, m in plans:
-            held = next((job for job in HELD_OUT if (job["bits"], job["n"], job["m"]) == (bits, n, m)), None)
+        for n, m in model.plans:
+            held = next((job for job in model.held_out if (job["bits"], job["n"], job["m"]) == (bits, n, m)), None)
             text = f"{gib(steps[f'{bits} {n} {m}'])}{said}"
             if full_depth and held:
-                result = measure({**held, "work": str(work), "phase": "train"})
+                job = {"model": name, "text": model.text, "side": model.side, **held, "work": str(work)}
+                result = measure({**job, "phase": "train"})
                 text = f"{gib(result['peaks']['train'])} ({gib(result['private'])})"
             put(f"train, a step, ({n}, {m})", bits, text)
-        put("generate, 1024 px: a step", bits, f"{gib(drawing[f'{bits}'])}{said}")
-        put("decode, 1024 px", bits, measured("decode", 0, side=1024))
+        put(f"generate, {model.drawn} px: a step", bits, f"{gib(drawing[f'{bits}'])}{said}")
+        put(f"decode, {model.drawn} px", bits, measured("decode", 0, side=model.drawn))
     return table
 
 
-def main(work: Path, full_depth: bool) -> None:
+def main(work: Path, name: str, full_depth: bool) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    table, found, metal = cells(work, full_depth), points(work, full_depth), cells(work, metal=True)
-    print(f"{machine('mlx')}; CPU backend\n")
+    limits = MODELS[name].limits
+    table, found = cells(work, name, full_depth), points(work, name, full_depth)
+    metal = cells(work, name, metal=True)
+    print(f"{name}; {machine('mlx')}; CPU backend\n")
     print(
         "Peak of MLX memory, GiB (private memory of the process beside it), --memory-budget 0; measured or predicted\n"
     )
     print("| phase | 4-bit | at most | bf16 | at most |\n|---|---|---|---|---|")
-    for name, by_bits in table.items():
-        four, whole = LIMITS[name.split(",")[0]]
-        print(f"| {name} | {by_bits[4]} | {four:g} | {by_bits[0]} | {whole:g} |")
+    for row, by_bits in table.items():
+        four, whole = limits[row.split(",")[0]]
+        print(f"| {row} | {by_bits[4]} | {four:g} | {by_bits[0]} | {whole:g} |")
     print("\n| points of full width | measured, MiB | private, MiB | predicted, MiB | |\n|---|---|---|---|---|")
     for phase, shown, result, predicted in found:
         peak = result["peaks"][phase]
@@ -389,14 +462,15 @@ def main(work: Path, full_depth: bool) -> None:
             f"| {phase}: {shown} | {peak / MIB:.0f} | {result['private'] / MIB:.0f} | {predicted / MIB:.0f} | {share} |"
         )
     print("\n| predicted for Metal, GiB; not measured | 4-bit | at most | bf16 | at most |\n|---|---|---|---|---|")
-    for name, by_bits in metal.items():
-        four, whole = LIMITS[name.split(",")[0]]
-        print(f"| {name} | {by_bits[4]} | {four:g} | {by_bits[0]} | {whole:g} |")
+    for row, by_bits in metal.items():
+        four, whole = limits[row.split(",")[0]]
+        print(f"| {row} | {by_bits[4]} | {four:g} | {by_bits[0]} | {whole:g} |")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("work", nargs="?", type=Path)
+    parser.add_argument("--model", choices=MODELS, default="flux1-dev")
     parser.add_argument("--full-depth", action="store_true")
     parser.add_argument("--child")
     parser.add_argument("--predict")
@@ -406,4 +480,4 @@ if __name__ == "__main__":
     elif arguments.predict:
         print(json.dumps({"peaks": predict(json.loads(arguments.predict))}))
     else:
-        main(arguments.work, arguments.full_depth)
+        main(arguments.work, arguments.model, arguments.full_depth)

@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.compare import assert_same_image, relative_error
+from support.models import random_tree
 
-from mlx_blockskip import data, generate, load
+from mlx_blockskip import data, export, generate, load
 from mlx_blockskip.engine import files, philox
 from mlx_blockskip.models.registry import families
 from mlx_blockskip.models.sana.prompting import INSTRUCTION
 from mlx_blockskip.models.sana.sizes import binned
+from mlx_blockskip.tasks.adapters import save_adapter
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -160,3 +162,52 @@ def test_defaults_are_those_of_the_paper():
     assert family.defaults(plain)["train_resolution"] == 512
     assert (family.defaults(plain)["steps"], family.defaults(plain)["cfg_scale"]) == (20, 4.5)
     assert (family.defaults(sprint)["steps"], family.defaults(sprint)["cfg_scale"]) == (2, 1.0)
+
+
+def lora_images(pipe, noise):
+    made = pipe(
+        **{"prompt": PROMPTS, "guidance_scale": 1.0, "num_inference_steps": 2, "width": 64, "height": 32},
+        **{"latents": torch.from_numpy(noise), "max_sequence_length": LENGTH, "complex_human_instruction": None},
+        **{"use_resolution_binning": False, "clean_caption": False, "output_type": "np"},
+    )
+    return made.images * 255
+
+
+def test_diffusers_loads_our_export_and_gives_our_images(tmp_path):
+    pytest.importorskip("peft")
+    source, pipe = random_pipeline(tmp_path)
+    model = opened(source, instruction=False)
+    loaded, noise = load(model), philox.normal(0, shape=(2, 8, 8, 16))
+    (tmp_path / "a").mkdir()
+    tree = random_tree(loaded, [0, 2], b_scale=0.3)
+    save_adapter(tmp_path / "a", tree, loaded, {"family": "sana", "scale": 0.5, "rank": 3})
+    plain = lora_images(pipe, noise)
+    exported = export(adapter_path=str(tmp_path / "a"), output=str(tmp_path / "lora.safetensors"))
+    pipe.load_lora_weights(str(tmp_path), weight_name=exported.name)
+    theirs = lora_images(pipe, noise)
+    assert np.abs(theirs - plain).max() > 10
+    for adapter in ("a", exported.name):
+        same_images(tmp_path, model, noise, tmp_path / adapter, theirs)
+
+
+def test_a_lora_of_diffusers_and_peft_gives_the_same_images_here(tmp_path):
+    pytest.importorskip("peft")
+    from diffusers import SanaPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    source, pipe = random_pipeline(tmp_path)
+    noise = philox.normal(0, shape=(2, 8, 8, 16))
+    modules = [f"{a}.{name}" for a in ("attn1", "attn2") for name in ("to_q", "to_v", "to_out.0")]
+    modules += ["ff.conv_inverted", "ff.conv_point"]
+    pipe.transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=modules, init_lora_weights=False))
+    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.transformer))
+    SanaPipeline.save_lora_weights(tmp_path / "theirs", transformer_lora_layers=state)
+    same_images(tmp_path, opened(source, instruction=False), noise, tmp_path / "theirs", lora_images(pipe, noise))
+
+
+def same_images(tmp_path, model, noise, adapter, theirs):
+    found = ours(tmp_path, model, noise, 64, 32, steps=2, cfg_scale=1.0, adapter_path=[str(adapter)])
+    for image, wanted in zip(found, theirs, strict=True):
+        assert_same_image("SANA LoRA to and from diffusers + peft, image (of 255)", image, wanted)

@@ -52,4 +52,5 @@ FAMILY = Family(
     lora_targets={"attention": ATTENTION, "all": {"sana": ATTENTION["sana"] + FEED_FORWARD["sana"]}},
     presets=PRESETS,
     shallow=shallow,
+    bundled="tiny-sana",
 )
