@@ -53,7 +53,7 @@ WIDTH, CHANNELS, LENGTH, VOCABULARY = 128, 32, 24, 1500
 TRANSFORMER = {
     "_class_name": "SanaTransformer2DModel", "attention_bias": False, "attention_head_dim": 32,
     "caption_channels": WIDTH, "cross_attention_dim": WIDTH, "cross_attention_head_dim": 32, "dropout": 0.0,
-    "guidance_embeds": False, "guidance_embeds_scale": 0.1, "in_channels": CHANNELS, "interpolation_scale": None,
+    "guidance_embeds": False, "guidance_embeds_scale": 0.1, "in_channels": CHANNELS, "interpolation_scale": 1.0,
     "mlp_ratio": 2.5, "norm_elementwise_affine": False, "norm_eps": 1e-06, "num_attention_heads": 4,
     "num_cross_attention_heads": 4, "num_layers": 10, "out_channels": CHANNELS, "patch_size": 1,
     "qk_norm": "rms_norm_across_heads", "sample_size": 8, "timestep_scale": 1.0,
@@ -100,7 +100,7 @@ toolchain can be run, tested and measured on a model that has really learned som
 | part | class | size |
 |---|---|---|
 | transformer | SanaTransformer2DModel: {layers} blocks, width {width} (4 heads of 32), patch size 1, RMS norm of \
-queries and keys, no positions | {transformer:.2f} M |
+queries and keys, sines as positions | {transformer:.2f} M |
 | text_encoder | Gemma2Model, 2 layers, width {width} | {text_encoder:.2f} M |
 | vae | AutoencoderDC, 16x, {channels} latent channels, residual blocks alone | {vae:.2f} M |
 | tokenizer | Gemma's BPE with byte fallback, trained on the captions | |

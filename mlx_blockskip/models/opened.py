@@ -11,27 +11,32 @@ from mlx_blockskip.engine import files
 from mlx_blockskip.engine.stack import Stack, Weights
 from mlx_blockskip.engine.weights import BlockReader, Shards
 
+Defaults = Callable[[Mapping[str, Any]], dict[str, Any]]
+"""`(transformer config) -> settings`, as in `Family`."""
+
 
 class Opened:
     """A directory with a `transformer`, a `vae` and a `scheduler`. components: the folders that make its identity.
 
-    make_stack: the transformer's config -> its blocks. factor: the VAE's config -> pixels a side of one latent.
+    defaults: the family's; what the directory's config.json records goes over them. make_stack: the transformer's
+    config -> its blocks. factor: the VAE's config -> pixels a side of one latent.
     """
 
     def __init__(
         self,
         path: Path,
         budget: int | None,
-        defaults: Mapping[str, Any],
+        defaults: Defaults,
         components: Sequence[str],
         make_stack: Callable[[Mapping[str, Any]], Stack],
         factor: Callable[[Mapping[str, Any]], int],
     ):
         self.path = path
         self.budget = budget
-        self.defaults = defaults
         self.shards = Shards(path / "transformer")
         self.config = self.shards.config
+        own = files.read_json(path / "config.json").get("defaults", {})
+        self.defaults: Mapping[str, Any] = defaults(self.config) | own
         self.stack = make_stack(self.config)
         self.reader = BlockReader(self.shards, self.stack, budget)
         self.scheduler: Mapping[str, Any] = files.read_json(path / "scheduler" / "scheduler_config.json")

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_blockskip.engine import files
 from mlx_blockskip.models.family import DiffusionModel, Family
 from mlx_blockskip.models.flux1.presets import PRESETS, shallow
 
@@ -38,9 +37,7 @@ def open_directory(path: Path, budget: int | None) -> DiffusionModel:
     """Open an MLX model directory of FLUX.1."""
     from mlx_blockskip.models.flux1.model import Flux1
 
-    config = files.read_json(path / "config.json")
-    transformer = files.read_json(path / "transformer" / "config.json")
-    return Flux1(path, budget, defaults(transformer) | config.get("defaults", {}))
+    return Flux1(path, budget, defaults)
 
 
 FAMILY = Family(

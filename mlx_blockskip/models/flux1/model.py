@@ -11,7 +11,7 @@ from mlx_blockskip.models.family import Encoded, Posterior, Prompt, Size, Tokens
 from mlx_blockskip.models.flux1 import transformer as net
 from mlx_blockskip.models.flux1.transformer import Context
 from mlx_blockskip.models.layers import linear
-from mlx_blockskip.models.opened import Opened
+from mlx_blockskip.models.opened import Defaults, Opened
 from mlx_blockskip.models.text import clip, t5, tokenize
 from mlx_blockskip.models.vae import kl
 
@@ -22,7 +22,7 @@ COMPONENTS = ("transformer", "text_encoder", "text_encoder_2", "vae")
 class Flux1(Opened):
     """See `mlx_blockskip.models.family.DiffusionModel` for the methods' contract."""
 
-    def __init__(self, path: Path, budget: int | None, defaults: Mapping[str, Any]):
+    def __init__(self, path: Path, budget: int | None, defaults: Defaults):
         super().__init__(path, budget, defaults, COMPONENTS, net.stack, kl.factor)
         self.granularity = 2 * self.vae_factor
         self._rope: dict[tuple[int, Size], tuple[mx.array, mx.array]] = {}

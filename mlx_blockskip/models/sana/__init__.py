@@ -1,10 +1,9 @@
-"""SANA (NVIDIA, MIT): linear attention over few, deep latents; 0.6B, 1.6B and 4.8B, SANA 1.5 and Sprint."""
+"""SANA (NVIDIA): linear attention over few, deep latents; 0.6B, 1.6B and 4.8B, SANA 1.5 and Sprint."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_blockskip.engine import files
 from mlx_blockskip.models.family import DiffusionModel, Family
 from mlx_blockskip.models.sana.presets import PRESETS, shallow
 
@@ -39,9 +38,7 @@ def open_directory(path: Path, budget: int | None) -> DiffusionModel:
     """Open an MLX model directory of SANA."""
     from mlx_blockskip.models.sana.model import Sana
 
-    config = files.read_json(path / "config.json")
-    transformer = files.read_json(path / "transformer" / "config.json")
-    return Sana(path, budget, defaults(transformer) | config.get("defaults", {}))
+    return Sana(path, budget, defaults)
 
 
 FAMILY = Family(

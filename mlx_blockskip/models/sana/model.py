@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_blockskip.engine.weights import Shards
 from mlx_blockskip.models.family import Encoded, Posterior, Prompt, Size, Tokens
-from mlx_blockskip.models.opened import Opened
+from mlx_blockskip.models.opened import Defaults, Opened
 from mlx_blockskip.models.sana import transformer as net
 from mlx_blockskip.models.sana.prompting import INSTRUCTION, cleaned
 from mlx_blockskip.models.sana.sizes import binned
@@ -27,7 +26,7 @@ class Sana(Opened):
     whether images are drawn only in the sizes that it was trained in.
     """
 
-    def __init__(self, path: Path, budget: int | None, defaults: Mapping[str, Any]):
+    def __init__(self, path: Path, budget: int | None, defaults: Defaults):
         super().__init__(path, budget, defaults, COMPONENTS, net.stack, dc_ae.factor)
         self.granularity = self.config["patch_size"] * self.vae_factor
 
