@@ -252,6 +252,8 @@ def child(job: dict) -> dict:
         )  # fmt: skip
     elif job["phase"] in ("train", "precompute"):
         train(job, keep)
+    elif job["phase"] == "records":
+        found = records(job)
     else:
         from mlx_blockskip.tasks.phases import phase
 
@@ -282,19 +284,33 @@ def train(job: dict, keep) -> None:  # type: ignore[no-untyped-def]
 
         finish(task.train(settings_of(job)), keep)
         return
+    from mlx_blockskip.tasks.precompute import compute_chunk
+
+    run = prepared({**job, "n": sum(job["depth"]) - 1})
+    chunk = run.directory / "chunk.safetensors"
+    finish(compute_chunk(run.recipe, run.layout, range(job["samples"]), chunk, "", {}), keep)
+
+
+def prepared(job: dict):  # type: ignore[no-untyped-def]
+    """The set-up of a training run."""
     from mlx_blockskip.data import load_dataset
+    from mlx_blockskip.events import finish
     from mlx_blockskip.models.registry import open_model
     from mlx_blockskip.tasks.job import complete, prepare
     from mlx_blockskip.tasks.plans import likely_plan
-    from mlx_blockskip.tasks.precompute import compute_chunk
 
-    settings = settings_of({**job, "n": sum(job["depth"]) - 1})
+    settings = settings_of(job)
     model = open_model(Path(settings.model), 0)
     settings = complete(settings, model)
     dataset, plan = load_dataset(Path(settings.data), settings.prompt), likely_plan(settings, model)
-    directory = Path(settings.adapter_path)
-    run = finish(prepare(settings, directory, model, dataset, plan, ample=False))
-    finish(compute_chunk(run.recipe, run.layout, range(job["samples"]), directory / "chunk.safetensors", "", {}), keep)
+    return finish(prepare(settings, Path(settings.adapter_path), model, dataset, plan, ample=False))
+
+
+def records(job: dict) -> dict[str, int]:
+    """Bytes on disk of one sample's record, and of what is kept once a prompt."""
+    run = prepared(job)
+    prompt = run.recipe.model.prompt_record(run.recipe.caption(0))
+    return {"sample": run.layout.nbytes, "prompt": sum(array.nbytes for array in prompt.values())}
 
 
 def direct(job: dict) -> None:
@@ -461,6 +477,12 @@ def main(work: Path, name: str, full_depth: bool) -> None:
         print(
             f"| {phase}: {shown} | {peak / MIB:.0f} | {result['private'] / MIB:.0f} | {predicted / MIB:.0f} | {share} |"
         )
+    n, m = MODELS[name].plans[1]
+    job = {"phase": "records", "model": name, "bits": 0, "depth": MODELS[name].full, "text": MODELS[name].text}
+    disk = measure({**job, "side": MODELS[name].side, "n": n, "m": m, "work": str(work)})["peaks"]
+    print(
+        f"\nRecords on disk, ({n}, {m}): {disk['sample'] / MIB:.2f} MiB a sample, {disk['prompt'] / MIB:.2f} a prompt"
+    )
     print("\n| predicted for Metal, GiB; not measured | 4-bit | at most | bf16 | at most |\n|---|---|---|---|---|")
     for row, by_bits in metal.items():
         four, whole = limits[row.split(",")[0]]
