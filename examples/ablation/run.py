@@ -70,6 +70,7 @@ def rows(depth: int, plan: dict[str, int]) -> dict[str, dict[str, Any]]:
         "50 %, the middle (HollowedNet)": {"plan": {"depth": depth, "runs": middle}, **WHOLE},
         "50 %, dynamic patches": {"skip_ratio": 0.5, "patch_mode": "dynamic", **SMALL},
         "50 %, fresh every 20 steps": {**HALF, "residuals": "fresh", "refresh": 20},
+        "50 %, fresh every 5 steps": {**HALF, "residuals": "fresh", "refresh": 5},
         "50 %, rank 32": {**HALF, "rank": 32},
         "50 %, the last block kept": {"plan": {"depth": depth, "runs": kept}, **WHOLE},
     }
