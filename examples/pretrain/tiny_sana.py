@@ -78,7 +78,7 @@ TEXT = {
 }  # fmt: skip
 SCHEDULER = {
     "_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++", "final_sigmas_type": "zero",
-    "flow_shift": 1.0, "num_train_timesteps": 1000, "prediction_type": "flow_prediction", "solver_order": 2,
+    "flow_shift": 1.5, "num_train_timesteps": 1000, "prediction_type": "flow_prediction", "solver_order": 2,
     "solver_type": "midpoint", "use_flow_sigmas": True,
 }  # fmt: skip
 PIPELINE = {
@@ -121,7 +121,7 @@ black cat, phoenix, people with professions ...); pictograms of signs, arrows, s
 steps ({vae_minutes:.0f} minutes; L1, edges, 64 px crops), transformer and text encoder together {network_steps:,} \
 steps; other emoji are half of the pictures at first and none after {alone:.0%} of the time; Muon for matrices \
 (learning rate 2e-3, RMS-matched), Adam for the rest (1e-3), cosine decay, EMA 0.998; 64 px (batch {small}) and \
-128 px (batch {large}) in turn.
+twice as often 128 px (batch {large}).
 - **Licence**: the pictures are drawn with Noto Color Emoji (SIL Open Font License 1.1). The weights may be used under \
 the same terms or MIT.
 
@@ -151,8 +151,8 @@ VAE_SHARE, VAE_BATCH = 0.19, 16
 NOISE, PENALTY, EDGES = 0.2, 1e-3, 0.5
 """On the latents while they are decoded, on their squares, and of the differences of neighbouring pixels."""
 
-BATCHES = {64: 96, 128: 32}
-"""Pictures a step, by side; the sides take turns."""
+BATCHES, TURNS = {64: 96, 128: 32}, (64, 128, 128)
+"""Pictures a step, by side, and which side's turn it is."""
 
 OTHERS, FORTY_ALONE, UNPROMPTED = 0.5, 0.55, 0.1
 """Share of other emoji than the forty at first; when they are gone, as a share of the time; empty prompts."""
@@ -599,8 +599,8 @@ def encode_all(
 
 
 def matching_batches(cache: Cache, rng: np.random.Generator) -> Callable[[float], list[np.ndarray]]:
-    """Latents, noise, sigmas and ids; of fewer and fewer other emoji; the sides in turn."""
-    sides = cycle(BATCHES)
+    """Latents, noise, sigmas and ids; of fewer and fewer other emoji."""
+    sides, shift = cycle(TURNS), SCHEDULER["flow_shift"]
     empty = np.zeros(cache.ids.shape[2], np.int32)
     empty[0] = TOKENS.index("bos")
 
@@ -613,7 +613,7 @@ def matching_batches(cache: Cache, rng: np.random.Generator) -> Callable[[float]
         ids = cache.ids[rows, rng.integers(len(TEMPLATES), size=count)]
         ids[rng.random(count) < UNPROMPTED] = empty
         latents = cache.latents[side][rows]
-        sigma = 1 / (1 + np.exp(-rng.standard_normal(count, np.float32)))
+        sigma = np.array([flow.noise_level(n, 0, 1, shift) for n in rng.standard_normal(count)], np.float32)
         return [latents, rng.standard_normal(latents.shape, np.float32), sigma, ids]
 
     return batch

@@ -145,7 +145,7 @@ def random_pipeline(path: Path, pipeline="SanaPipeline", vae=VAE, **changes):
     }
     cls = getattr(diffusers, pipeline)
     cls(**parts).save_pretrained(path / "hf")
-    opened = cls.from_pretrained(path / "hf", torch_dtype=torch.float32)
+    opened = cls.from_pretrained(path / "hf", dtype=torch.float32)
     opened.set_progress_bar_config(disable=True)
     return path / "hf", opened
 

@@ -159,6 +159,16 @@ def test_fresh_residuals_follow_the_adapter_from_the_second_chunk_on(quick):
     assert not all(same_bits(first[name], second[name]) for name in first)
 
 
+def test_photos_that_are_enlarged_are_said(quick, tmp_path):
+    for name, size in (("a", (90, 40)), ("b", (64, 64))):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.new("RGB", size, "red").save(tmp_path / "photos" / f"{name}.png")
+    said = []
+    train(quick(data=str(tmp_path / "photos"), prompt="a cat", iters=1), on_event=said.append)
+    (warning,) = [e.message for e in said if isinstance(e, Warning)]
+    assert warning.startswith("1 of 2 images have a side of less than 64 pixels")
+
+
 def record_bytes(quick, **options):
     """Bytes of one record of a short run."""
     job = prepared(quick("probe", **options))
