@@ -1,6 +1,6 @@
-"""Block selection on tiny-flux: does the probe, which generates nothing, agree with Algorithm 1? Prints Markdown.
+"""Block selection: does the probe, which generates nothing, agree with Algorithm 1? Prints Markdown.
 
-    python examples/bench/selection.py WORK [SUBJECT_DIR ...]
+    python examples/bench/selection.py WORK [--model tiny-sana] [SUBJECT_DIR ...]
 
 For each subject a plain LoRA is trained; then images are made with the first n and with the last m blocks masked
 (`select --method generate`, DINO), and velocities compared (`select --method probe`), with the adapter and on the base
@@ -8,6 +8,7 @@ model. Without subjects it takes two from the repository and draws two (examples
 is not made again. The last rows are over all subjects.
 """
 
+import argparse
 import json
 import sys
 import time
@@ -53,19 +54,19 @@ def once(path: Path, make) -> dict:  # type: ignore[no-untyped-def]
     return {**json.loads(path.read_text()), "seconds": float(seconds.read_text())}
 
 
-def measure(work: Path, subject: Path) -> dict[str, dict]:
+def measure(work: Path, subject: Path, model: str) -> dict[str, dict]:
     """The selections of one subject, by method."""
     adapter, out = work / f"{subject.name}-lora", work / subject.name
     out.mkdir(parents=True, exist_ok=True)
     if not (adapter / "adapters.safetensors").exists():
-        train(data=str(subject), adapter_path=str(adapter), **TRAINING)
+        train(model=model, data=str(subject), adapter_path=str(adapter), **TRAINING)
     captions = " ".join(example.caption for example in load_dataset(subject).examples)
     prompts = [f"a sks toy on a {colour} background" for colour in COLOURS if colour not in captions][:2]
-    common = {"adapter_path": [str(adapter)]}
+    common = {"model": model, "adapter_path": [str(adapter)]}
     wanted = {
         "generate": {"method": "generate", "prompt": prompts, "n_images": 2, **common},
         "probe": {"method": "probe", "data": str(subject), **common},
-        "probe, base": {"method": "probe", "data": str(subject)},
+        "probe, base": {"model": model, "method": "probe", "data": str(subject)},
     }
     found = {}
     for name, options in wanted.items():
@@ -96,12 +97,17 @@ def row(name: str, method: str, table: Distances, reference: Distances, depth: i
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("subject", nargs="*")
+    parser.add_argument("--model", default="tiny-flux", help="each wants a WORK of its own")
+    given = parser.parse_args()
+    target = given.work
     print(f"{machine('mlx')}\n")
     print("| subject | method | Spearman | 30 % | 40 % | 50 % | seconds |\n|---|---|---|---|---|---|---|")
     everything: dict[str, list[tuple[Distances, float]]] = {}
-    for one in subjects(target, sys.argv[2:]):
-        results = measure(target, one)
+    for one in subjects(target, given.subject):
+        results = measure(target, one, given.model)
         tables = {method: table_of(record) for method, record in results.items()}
         for method, record in results.items():
             everything.setdefault(method, []).append((tables[method], record["seconds"]))

@@ -1,4 +1,4 @@
-"""Does tiny-flux learn a subject, and does it keep the rest? Prints a Markdown table, writes a grid a subject.
+"""Does a tiny model learn a subject, and does it keep the rest? Prints a Markdown table, writes a grid a subject.
 
     python examples/quality/run.py OUT SUBJECT_DIR [SUBJECT_DIR ...] [-- SETTING=VALUE ...]
 
@@ -6,7 +6,7 @@ Each picture is cut from its plain background and named by its nearest neighbour
 4 prompts with the trigger on new colours, how many are nearest to the subject. Kept: of 3 seeds x 8 prompts without it,
 how many have the same nearest emoji as before training. Those prompts were picked so that the untrained model's own
 pictures are named right in all seeds (on some backgrounds the cut fails: a yellow wheel on yellow), and none of their
-things is in tiny-flux's class prompts. Settings are fields of TrainSettings.
+things is in tiny-flux's class prompts. Settings are fields of TrainSettings; model=tiny-sana takes the other one.
 """
 
 import platform
@@ -36,10 +36,10 @@ OTHERS = (
 )
 
 
-def images(out: Path, prompts: list[str], adapter: Path | None) -> list[Image.Image]:
+def images(out: Path, model: str, prompts: list[str], adapter: Path | None) -> list[Image.Image]:
     """SEEDS images a prompt."""
     adapters = [str(adapter)] if adapter else []
-    paths = generate(prompt=prompts, n_images=SEEDS, adapter_path=adapters, output=str(out / "image.png"))
+    paths = generate(model=model, prompt=prompts, n_images=SEEDS, adapter_path=adapters, output=str(out / "image.png"))
     return [Image.open(path).copy() for path in paths]
 
 
@@ -49,11 +49,12 @@ def measure(out: Path, subject: Path, options: dict[str, object]) -> str:
     colours = [colour for colour in COLOURS if colour not in captions][:4]
     prompts = [f"a sks toy on a {colour} background" for colour in colours]
     known = references(subject)
-    before, others = images(out, prompts, None), images(out, list(OTHERS), None)
+    model = str(options.get("model", "tiny-flux"))
+    before, others = images(out, model, prompts, None), images(out, model, list(OTHERS), None)
     started = time.perf_counter()
     result = train(data=str(subject), adapter_path=str(out / f"{subject.name}-adapter"), **options)
     seconds = time.perf_counter() - started
-    after, kept = images(out, prompts, result.adapter_path), images(out, list(OTHERS), result.adapter_path)
+    after, kept = (images(out, model, texts, result.adapter_path) for texts in (prompts, list(OTHERS)))
     names = [[nearest(image, known) for image in group] for group in (before, after, others, kept)]
     learned = [f"{group.count('subject')}/{len(group)}" for group in names[:2]]
     same = sum(a == b for a, b in zip(names[2], names[3], strict=True))
