@@ -48,8 +48,9 @@ def test_ranks_count_the_others_that_are_nearer():
 
 
 def test_rows_are_compared_in_pairs():
-    from table import difference, table
+    from table import difference, pictures, table
 
+    file = sorted(HEDGEHOG.glob("*.png"))[0]
     results = [
         {
             "row": row, "subject": subject, "seed": 0, "top-1": value, "top-1 at 64 px": value, "rank": 1.0,
@@ -66,6 +67,8 @@ def test_rows_are_compared_in_pairs():
     assert "+0." not in lines["plain"]
     assert "+0." not in lines["base"]
     assert picture.size[0] > 100
+    sheet = pictures(("base", "ours"), {"a": {"base": [file, file], "ours": [file]}, "b": {"base": [file]}})
+    assert sheet.size[1] > 2 * 64
     middle, low, high = difference({1: 1.0, 2: 0.0, 3: 5.0}, {1: 0.0, 2: 1.0})
     assert middle == 0
     assert low == -1

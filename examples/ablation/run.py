@@ -5,7 +5,8 @@
 Every row is trained for the same number of steps on subjects that the model never saw and that were not used to choose
 learning rate, steps or plan: those were fixed on the hedgehog and the teapot (--tune prints what they were chosen
 from). The raw results stay in OUT/results as JSON, a file a row and subject, and what is there is not run again. Writes
-OUT/table.md and OUT/table.png and prints an estimate of the time first. --full takes more subjects and seeds.
+OUT/table.md, table.png and pictures.png beside them and prints an estimate of the time first. --full takes more
+subjects and seeds.
 Needs Noto Color Emoji (Debian: fonts-noto-color-emoji).
 """
 
@@ -25,7 +26,7 @@ import numpy as np
 from measures import Known, colour, likeness
 from PIL import Image
 from subjects import SUBJECTS, draw
-from table import table
+from table import pictures, table
 
 from mlx_blockskip import generate, load, train
 from mlx_blockskip.data import load_dataset
@@ -255,6 +256,15 @@ def main() -> None:
     text, picture = table(results, f"{PLAIN}, 0.001, 200 steps" if given.tune else PLAIN)
     (given.out / "table.md").write_text(text)
     picture.save(given.out / "table.png", optimize=True)
+    names = list(dict.fromkeys(result["row"] for result in results))
+    drawn = {
+        subject.name: {
+            name: sorted((given.out / "work" / f"{slug(name)}-{subject.name}-0").glob("subject-*.png"))[::SEEDS]
+            for name in names
+        }
+        for subject in subjects
+    }
+    pictures(names, drawn).quantize(256).save(given.out / "pictures.png", optimize=True)
     print(text)
 
 

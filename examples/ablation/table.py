@@ -1,6 +1,7 @@
 """The table and the picture of an ablation's results: means over subjects, and differences from plain LoRA in pairs."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,3 +89,20 @@ def _bars(retained: dict[str, list[tuple[float, float, float]]]) -> Image.Image:
             pen.rectangle((left, y + 2, place(middle), y + height - 3), fill=shades[i])
             pen.line((place(low), y + height / 2, place(high), y + height / 2), fill=INK, width=2)
     return image
+
+
+def pictures(rows: Sequence[str], columns: dict[str, dict[str, list[Path]]]) -> Image.Image:
+    """What each row draws of each subject. columns: by subject and row, the pictures' files."""
+    left, side, gap, top = 230, 64, 2, 22
+    each = max(len(files) for by_row in columns.values() for files in by_row.values()) * (side + gap) + 8
+    sheet = Image.new("RGB", (left + each * len(columns), top + len(rows) * (side + gap)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for r, row in enumerate(rows):
+        pen.text((left - 8, top + r * (side + gap) + side / 2), row, fill=INK, font=font, anchor="rm")
+    for c, (subject, by_row) in enumerate(columns.items()):
+        pen.text((left + c * each, 3), subject, fill=INK, font=font)
+        for r, row in enumerate(rows):
+            for i, file in enumerate(by_row.get(row, ())):
+                picture = Image.open(file).resize((side, side), Image.Resampling.LANCZOS)
+                sheet.paste(picture, (left + c * each + i * (side + gap), top + r * (side + gap)))
+    return sheet
