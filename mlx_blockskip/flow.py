@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.models.family import OWN_SPACING
 
 EULER = "FlowMatchEulerDiscreteScheduler"
 REFUSED = (
@@ -189,8 +190,14 @@ def consistency_sigmas(steps: int) -> np.ndarray:
 
 
 def euler_sigmas(scheduler: Mapping[str, Any], steps: int, image_tokens: int) -> np.ndarray:
-    """(steps + 1,) float32: 1 ... 1/steps, shifted, then 0. Source: FluxPipeline, FlowMatchEulerDiscreteScheduler."""
-    sigmas = np.linspace(1.0, 1 / steps, steps)
+    """(steps + 1,) float32: 1 ... 1/steps, shifted, then 0; with OWN_SPACING down to the least training sigma instead,
+    which is shifted twice. Source: FluxPipeline, FlowMatchEulerDiscreteScheduler.
+    """
+    least = 1 / steps
+    if scheduler.get(OWN_SPACING) and not scheduler.get("use_dynamic_shifting"):
+        first, shift = 1 / scheduler.get("num_train_timesteps", 1000), float(scheduler.get("shift", 1.0))
+        least = shift * first / (1 + (shift - 1) * first)
+    sigmas = np.linspace(1.0, least, steps)
     if scheduler.get("use_dynamic_shifting"):
         sigmas = _dynamic(scheduler, sigmas, image_tokens)
     else:

@@ -13,6 +13,7 @@ Needs Noto Color Emoji (Debian: fonts-noto-color-emoji).
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -129,7 +130,8 @@ def images(
 def one(out: Path, name: str, options: dict[str, Any], subject: Path, seed: int, model: str) -> dict[str, Any]:
     """Train a row on a subject and measure it. Without options: the model as it is."""
     work = out / "work" / f"{slug(name)}-{subject.name}-{seed}"
-    work.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(work, ignore_errors=True)  # of a run that was stopped
+    work.mkdir(parents=True)
     found: dict[str, Any] = {"row": name, "subject": subject.name, "seed": seed, "model": model}
     adapter, began = None, time.perf_counter()
     if options:

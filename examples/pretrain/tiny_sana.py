@@ -7,7 +7,7 @@ steps. An interrupted run goes on with --resume. At the end it measures what it 
     OPENBLAS_NUM_THREADS=1 python examples/pretrain/tiny_sana.py --output tiny-sana --minutes 70
     OPENBLAS_NUM_THREADS=1 python examples/pretrain/tiny_sana.py --measure tiny-sana
 
-Needs Noto Color Emoji (SIL Open Font License 1.1; Debian: fonts-noto-color-emoji).
+Needs Noto Color Emoji (SIL Open Font License 1.1; Debian: fonts-noto-color-emoji) and, for mx.compile on Linux, g++.
 """
 
 import mlx_blockskip  # noqa: F401  (before mlx.core is imported: it opens OpenBLAS)

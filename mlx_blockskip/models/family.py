@@ -19,6 +19,9 @@ Configs = Mapping[str, Mapping[str, Any]]
 Size = tuple[int, int]
 """Height and width of the latents."""
 
+OWN_SPACING = "own_spacing"
+"""In a model's `scheduler`, beside its own options: that the pipeline leaves the spacing of the steps to it."""
+
 
 class Tokens(NamedTuple):
     """What flows through a diffusion transformer, split at every boundary.

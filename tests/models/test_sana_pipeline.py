@@ -37,6 +37,18 @@ def ours(tmp_path, model, noise, width, height, **options):
     return [Image.open(path) for path in generate(model=model, **given)]
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_pipeline_with_euler_steps_equals_diffusers(tmp_path, shift):
+    """SanaPipeline leaves the spacing to the scheduler, where FluxPipeline gives it."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    source, pipe = random_pipeline(tmp_path)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    pipe.scheduler.save_pretrained(source / "scheduler")
+    noise = philox.normal(0, shape=(2, 8, 8, 16))
+    same_images(tmp_path, opened(source, instruction=False), noise, None, plain_images(pipe, noise))
+
+
 @pytest.mark.parametrize(
     ("change", "size", "cfg", "instruction"),
     [
@@ -164,9 +176,10 @@ def test_defaults_are_those_of_the_paper():
     assert (family.defaults(sprint)["steps"], family.defaults(sprint)["cfg_scale"]) == (2, 1.0)
 
 
-def lora_images(pipe, noise):
+def plain_images(pipe, noise):
+    """Three steps at 64 x 32, without CFG and instruction."""
     made = pipe(
-        **{"prompt": PROMPTS, "guidance_scale": 1.0, "num_inference_steps": 2, "width": 64, "height": 32},
+        **{"prompt": PROMPTS, "guidance_scale": 1.0, "num_inference_steps": 3, "width": 64, "height": 32},
         **{"latents": torch.from_numpy(noise), "max_sequence_length": LENGTH, "complex_human_instruction": None},
         **{"use_resolution_binning": False, "clean_caption": False, "output_type": "np"},
     )
@@ -181,10 +194,10 @@ def test_diffusers_loads_our_export_and_gives_our_images(tmp_path):
     (tmp_path / "a").mkdir()
     tree = random_tree(loaded, [0, 2], b_scale=0.3)
     save_adapter(tmp_path / "a", tree, loaded, {"family": "sana", "scale": 0.5, "rank": 3})
-    plain = lora_images(pipe, noise)
+    plain = plain_images(pipe, noise)
     exported = export(adapter_path=str(tmp_path / "a"), output=str(tmp_path / "lora.safetensors"))
     pipe.load_lora_weights(str(tmp_path), weight_name=exported.name)
-    theirs = lora_images(pipe, noise)
+    theirs = plain_images(pipe, noise)
     assert np.abs(theirs - plain).max() > 10
     for adapter in ("a", exported.name):
         same_images(tmp_path, model, noise, tmp_path / adapter, theirs)
@@ -204,10 +217,12 @@ def test_a_lora_of_diffusers_and_peft_gives_the_same_images_here(tmp_path):
     pipe.transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=modules, init_lora_weights=False))
     state = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.transformer))
     SanaPipeline.save_lora_weights(tmp_path / "theirs", transformer_lora_layers=state)
-    same_images(tmp_path, opened(source, instruction=False), noise, tmp_path / "theirs", lora_images(pipe, noise))
+    same_images(tmp_path, opened(source, instruction=False), noise, tmp_path / "theirs", plain_images(pipe, noise))
 
 
 def same_images(tmp_path, model, noise, adapter, theirs):
-    found = ours(tmp_path, model, noise, 64, 32, steps=2, cfg_scale=1.0, adapter_path=[str(adapter)])
+    adapters = [str(adapter)] if adapter else []
+    found = ours(tmp_path, model, noise, 64, 32, steps=3, cfg_scale=1.0, adapter_path=adapters)
+    what = "SANA LoRA to and from diffusers + peft, image (of 255)" if adapter else IMAGE
     for image, wanted in zip(found, theirs, strict=True):
-        assert_same_image("SANA LoRA to and from diffusers + peft, image (of 255)", image, wanted)
+        assert_same_image(what, image, wanted)

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_blockskip.engine.weights import Shards
-from mlx_blockskip.models.family import Encoded, Posterior, Prompt, Size, Tokens
+from mlx_blockskip.models.family import OWN_SPACING, Encoded, Posterior, Prompt, Size, Tokens
 from mlx_blockskip.models.opened import Defaults, Opened
 from mlx_blockskip.models.sana import transformer as net
 from mlx_blockskip.models.sana.prompting import INSTRUCTION, cleaned
@@ -28,6 +28,7 @@ class Sana(Opened):
 
     def __init__(self, path: Path, budget: int | None, defaults: Defaults):
         super().__init__(path, budget, defaults, COMPONENTS, net.stack, dc_ae.factor)
+        self.scheduler = {**self.scheduler, OWN_SPACING: True}
         self.granularity = self.config["patch_size"] * self.vae_factor
 
     def encode_prompts(self, prompts: Sequence[str], max_length: int, negatives: Sequence[str] = ()) -> Encoded:
