@@ -42,6 +42,7 @@ class ConvertSettings:
     revision: str | None = option(None, "Branch, tag or commit of the repo.")
 
 
+MODEL = "MLX model directory, Hugging Face directory, repo id, or tiny-flux, tiny-sana."
 BUDGET = "MLX memory to stay within, e.g. 2GB; auto: what this machine has; 0: the least that is possible."
 DATA, PRIOR, METHOD = "Data", "Prior preservation", "Block skipping"
 LORA, OPTIMIZER, RUN = "LoRA", "Optimizer", "Run"
@@ -51,7 +52,7 @@ LORA, OPTIMIZER, RUN = "LoRA", "Optimizer", "Run"
 class TrainSettings:
     """Learn a subject from a few photos: a LoRA on the retained blocks."""
 
-    model: str = option("tiny-flux", "MLX model directory, Hugging Face directory, repo id, or tiny-flux.")
+    model: str = option("tiny-flux", MODEL)
     data: str = option("", "Directory of images, with captions beside them or not.", group=DATA)
     prompt: str | None = option(None, 'Caption of images that have none, e.g. "a photo of sks dog".', group=DATA)
     class_prompt: list[str] = option(
@@ -114,7 +115,7 @@ class TrainSettings:
 class GenerateSettings:
     """Generate images."""
 
-    model: str = option("tiny-flux", "MLX model directory, Hugging Face directory, repo id, or tiny-flux.")
+    model: str = option("tiny-flux", MODEL)
     prompt: list[str] = option([], "What to show; repeatable.")
     prompt_file: str | None = option(None, "Text file with a prompt a line.")
     negative_prompt: str = option("", "What not to show (where cfg-scale is above 1).")
@@ -141,7 +142,7 @@ class GenerateSettings:
 class SelectSettings:
     """Choose which blocks to skip, by masking attention from image to text (Algorithm 1)."""
 
-    model: str = option("tiny-flux", "MLX model directory, Hugging Face directory, repo id, or tiny-flux.")
+    model: str = option("tiny-flux", MODEL)
     method: str = option(
         "probe",
         "generate: Algorithm 1, on generated images; probe: on predicted velocities, without generating; "
@@ -183,7 +184,9 @@ class SelectSettings:
 class EstimateSettings:
     """Say what a run would take in memory, disk and time, before anything is downloaded."""
 
-    model: str = option("tiny-flux", "Directory of either layout, flux1-dev, flux1-schnell, or tiny-flux.")
+    model: str = option(
+        "tiny-flux", "Directory of either layout, a preset such as flux1-dev or sana-1.6b, or tiny-flux, tiny-sana."
+    )
     memory: str = option("auto", "MLX memory there is, e.g. 8GB; auto: what this machine has.")
     resolution: int | None = option(None, "Largest crop of training images (s_max).", group=METHOD)
     train_resolution: int | None = option(None, "Side of a training patch (s_min).", group=METHOD)

@@ -1,7 +1,6 @@
 import pytest
 from support.compare import gather, parity_table, worst
 from support.models import HEDGEHOG, assets, convert
-from support.sana import checkpoint
 from support.toy import make_toy
 
 import mlx_blockskip  # noqa: F401  (preloads OpenBLAS before anything imports mlx.core)
@@ -29,12 +28,12 @@ def toy(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def small_sana(tmp_path_factory):
-    """A random SANA, converted to float32."""
-    return convert(checkpoint(tmp_path_factory.mktemp("sana")), tmp_path_factory.mktemp("sana") / "sana", "sana")
+def tiny_sana(tmp_path_factory):
+    """The other bundled model, converted to float32."""
+    return convert(assets() / "tiny-sana", tmp_path_factory.mktemp("sana") / "tiny-sana", "sana")
 
 
-@pytest.fixture(scope="session", params=["tiny_flux", "small_sana", "toy"])
+@pytest.fixture(scope="session", params=["tiny_flux", "tiny_sana", "toy"])
 def family_model(request):
     """A model directory of every family that has a small model; contract tests run over all of them."""
     return request.getfixturevalue(request.param)

@@ -14,7 +14,8 @@ def test_converters_and_assets_are_part_of_the_package():
     root = Path(str(resources.files("mlx_blockskip")))
     assert (root / "py.typed").is_file()
     assets = root / "assets"
-    assert (assets / "tiny-flux" / "model_index.json").is_file()
+    for model in ("tiny-flux", "tiny-sana"):
+        assert (assets / model / "model_index.json").is_file()
     assert len(list((assets / "subjects" / "hedgehog").glob("*.png"))) == 5
     for name in ("tiny-clip", "tiny-dino"):
         held = {path.name for path in (assets / name).iterdir()}

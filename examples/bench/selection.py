@@ -101,7 +101,7 @@ if __name__ == "__main__":
     parser.add_argument("work", type=Path)
     parser.add_argument("subject", nargs="*")
     parser.add_argument("--model", default="tiny-flux", help="each wants a WORK of its own")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     target = given.work
     print(f"{machine('mlx')}\n")
     print("| subject | method | Spearman | 30 % | 40 % | 50 % | seconds |\n|---|---|---|---|---|---|---|")

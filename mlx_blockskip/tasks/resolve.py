@@ -21,7 +21,7 @@ from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.tasks import hub
 from mlx_blockskip.tasks.convert import ENCODER_DTYPE, convert_directory, is_converted, is_encoder
 
-BUNDLED = ("tiny-flux",)
+BUNDLED = ("tiny-flux", "tiny-sana")
 
 
 @dataclass(frozen=True)

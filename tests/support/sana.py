@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import mlx.core as mx
-import pytest
 from mlx_blockskip.converters import run, sana
 from mlx_blockskip.converters.source import open_source
 
@@ -80,7 +79,6 @@ class Network:
         return self.head(sample.state, sample.context)
 
 
-DEFAULT_SIDES = {"resolution": 64, "train_resolution": 32, "width": 64, "height": 64}
 WORDS = ("a small cat", "red", "a dog on a red background", "two Cats", "gray", "a picture of a sailboat on blue")
 VAE = {
     "latent_channels": 8,
@@ -148,12 +146,3 @@ def random_pipeline(path: Path, pipeline="SanaPipeline", vae=VAE, **changes):
     opened = cls.from_pretrained(path / "hf", dtype=torch.float32)
     opened.set_progress_bar_config(disable=True)
     return path / "hf", opened
-
-
-def checkpoint(path: Path) -> Path:
-    """A random checkpoint of five blocks for 64 pixels, with defaults of its own."""
-    pytest.importorskip("torch")
-    source, _ = random_pipeline(path, num_layers=5)
-    defaults = {"max_sequence_length": 12, "steps": 3, "cfg_scale": 2.0, "rank": 2, "instruction": False}
-    files.write_json(source / "defaults.json", {**defaults, **DEFAULT_SIDES, "resolution_binning": False})
-    return source
