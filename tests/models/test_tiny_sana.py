@@ -63,6 +63,17 @@ def test_what_is_saved_is_read_again_in_half_precision(checkpoint):
             assert mx.array_equal(weights[name], tensor.astype(mx.float16).astype(mx.float32)), (part, name)
 
 
+def test_what_is_left_beside_it_is_read_again_and_described(checkpoint):
+    state = recipe.begin({"a": mx.ones((40, 40)), "b.weight": mx.ones((3,))})
+    for name in ("vae", "network"):
+        recipe.Progress({"a": mx.ones((2,))}, state, {}, 90.0).save(recipe.beside(checkpoint, name))
+    assert set(recipe.Progress.load(recipe.beside(checkpoint, "vae")).state) == set(state)
+    recipe.describe(checkpoint, "all right")
+    text = (checkpoint / "README.md").read_text(encoding="utf-8")
+    assert "all right" in text
+    assert "3 minutes in all" in text
+
+
 def test_what_it_trains_with_equals_the_networks_functions():
     x = mx.random.normal((8, 6, 6, 5), key=mx.random.key(0))
     kernel, bias = mx.random.normal((5, 3, 3, 1), key=mx.random.key(1)), mx.ones((5,))
