@@ -69,10 +69,10 @@ def _bars(retained: dict[str, list[tuple[float, float, float]]]) -> Image.Image:
     image = Image.new("RGB", (left + width + 70, 70 + group * len(retained)), "white")
     pen = ImageDraw.Draw(image)
     font = ImageFont.load_default(14)
-    pen.text((left, 14), "retained of plain LoRA, % (95 % interval)", fill=INK, font=ImageFont.load_default(16))
+    pen.text((left, 2), "retained of plain LoRA, % (95 % interval)", fill=INK, font=ImageFont.load_default(16))
     shades = (BAR, "#2e7d32", "#b23a2e")
     for i, (name, shade) in enumerate(zip(COMPARED, shades, strict=True)):
-        pen.text((left + 360 + 90 * i, 16), name, fill=shade, font=font)
+        pen.text((left + 360 + 90 * i, 4), name, fill=shade, font=font)
     for percent in range(0, 121, 20):
         x = left + width * percent / 120
         pen.line((x, 44, x, 60 + group * len(retained)), fill=INK if percent == 100 else GRID)
