@@ -25,8 +25,8 @@ from mlx_blockskip.engine.sweep import Sample
 from mlx_blockskip.engine.weights import BlockReader
 from mlx_blockskip.models.family import DiffusionModel, Size
 
-QUICK = 2.0
-"""Seconds of a trace that is cheap enough to be made again."""
+SMALL, TRIES = 64 << 20, 5
+"""Bytes of a peak in which an operation's output counts, and how often it is then traced."""
 
 TRACED_SIDES = (256, 384)
 """Sides in pixels at which a VAE is traced where larger images are asked for: its strips are full there."""
@@ -255,10 +255,10 @@ def images(model: DiffusionModel, width: int, height: int, *, decoding: bool) ->
 
 def _image(model: DiffusionModel, width: int, height: int, decoding: bool) -> tuple[int, float]:
     """Bytes and seconds. Where operations are short, MLX may free an input only after it made the next output, by
-    chance; so what is quick is traced again, and the least is taken.
+    chance; so what is small is traced again, and the least is taken.
     """
     found = [_traced_image(model, width, height, decoding)]
-    while found[0][1] < QUICK and len(found) < 3:
+    while found[0][0] < SMALL and len(found) < TRIES:
         found.append(_traced_image(model, width, height, decoding))
     return min(found)
 
