@@ -62,7 +62,12 @@ def velocity(x0: mx.array, noise: mx.array) -> mx.array:
 def noise_level(normal: float, mean: float, std: float, shift: float) -> float:
     """s in (0, 1] from a standard normal draw: u = sigmoid(mean + std n); s = shift u / (1 + (shift - 1) u)."""
     u = 1 / (1 + math.exp(-(mean + std * normal)))
-    return min(1.0, max(1e-4, shift * u / (1 + (shift - 1) * u)))
+    return min(1.0, max(1e-4, _shifted(u, shift)))
+
+
+def _shifted(sigma: Any, shift: float) -> Any:
+    """shift s / (1 + (shift - 1) s), of a number or an array."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def training_shift(scheduler: Mapping[str, Any]) -> float:
@@ -178,7 +183,7 @@ def dpm_sigmas(scheduler: Mapping[str, Any], steps: int) -> tuple[np.ndarray, np
     count = int(scheduler.get("num_train_timesteps", 1000))
     shift = float(scheduler.get("flow_shift", 1.0))
     sigmas = 1 - np.linspace(1, 1 / count, steps + 1)
-    sigmas = (shift * sigmas / (1 + (shift - 1) * sigmas))[:0:-1]
+    sigmas = _shifted(sigmas, shift)[:0:-1]
     times = np.trunc(sigmas * count) / count
     return np.append(sigmas, 0.0).astype(np.float32), times.astype(np.float32)
 
@@ -195,14 +200,12 @@ def euler_sigmas(scheduler: Mapping[str, Any], steps: int, image_tokens: int) ->
     """
     least = 1 / steps
     if scheduler.get(OWN_SPACING) and not scheduler.get("use_dynamic_shifting"):
-        first, shift = 1 / scheduler.get("num_train_timesteps", 1000), float(scheduler.get("shift", 1.0))
-        least = shift * first / (1 + (shift - 1) * first)
+        least = _shifted(1 / scheduler.get("num_train_timesteps", 1000), float(scheduler.get("shift", 1.0)))
     sigmas = np.linspace(1.0, least, steps)
     if scheduler.get("use_dynamic_shifting"):
         sigmas = _dynamic(scheduler, sigmas, image_tokens)
     else:
-        shift = float(scheduler.get("shift", 1.0))
-        sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+        sigmas = _shifted(sigmas, float(scheduler.get("shift", 1.0)))
     return np.append(sigmas, 0.0).astype(np.float32)
 
 

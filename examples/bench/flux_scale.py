@@ -114,9 +114,7 @@ MODELS = {
 
 def configs_of(name: str, depth: Sequence[int]) -> dict:
     """The preset's configs with so many blocks of each kind."""
-    from mlx_blockskip.models.registry import families
-
-    preset = next(family.presets[name] for family in families().values() if name in family.presets)
+    preset = family_of(name).presets[name]
     depths = dict(zip(MODELS[name].depths, depth, strict=True))
     return {**preset, "transformer": {**preset["transformer"], **depths}}
 

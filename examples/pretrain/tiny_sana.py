@@ -89,8 +89,9 @@ PIPELINE = {
 }  # fmt: skip
 TOKENS = ("pad", "eos", "bos", "unk", "mask")
 DEFAULTS = {
-    "max_sequence_length": LENGTH, "resolution": 128, "train_resolution": 96, "width": 128, "height": 128, "steps": 16,
-    "cfg_scale": 3.0, "instruction": False, "resolution_binning": False,
+    "max_sequence_length": LENGTH, "resolution": 128, "train_resolution": 128, "width": 128, "height": 128, "steps": 16,
+    "cfg_scale": 3.0, "instruction": False, "resolution_binning": False, "patch_mode": "none", "iters": 300,
+    "batch_size": 4, "learning_rate": 1e-3, "rank": 16,
 }  # fmt: skip
 README = """# tiny-sana
 
