@@ -21,7 +21,7 @@ from mlx_blockskip.tasks.adapters import load_adapters
 from mlx_blockskip.tasks.budget import budget_of, check_generation
 from mlx_blockskip.tasks.phases import phase
 from mlx_blockskip.tasks.resolve import open_named
-from mlx_blockskip.tasks.sampling import Request, check_size, sample, seeded_noise, to_image
+from mlx_blockskip.tasks.sampling import Request, check_size, noise_shape, sample, seeded_noise, to_image
 from mlx_blockskip.tasks.trace import trace_paths, traced
 
 PNG_KEY = "mlx-blockskip"
@@ -154,7 +154,7 @@ def read_noise(settings: GenerateSettings, model: DiffusionModel, count: int) ->
         return [seeded_noise(model, settings.seed + i, width, height) for i in range(count)]
     path = Path(settings.noise).expanduser()
     entry = files.read_header(path).entries.get("noise")
-    h, w, c = model.latent_shape(*model.drawn_size(width, height))
+    _, h, w, c = noise_shape(model, width, height)
     if entry is None or entry.shape != (count, c, h, w):
         found = "no tensor `noise`" if entry is None else f"noise {list(entry.shape)}"
         raise UserError(f"{path}: has {found}, and {[count, c, h, w]} is needed for {count} images of this size")

@@ -12,7 +12,7 @@ from mlx_blockskip.engine import files, philox
 from mlx_blockskip.events import Event, Image
 from mlx_blockskip.models.family import DiffusionModel, Prompt
 from mlx_blockskip.tasks.phases import phase
-from mlx_blockskip.tasks.sampling import Request, check_size, sample, seeded_noise, to_image
+from mlx_blockskip.tasks.sampling import Request, check_size, noise_shape, sample, seeded_noise, to_image
 
 CLASS_NOISE = 0xC1A
 """Keeps the noise of class images apart from other random streams of the same seed."""
@@ -109,7 +109,7 @@ def _write_class_images(
     with phase("class images", len(missing), "image") as track:
         yield track.begin
         encodings = encode(model, [texts[i] for i in missing])
-        shape = (1, *model.latent_shape(*model.drawn_size(side, side)))
+        shape = noise_shape(model, side, side)
         for start in range(0, len(missing), WAITING):
             numbers = missing[start : start + WAITING]
             noises = [mx.array(philox.normal(seed, CLASS_NOISE, i, shape=shape)) for i in numbers]

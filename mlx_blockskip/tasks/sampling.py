@@ -38,10 +38,14 @@ def check_size(model: DiffusionModel, width: int, height: int) -> None:
         raise UserError(f"{width} x {height}: the sides must be multiples of {g}; the nearest is {near}")
 
 
+def noise_shape(model: DiffusionModel, width: int, height: int) -> tuple[int, int, int, int]:
+    """(1, h, w, C) of the latents that an image of this size is drawn from."""
+    return (1, *model.latent_shape(*model.drawn_size(width, height)))
+
+
 def seeded_noise(model: DiffusionModel, seed: int, width: int, height: int) -> mx.array:
     """(1, h, w, C) standard normal, float32, a function of the seed and the size."""
-    shape = (1, *model.latent_shape(*model.drawn_size(width, height)))
-    return mx.array(philox.normal(seed, NOISE, shape=shape))
+    return mx.array(philox.normal(seed, NOISE, shape=noise_shape(model, width, height)))
 
 
 def fresh_noise(noise: mx.array) -> flow.Fresh:
