@@ -41,7 +41,7 @@ SIDE, SMALL_SIDE = 128, 64
 COMMON = {"batch_size": 4, "rank": 16, "class_images": 0, "resolution": SIDE, "steps_per_save": 0}
 FIXED = {
     "tiny-flux": {"learning_rate": 2e-3, "iters": 200},
-    "tiny-sana": {"learning_rate": 2e-3, "iters": 200},
+    "tiny-sana": {"learning_rate": 5e-4, "iters": 200},
 }
 """By model, what was fixed on the tuning subjects."""
 

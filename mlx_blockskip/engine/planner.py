@@ -4,6 +4,7 @@ A block is traced by running it once, through the sweep itself, at the shapes of
 possible (one block in memory, one operation at a time).
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,15 +16,24 @@ from mlx_blockskip.engine.stack import Stack, State, Trainable, arrays, like
 from mlx_blockskip.engine.sweep import Sample
 from mlx_blockskip.engine.weights import BlockReader, Shards
 
+Done = Callable[[], None]
+"""Says that a part of what is traced is done."""
+
+SMALL, TRIES, LARGE_TRIES = 64 << 20, 5, 2
+"""How often a block is traced: TRIES times where its peak is below SMALL bytes. MLX looks at its limit at every tenth
+task that it hands on, so what is in memory side by side depends on what ran before; a sweep meets all cases.
+"""
+
 
 @dataclass(frozen=True)
 class Cost:
     """What the work on one block takes: bytes beside its weights and its input, and seconds without the reading (0
-    where they were not asked for).
+    where they were not asked for). first: bytes at the first block of a path back, whose input wants no gradient.
     """
 
     nbytes: int
     seconds: float
+    first: int = 0
 
 
 def nbytes(arrays: Iterable[mx.array | None]) -> int:
@@ -38,10 +48,12 @@ def forward_cost(
     one = Sample(sample.state, sample.context, sample.modulation)
     trees = {index: trainable} if trainable else {}
 
-    def run(reader: BlockReader) -> None:
+    def run(reader: BlockReader, done: Done) -> None:
         sweep.forward(stack, reader, [one], [index], trainable=trees)
+        done()
 
-    return _traced(stack, shards, one, index, run, timed)
+    (peak,), seconds = _traced(stack, shards, one, index, run, timed)
+    return Cost(peak, seconds)
 
 
 def backward_cost(
@@ -49,21 +61,22 @@ def backward_cost(
 ) -> Cost:
     """Block `index` recomputed and pulled back, with the gradients of its input and of its trainable tree.
 
-    It is visited twice in a row, since the first block of a path has no use for its input's gradient.
+    It is visited twice in a row, as an inner block of a path and as the first one.
     """
     one = Sample(sample.state, sample.context, sample.modulation)
 
-    def run(reader: BlockReader) -> None:
+    def run(reader: BlockReader, done: Done) -> None:
         sweep.backward(
             stack, reader, [one], [index, index], trainable={index: trainable}, loss=_loss,
-            on_grad=lambda block, grads: None, bridge=_as_it_is,
+            on_grad=lambda block, grads: done(), bridge=_as_it_is,
         )  # fmt: skip
 
-    cost = _traced(stack, shards, one, index, run, timed)
-    if not timed:
-        return cost
-    forward = forward_cost(stack, shards, sample, index, trainable, timed)
-    return Cost(cost.nbytes, max(0.0, cost.seconds / 2 - forward.seconds))
+    (inner, first), seconds = _traced(stack, shards, one, index, run, timed)
+    inner -= nbytes(one.state)  # its own input, which here was made on the way
+    if timed:
+        forward = forward_cost(stack, shards, sample, index, trainable, timed)
+        seconds = max(0.0, seconds / 2 - forward.seconds)
+    return Cost(inner, seconds, first)
 
 
 def kept_bytes(stack: Stack, shards: Shards, sample: Sample, index: int, trainable: Trainable) -> int:
@@ -99,26 +112,39 @@ def _as_it_is(sample: int, start: int, stop: int, state: State) -> State:
 
 
 def _traced(
-    stack: Stack, shards: Shards, sample: Sample, index: int, run: Callable[[BlockReader], None], timed: bool
-) -> Cost:
-    """Peak of `run` over what is there before it, less the weights of the block."""
-    reader = BlockReader(shards, stack, 0, prefetch=False)
+    stack: Stack, shards: Shards, sample: Sample, index: int, run: Callable[[BlockReader, Done], None], timed: bool
+) -> tuple[list[int], float]:
+    """For each part of `run`, which says when one is done: the highest peak of a few runs over what is there before
+    them, less the weights of the block; and the seconds of one run.
+    """
     part = sweep.part_of([sample])
-    mx.clear_cache()
-    with limits.tight():
-        before = mx.get_active_memory()
-        highest = memory.Peak()
-        highest.restart()
-        run(reader)
-        peak = highest.read()
-    cost = Cost(peak - before - reader.nbytes(index, part), 0.0)
+    runs: list[list[int]] = []
+    while len(runs) < (TRIES if max(map(max, runs), default=0) < SMALL else LARGE_TRIES):
+        reader = BlockReader(shards, stack, 0, prefetch=False)
+        mx.clear_cache()
+        with limits.tight():
+            runs.append(_peaks(functools.partial(run, reader)))
+    peaks = [max(tries) - reader.nbytes(index, part) for tries in zip(*runs, strict=True)]
     if not timed:
-        return cost
+        return peaks, 0.0
     resident = BlockReader(shards, stack, None)
     dict(resident.walk([index], part))
     started = time.perf_counter()
-    run(resident)
-    return Cost(cost.nbytes, time.perf_counter() - started)
+    run(resident, lambda: None)
+    return peaks, time.perf_counter() - started
+
+
+def _peaks(run: Callable[[Done], None]) -> list[int]:
+    """Bytes over what is there before, the highest up to each call of `done`."""
+    before, highest, found = mx.get_active_memory(), memory.Peak(), list[int]()
+
+    def done() -> None:
+        found.append(highest.read() - before)
+        highest.restart()
+
+    highest.restart()
+    run(done)
+    return found
 
 
 def forward_peak(weights: Sequence[int], costs: Sequence[Cost], state: int, waiting: int = 1) -> int:
@@ -139,6 +165,7 @@ def backward_peak(
         others = 3 * (waiting - 1) * state  # the other samples' inputs, ends and cotangents
         sums = 2 * trainable[place] if waiting > 1 else 0  # gradients so far, and with this sample's
         inputs = place * waiting * state
-        highest = max(highest, inputs + others + after + sums + weights[place] + costs[place].nbytes)
+        own = costs[place].nbytes if place else costs[place].first
+        highest = max(highest, inputs + others + after + sums + weights[place] + own)
         after += trainable[place]
     return highest

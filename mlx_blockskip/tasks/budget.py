@@ -73,7 +73,8 @@ def training_phases(settings: TrainSettings, model: DiffusionModel, plan: SkipPl
     family = family_named(read_config(model.path)["family"])
     modules = lora.targets(family.lora_targets, settings.lora_targets)
     tracer = Tracer(model, Shape(side, side, length, batch, settings.guidance), rank, modules)
-    phases = [forecast.images(model, side, side, decoding=False)]
+    images = forecast.images(model, side, side, decoding=False)
+    phases = [replace(images, peak=images.peak + sum(tracer.adapter_bytes(index) for index in plan.retained))]
     (iters,) = required(settings, "iters")
     waiting = min(iters * settings.grad_accumulation, together(planner.nbytes(tracer.sample.state)))
     phases += [

@@ -81,6 +81,7 @@ class Tracer:
         floor = mx.get_active_memory()
         self.sample = self._sample(shape)
         self.embedders = mx.get_active_memory() - floor
+        self.another = self._another(shape)
         self.target = 4 * math.prod((shape.batch, *model.latent_shape(shape.width, shape.height)))  # bytes
         contexts = [self.sample.context]
         self._modulation: dict[str, Modulation] = {
@@ -95,12 +96,25 @@ class Tracer:
     def _sample(self, shape: Shape) -> Sample:
         size: Size = self.model.latent_shape(shape.width, shape.height)[:2]
         latents = mx.zeros((shape.batch, *self.model.latent_shape(shape.width, shape.height)))
-        prompt = {k: mx.repeat(v, shape.batch, axis=0) for k, v in self.model.blank_prompt(shape.length).items()}
+        prompt = {k: mx.concatenate([v] * shape.batch) for k, v in self.model.blank_prompt(shape.length).items()}
         context = self.model.context(mx.full((shape.batch,), 0.5), prompt, size, shape.guidance)
         sample = Sample(self.model.tokens(latents, prompt), context)
         self.model.head_modulation(context)  # its weights stay with the embedders'
-        mx.eval(sample.state)
+        mx.eval(sample.state, context)
         return sample
+
+    def _another(self, shape: Shape) -> int:
+        """Bytes of a second sample, beside what all share."""
+        before = mx.get_active_memory()
+        waiting = self._sample(shape)
+        found = mx.get_active_memory() - before
+        del waiting
+        return found
+
+    @property
+    def context(self) -> int:
+        """Bytes of a second sample's context."""
+        return self.another - planner.nbytes(self.sample.state)
 
     def on(self, model: DiffusionModel) -> "Tracer":
         """The same traces, for the same model with its weights in another precision."""
@@ -148,13 +162,13 @@ class Tracer:
         """The sample as training and generation have it: modulation was computed ahead."""
         return Sample(self.sample.state, self.sample.context, lambda index: self._modulation[self.kind(index)])
 
-    def forward(self, index: int, *, modulated: bool) -> Cost:
-        """One block forward. modulated: its modulation was computed ahead."""
-        sample = self.recorded if modulated else self.sample
+    def forward(self, index: int, *, modulated: bool, adapted: bool = False) -> Cost:
+        """One block forward. modulated: its modulation was computed ahead; adapted: with the LoRA."""
+        sample, kind = self.recorded if modulated else self.sample, self.kind(index)
         return self._once(
-            f"forward {modulated}", self.kind(index),
+            f"forward {modulated} {adapted}", kind,
             lambda: planner.forward_cost(
-                self.stack, self.shards, sample, self.first[self.kind(index)], timed=self.timed
+                self.stack, self.shards, sample, self.first[kind], self._factors(kind) if adapted else None, self.timed
             ),
         )  # fmt: skip
 
@@ -176,8 +190,9 @@ class Tracer:
         visited, rest = range(stop), [index for index in plan.retained if index >= stop]
         held = self.embedders + sum(self.adapter_bytes(index) for index in plan.retained)
         weights = [self.reader.nbytes(index) for index in visited]
-        costs = [self.forward(index, modulated=False) for index in visited]
-        state = planner.nbytes(self.sample.state) + self.target
+        adapted = plan.retained if mode == "fresh" else ()
+        costs = [self.forward(index, modulated=False, adapted=index in adapted) for index in visited]
+        state = self.another + self.target
         peaks = [planner.forward_peak(weights, costs, state, waiting)] if weights else []
         modulation = [self.reader.nbytes(index, "modulation") for index in rest]
         if modulation:
@@ -192,7 +207,7 @@ class Tracer:
         adapter = [self.adapter_bytes(index) for index in retained]
         costs = [self.backward(index) for index in retained]
         state = planner.nbytes(self.sample.state)
-        held = (2 if fresh else 1) * sum(adapter) + max(adapter) + self._head_bytes()
+        held = (2 if fresh else 1) * sum(adapter) + max(adapter) + self._head_bytes() + accumulation * self.context
         peak = held + max(
             planner.backward_peak(weights, costs, state, adapter, accumulation),
             sum(adapter) + 4 * max(adapter),  # AdamW on one block, all gradients there
@@ -219,7 +234,7 @@ class Tracer:
         weights = [self.nbytes(index) for index in path]
         costs = [self.forward(index, modulated=True) for index in path]
         ahead = sum(planner.nbytes(self._modulation[self.kind(i)] or ()) for i in path) * steps * prompts
-        held = self.embedders + ahead
+        held = self.embedders + ahead + (prompts - 1) * self.context
         peak = held + planner.forward_peak(weights, costs, planner.nbytes(self.sample.state), waiting)
         seconds = sum(cost.seconds for cost in costs) * waiting
         return Phase("generate", peak, sum(weights), seconds, peak + sum(weights) + max(c.nbytes for c in costs))

@@ -92,8 +92,8 @@ def compute_chunk(
     with phase("precompute", len(numbers), "batch") as track:
         yield track.begin
         with files.SafetensorsWriter(path, entries, {FINGERPRINT: fingerprint}) as writer:
-            for name, array in prompts.items():
-                writer.write(name, array)
+            while prompts:
+                writer.write(*prompts.popitem())
             for group in _groups(recipe, numbers):
                 _write_group(recipe, group, latents, writer, tree)
                 yield track.step(group[-1] + 1 - numbers.start)

@@ -85,8 +85,8 @@ def sample(
     heads = {key: model.head_modulation(context) for key, (context, _) in ahead.items()}
     mx.eval(list(heads.values()))
 
-    latents = [r.noise.astype(mx.float32) for r in requests]
-    for step in range(steps):
+    def advance(step: int, latents: list[mx.array]) -> list[mx.array]:
+        """The latents after a step; in a function of its own, so that nothing of it waits beside the next one."""
         waiting = []
         for i, prompt in branches:
             context, modulation = ahead[id(prompt), step]
@@ -95,9 +95,12 @@ def sample(
         velocities: list[list[mx.array]] = [[] for _ in requests]
         for (i, prompt), done in zip(branches, waiting, strict=True):
             velocities[i].append(model.head(done.state, done.context, heads[id(prompt), step]).astype(mx.float32))
-        for i, found in enumerate(velocities):
-            v = found[0] if len(found) == 1 else found[1] + cfg_scale * (found[0] - found[1])
-            latents[i] = samplers[i].step(step, v, latents[i])
+        guided = [found[0] if len(found) == 1 else found[1] + cfg_scale * (found[0] - found[1]) for found in velocities]
+        return [samplers[i].step(step, v, latents[i]) for i, v in enumerate(guided)]
+
+    latents = [r.noise.astype(mx.float32) for r in requests]
+    for step in range(steps):
+        latents = advance(step, latents)
         mx.eval(latents)
         yield latents
 

@@ -1,6 +1,7 @@
 """The least memory that is predicted, against the peak that is measured; and what is done with the prediction."""
 
 import gc
+import math
 import re
 import shutil
 
@@ -10,7 +11,7 @@ from conftest import QUICK
 from support.compare import assert_same_adapter
 
 from mlx_blockskip import generate, train
-from mlx_blockskip.engine import kept, limits
+from mlx_blockskip.engine import files, kept, limits
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Phase, PhaseEnd
 from mlx_blockskip.models.registry import open_model
@@ -59,12 +60,16 @@ def assert_predicted(predict, measure, names):
         assert 0.95 <= ours / theirs <= 1.10, shown
 
 
-@pytest.mark.parametrize("options", SETTINGS)
-def test_training_takes_what_is_predicted(tiny_flux, tmp_path, options):
-    settings = training(tiny_flux, tmp_path, iters=3, memory_budget="0", patch_mode="resize", **options)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("tiny_flux", options) for options in SETTINGS] + [("tiny_sana", SETTINGS[i]) for i in (1, 3, 4, 6, 7)],
+)
+def test_training_takes_what_is_predicted(request, tmp_path, name, options):
+    model_path = request.getfixturevalue(name)
+    settings = training(model_path, tmp_path, iters=3, memory_budget="0", patch_mode="resize", **options)
 
     def predict():
-        model = open_model(tiny_flux, 0)
+        model = open_model(model_path, 0)
         whole = job.complete(settings, model)
         return budget.training_phases(whole, model, plans.likely_plan(whole, model))
 
@@ -75,17 +80,36 @@ def test_training_takes_what_is_predicted(tiny_flux, tmp_path, options):
     assert_predicted(predict, measure, ("precompute", "train"))
 
 
+def test_the_adapter_lies_beside_images_that_are_encoded_for_training(tiny_flux, tmp_path, monkeypatch):
+    monkeypatch.setattr(forecast, "images", lambda *a, **b: forecast.Phase("encode images", 1000))
+    settings = training(tiny_flux, tmp_path, iters=1, skip_first=1, skip_last=2)
+    model = open_model(tiny_flux, 0)
+    phases = budget.training_phases(job.complete(settings, model), model, plans.likely_plan(settings, model))
+    header = files.read_header(train(settings=settings).adapter_path / "adapters.safetensors")
+    assert phases[0].peak == 1000 + sum(4 * math.prod(entry.shape) for entry in header.entries.values())
+
+
 @pytest.mark.parametrize(
-    ("width", "height", "count", "steps"), [(128, 128, 1, 2), (64, 96, 1, 4), (96, 64, 3, 2), (256, 256, 1, 1)]
+    ("name", "width", "height", "count", "steps"),
+    [
+        ("tiny_flux", 128, 128, 1, 2),
+        ("tiny_flux", 64, 96, 1, 4),
+        ("tiny_flux", 96, 64, 3, 2),
+        ("tiny_flux", 64, 128, 2, 2),
+        ("tiny_flux", 256, 256, 1, 1),
+        ("tiny_sana", 256, 192, 2, 1),
+        ("tiny_sana", 256, 256, 1, 1),
+    ],
 )
-def test_generation_takes_what_is_predicted(tiny_flux, tmp_path, width, height, count, steps):
+def test_generation_takes_what_is_predicted(request, tmp_path, name, width, height, count, steps):
+    model_path = request.getfixturevalue(name)
     settings = GenerateSettings(
-        model=str(tiny_flux), prompt=["a cat"], width=width, height=height, n_images=count, steps=steps,
+        model=str(model_path), prompt=["a cat"], width=width, height=height, n_images=count, steps=steps,
         memory_budget="0", output=str(tmp_path / "o.png"),
     )  # fmt: skip
 
     def predict():
-        model = open_model(tiny_flux, 0)
+        model = open_model(model_path, 0)
         return budget.generation_phases(complete(settings, model), model, count)
 
     assert_predicted(predict, lambda: peaks(generate, settings=settings), ("generate",))

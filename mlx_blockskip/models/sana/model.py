@@ -6,6 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_blockskip.engine.stack import Weights
 from mlx_blockskip.engine.weights import Shards
 from mlx_blockskip.models.family import OWN_SPACING, Encoded, Posterior, Prompt, Size, Tokens
 from mlx_blockskip.models.opened import Defaults, Opened
@@ -53,10 +54,11 @@ class Sana(Opened):
         shards = Shards(self.path / "text_encoder")
         found = gemma2.encode(shards, [ids for ids, _ in rows], [mask for _, mask in rows], self.budget)
         kept = [0, *range(1 - max_length, 0)]
-        return Encoded([self._prompt(hidden[:, kept], mask[:, kept]) for hidden, mask in found], truncated)
+        names = self.shards.under("caption_projection.") + self.shards.under("caption_norm.")
+        weights = self.shards.load(names)  # nothing else needs them, so they do not stay
+        return Encoded([self._prompt(weights, hidden[:, kept], mask[:, kept]) for hidden, mask in found], truncated)
 
-    def _prompt(self, hidden: mx.array, mask: mx.array) -> Prompt:
-        weights = self.weights("caption_projection", "caption_norm")
+    def _prompt(self, weights: Weights, hidden: mx.array, mask: mx.array) -> Prompt:
         text = net.caption(weights, hidden.astype(self.dtype))
         prompt = {"text": text, "bias": net.text_bias(mask, self.dtype)}
         mx.eval(prompt)
