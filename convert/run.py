@@ -1,6 +1,7 @@
-"""Convert a checkpoint in Hugging Face layout to an MLX model directory, one tensor in memory at a time."""
+"""Convert a checkpoint in Hugging Face layout to an MLX model directory, a part of one tensor in memory at a time."""
 
 import importlib
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from mlx_blockskip.engine.weights import INDEX
 DTYPES = ("float32", "bfloat16", "float16")
 GROUP_SIZES = (128, 64, 32)
 SHOWN = 5
+PART_BYTES = 32 << 20
+"""Of a tensor, in float32, that are in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def write_component(component: Component, source: Source, target: Path, precisio
             for row in shard.rows:
                 name = their_name(row, source)
                 assert name is not None
-                _write_row(writer, row, source.read(name), shard, precision, _dtype(component, precision))
+                _write_row(writer, row, source, name, shard, precision, _dtype(component, precision))
         checksums[shard.file] = files.sha256(target / shard.file)
         yield shard.file
     files.write_json(target / INDEX, index_of(component, shards, precision, checksums))
@@ -203,17 +206,28 @@ def _entries(row: Row, shard: Shard, precision: Precision, dtype: str) -> list[f
 
 
 def _write_row(
-    writer: files.SafetensorsWriter, row: Row, theirs: mx.array, shard: Shard, precision: Precision, dtype: str
+    writer: files.SafetensorsWriter,
+    row: Row,
+    source: Source,
+    name: str,
+    shard: Shard,
+    precision: Precision,
+    dtype: str,
 ) -> None:
-    tensor = row.read(theirs).astype(getattr(mx, dtype))
-    group = shard.groups.get(row.name)
-    if group is None:
-        writer.write(row.name, tensor)
-        return
-    module = row.name.removesuffix(".weight")
-    packed, scales, biases = mx.quantize(tensor, group_size=group, bits=precision.bits_for(row))
-    for name, part in ((row.name, packed), (f"{module}.scales", scales), (f"{module}.biases", biases)):
-        writer.write(name, part)
+    """One tensor, about PART_BYTES of it at a time: nothing that is done to it looks beyond a part."""
+    theirs, count = source.shape(name), row.shape[0] if row.shape else 1
+    step = max(1, PART_BYTES * count // max(1, 4 * math.prod(row.shape)))
+    group, module = shard.groups.get(row.name), row.name.removesuffix(".weight")
+    for start in range(0, count, step):
+        first = start + row.first(theirs)
+        part = source.read(name, first, first + min(step, count - start))
+        tensor = row.read(part).astype(getattr(mx, dtype))
+        if group is None:
+            writer.write(row.name, tensor, start)
+            continue
+        packed, scales, biases = mx.quantize(tensor, group_size=group, bits=precision.bits_for(row))
+        for target, value in ((row.name, packed), (f"{module}.scales", scales), (f"{module}.biases", biases)):
+            writer.write(target, value, start)
 
 
 def write_model(

@@ -1,4 +1,4 @@
-"""A folder of a Hugging Face checkpoint: which file holds which tensor, read one tensor at a time."""
+"""A folder of a Hugging Face checkpoint: which file holds which tensor, read some rows at a time."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
@@ -39,12 +40,18 @@ class Source:
     folder: Path
     tensors: Mapping[str, tuple[Path, files.TensorEntry]]
 
-    def read(self, name: str) -> mx.array:
-        """One tensor, evaluated; nothing else is read and no file stays open."""
-        path, _ = self.tensors[name]
-        array = files.load_lazily(path)[name]
-        mx.eval(array)
-        return array
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one tensor."""
+        return self.tensors[name][1].shape
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> mx.array:
+        """One tensor, or its rows start to stop - 1; nothing else is read and no file stays open."""
+        path, entry = self.tensors[name]
+        rows, *rest = entry.shape or (1,)
+        count = (rows if stop is None else stop) - start
+        size = entry.nbytes // max(1, rows)
+        raw = np.fromfile(path, np.uint8, count=count * size, offset=entry.start + start * size)
+        return mx.array(raw).view(files.mlx_dtype(entry.dtype)).reshape((count, *rest) if entry.shape else ())
 
 
 def open_source(folder: Path) -> Source:

@@ -43,13 +43,15 @@ class Row:
             return 2 * self.shape[0], *self.shape[1:]
         return (*self.shape, 1, 1) if self.fix == "pointwise" else self.their_shape()
 
+    def first(self, theirs: tuple[int, ...]) -> int:
+        """Where ours begins along the first axis of the checkpoint's tensor, by its shape."""
+        return self.shape[0] if self.fix == "second" and theirs[0] == 2 * self.shape[0] else 0
+
     def read(self, theirs: mx.array) -> mx.array:
-        """The checkpoint's tensor in our layout."""
+        """The checkpoint's tensor in our layout, or a part of it along the first axis."""
         if self.fix == "conv":
             return theirs.transpose(0, 2, 3, 1)
-        if self.fix in ("first", "second") and theirs.shape[0] == 2 * self.shape[0]:
-            return mx.contiguous(theirs[: self.shape[0]] if self.fix == "first" else theirs[self.shape[0] :])
-        return theirs.reshape(self.shape)
+        return theirs.reshape(theirs.shape[0], *self.shape[1:]) if self.shape else theirs
 
 
 @dataclass(frozen=True)

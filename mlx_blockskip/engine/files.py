@@ -205,7 +205,8 @@ def encode_header(entries: Sequence[TensorEntry], metadata: Mapping[str, str] | 
 
 
 class SafetensorsWriter:
-    """Write a safetensors file one tensor at a time, in any order; the sizes are known ahead, so the header is first.
+    """Write a safetensors file one tensor, or some rows of one, at a time and in any order; the sizes are known ahead, so
+    the header is first.
 
     Used as a context manager: the file appears under its name when every tensor has been written.
     Raises ValueError for a tensor that is not as announced, or missing at the end.
@@ -217,7 +218,7 @@ class SafetensorsWriter:
         starts = itertools.accumulate((entry.nbytes for entry in entries), initial=len(self._header))
         self._offsets = {entry.name: start for entry, start in zip(entries, starts, strict=False)}
         self._entries = {entry.name: entry for entry in entries}
-        self._missing = set(self._entries)
+        self._missing = {entry.name: entry.nbytes for entry in entries}  # bytes
 
     def __enter__(self) -> "SafetensorsWriter":
         self._atomic = atomic_file(self.path)
@@ -226,19 +227,24 @@ class SafetensorsWriter:
         self._file.truncate(self._size)
         return self
 
-    def write(self, name: str, array: mx.array | np.ndarray) -> None:
-        """Put one tensor in its place."""
+    def write(self, name: str, array: mx.array | np.ndarray, start: int = 0) -> None:
+        """Put one tensor in its place, or the part of it that begins at row `start`."""
         entry = self._entries.get(name)
-        if entry is None or tuple(array.shape) != entry.shape or dtype_name(array.dtype) != entry.dtype:
+        shape = tuple(array.shape)
+        whole = entry is not None and shape == entry.shape and start == 0
+        part = entry is not None and shape[1:] == entry.shape[1:] and shape and start + shape[0] <= entry.shape[0]
+        if entry is None or not (whole or part) or dtype_name(array.dtype) != entry.dtype:
             raise ValueError(f"{self.path}: {name} {array.shape} {array.dtype} is not what was announced: {entry}")
-        self._file.seek(self._offsets[name])
+        row = entry.nbytes // entry.shape[0] if start else 0
+        self._file.seek(self._offsets[name] + start * row)
         self._file.write(raw_bytes(array))
-        self._missing.discard(name)
+        self._missing[name] = max(0, self._missing[name] - array.nbytes)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._file.close()
-        if kind is None and self._missing:
-            missing = ValueError(f"{self.path}: not written: {', '.join(sorted(self._missing))}")
+        names = sorted(name for name, left in self._missing.items() if left)
+        if kind is None and names:
+            missing = ValueError(f"{self.path}: not written: {', '.join(names)}")
             self._atomic.__exit__(ValueError, missing, None)
             raise missing
         self._atomic.__exit__(kind, error, trace)

@@ -201,6 +201,39 @@ def test_memory_stays_at_about_one_tensor(tmp_path):
         assert mx.get_peak_memory() - before < 3 * one < 32 * one / 8
 
 
+@pytest.mark.parametrize("fix", ["none", "first", "second", "pointwise", "conv"])
+@pytest.mark.parametrize("bits", [0, 4])
+def test_a_large_tensor_goes_in_parts_and_gives_the_same_file(tmp_path, monkeypatch, bits, fix):
+    if fix == "conv":
+        row = Row("blocks.0.w.weight", (4096, 2, 2, 128), "plain", fix)
+    else:
+        row = Row("blocks.0.w.weight", (4096, 512), "linear", fix)
+    shape = {"first": (8192, 512), "second": (8192, 512), "pointwise": (4096, 512, 1, 1)}.get(fix, row.their_shape())
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    theirs = mx.array(philox.normal(0, 1, shape=shape))
+    files.save_tensors(folder / WEIGHTS, {row.name: theirs})
+    files.write_json(folder / "config.json", {})
+    made, source = Component("big", (row,), block=lambda name: None), open_source(folder)
+    written, peaks = [], []
+    for part in (1 << 30, 1 << 18):
+        monkeypatch.setattr(run, "PART_BYTES", part)
+        target = tmp_path / str(part)
+        target.mkdir()
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        list(run.write_component(made, source, target, run.Precision("bfloat16", bits)))
+        peaks.append(mx.get_peak_memory() - before)
+        written.append((target / "rest.safetensors").read_bytes())
+    assert written[0] == written[1]
+    assert peaks[1] < peaks[0] / 8
+    if not bits:
+        own = theirs.transpose(0, 2, 3, 1) if fix == "conv" else theirs[4096:] if fix == "second" else theirs[:4096]
+        ours = mx.load(str(target / "rest.safetensors"))[row.name]
+        assert same_bits(ours, own.reshape(row.shape).astype(mx.bfloat16))
+
+
 def pickled(source):
     (source / "transformer" / WEIGHTS).rename(source / "transformer" / "diffusion_pytorch_model.bin")
 

@@ -48,6 +48,28 @@ def test_tensors_may_be_written_in_any_order(tmp_path):
     assert all(same_bits(loaded[name], tensor) for name, tensor in TENSORS.items())
 
 
+def test_a_tensor_may_be_written_some_rows_at_a_time(tmp_path):
+    whole = mx.arange(28, dtype=mx.float16).reshape(7, 2, 2)
+    entries = [TensorEntry("a", (3,), "F32"), TensorEntry("rows", (7, 2, 2), "F16")]
+    with SafetensorsWriter(tmp_path / "t.safetensors", entries) as writer:
+        for start, stop in ((4, 7), (0, 3), (3, 4)):
+            writer.write("rows", whole[start:stop], start)
+        writer.write("a", mx.ones((3,)))
+    loaded = mx.load(str(tmp_path / "t.safetensors"))
+    assert same_bits(loaded["rows"], whole)
+    assert same_bits(loaded["a"], mx.ones((3,)))
+
+
+@pytest.mark.parametrize(("start", "shape"), [(6, (2, 2, 2)), (0, (3, 2, 1)), (0, (3, 2, 2))])
+def test_rows_beyond_the_end_or_missing_leave_nothing(tmp_path, start, shape):
+    with (
+        pytest.raises(ValueError, match="rows"),
+        SafetensorsWriter(tmp_path / "t.safetensors", [TensorEntry("rows", (7, 2, 2), "F16")]) as writer,
+    ):
+        writer.write("rows", mx.zeros(shape, mx.float16), start)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("wrong", [{"x": mx.zeros((2,))}, {"a": mx.zeros((3,))}, {"a": mx.zeros((2,), mx.int32)}, {}])
 def test_a_tensor_that_was_not_announced_or_is_missing_leaves_nothing(tmp_path, wrong):
     with (
