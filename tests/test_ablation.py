@@ -47,6 +47,27 @@ def test_ranks_count_the_others_that_are_nearer():
     assert known.ranks(pictures(TEAPOT)) == [5] * 5
 
 
+def test_models_stand_side_by_side():
+    from table import beside
+
+    models, order = {}, {}
+    for model, peak in (("a", 1), ("b", 3)):
+        order[model] = ["base", "plain", f"ours of {model}"]
+        models[model] = [
+            {
+                "row": row, "subject": subject, "seed": 0, "top-1": value, "top-1 at 64 px": 0.25, "kept": 0.5,
+                "DINO": 2 * value, "CLIP-I": 0.5, **({} if row == "base" else {"peak": peak * 2**20}),
+            }
+            for row, lift in zip(order[model], (-0.3, 0.0, 0.3), strict=True)
+            for subject, value in (("x", 0.4 + lift), ("y", 0.8 + lift))
+        ]  # fmt: skip
+    base, plain, ours = beside(models, order).splitlines()[2:]
+    assert base == "| base | 0.30 | 0.25 | 0.50 |  |  | 0.30 | 0.25 | 0.50 |  |  |"
+    assert plain == "| plain | 0.60 | 0.25 | 0.50 | 1.0 |  | 0.60 | 0.25 | 0.50 | 3.0 |  |"
+    own = "0.90 | 0.25 | 0.50 | {} | 150, 150, 100 %"
+    assert ours == f"| ours of a or ours of b | {own.format(1.0)} | {own.format(3.0)} |"
+
+
 def test_rows_are_compared_in_pairs():
     from table import difference, pictures, table
 

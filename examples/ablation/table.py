@@ -1,5 +1,12 @@
-"""The table and the picture of an ablation's results: means over subjects, and differences from plain LoRA in pairs."""
+"""The table and the picture of an ablation's results: means over subjects, and differences from plain LoRA in pairs.
 
+    python examples/ablation/table.py examples/ablation/tiny-flux examples/ablation/tiny-sana
+
+prints the shorter table of several models, side by side, from their results.
+"""
+
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +69,28 @@ def table(results: Results, plain: str) -> tuple[str, Image.Image]:
     return "\n".join(lines) + "\n", _bars(retained)
 
 
+BESIDE = {"top-1": "top-1", "top-1 at 64 px": "at 64 px", "kept": "others kept"}
+"""Of each model, in the table of several, before the peak and what is retained."""
+
+
+def beside(models: dict[str, Results], order: dict[str, Sequence[str]]) -> str:
+    """Markdown of several models: the same rows, whose names may differ, in the order of each; the second is plain."""
+    head = ["", *(f"{name}: {column}" for name in models for column in (*BESIDE.values(), "peak, MiB", "retained"))]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for place, names in enumerate(zip(*order.values(), strict=True)):
+        cells = [" or ".join(dict.fromkeys(names))]
+        for (model, results), row in zip(models.items(), names, strict=True):
+            cells += [f"{mean(by_row(results, measure)[row]):.2f}" for measure in BESIDE]
+            peaks = by_row(results, "peak")
+            cells.append(f"{mean(peaks[row]) / 2**20:.1f}" if row in peaks else "")
+            kept = [
+                mean(by_row(results, name)[row]) / mean(by_row(results, name)[order[model][1]]) for name in COMPARED
+            ]
+            cells.append(", ".join(f"{100 * share:.0f}" for share in kept) + " %" if place > 1 else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _bars(retained: dict[str, list[tuple[float, float, float]]]) -> Image.Image:
     """For each row and measure what is retained of plain LoRA, in per cent, with its interval."""
     left, width, height, gap = 260, 620, 16, 14
@@ -106,3 +135,13 @@ def pictures(rows: Sequence[str], columns: dict[str, dict[str, list[Path]]]) -> 
                 picture = Image.open(file).resize((side, side), Image.Resampling.LANCZOS)
                 sheet.paste(picture, (left + c * each + i * (side + gap), top + r * (side + gap)))
     return sheet
+
+
+def main(directories: Sequence[Path]) -> None:
+    models = {path.name: [json.loads(file.read_text()) for file in path.glob("results/*.json")] for path in directories}
+    lines = {path.name: (path / "table.md").read_text().splitlines()[2:] for path in directories}
+    print(beside(models, {name: [line.split(" | ")[0].strip("| ") for line in own] for name, own in lines.items()}))
+
+
+if __name__ == "__main__":
+    main([Path(argument) for argument in sys.argv[1:]])

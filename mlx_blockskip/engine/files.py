@@ -205,8 +205,8 @@ def encode_header(entries: Sequence[TensorEntry], metadata: Mapping[str, str] | 
 
 
 class SafetensorsWriter:
-    """Write a safetensors file one tensor, or some rows of one, at a time and in any order; the sizes are known ahead, so
-    the header is first.
+    """Write a safetensors file one tensor, or some rows of one, at a time and in any order; the sizes are known ahead,
+    so the header is first.
 
     Used as a context manager: the file appears under its name when every tensor has been written.
     Raises ValueError for a tensor that is not as announced, or missing at the end.

@@ -7,7 +7,7 @@ from typing import Any
 from mlx_blockskip import lora
 from mlx_blockskip.blockskip.patches import PatchSettings
 from mlx_blockskip.blockskip.plan import SkipPlan
-from mlx_blockskip.engine import limits, planner
+from mlx_blockskip.engine import limits
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import family_named, read_config
@@ -76,7 +76,7 @@ def training_phases(settings: TrainSettings, model: DiffusionModel, plan: SkipPl
     images = forecast.images(model, side, side, decoding=False)
     phases = [replace(images, peak=images.peak + sum(tracer.adapter_bytes(index) for index in plan.retained))]
     (iters,) = required(settings, "iters")
-    waiting = min(iters * settings.grad_accumulation, together(planner.nbytes(tracer.sample.state)))
+    waiting = min(iters * settings.grad_accumulation, together(tracer.waiting))
     phases += [
         tracer.precompute(plan, settings.residuals, waiting),
         tracer.train(plan.retained, settings.grad_accumulation, settings.residuals == "fresh"),

@@ -20,7 +20,7 @@ from mlx_blockskip.blockskip.patches import PatchSettings
 from mlx_blockskip.blockskip.plan import SkipPlan
 from mlx_blockskip.converters import hollow
 from mlx_blockskip.converters.run import Precision, load_table, size_of
-from mlx_blockskip.engine import files, limits, planner
+from mlx_blockskip.engine import files, limits
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Event, Note, Table
 from mlx_blockskip.models.family import Configs, DiffusionModel, Family
@@ -200,9 +200,10 @@ def _row(
     plan = plans.choose(model.stack.depth, ratio=ratio, recorded=subject.defaults.get("plans"))
     tracer = tracers["train"].on(model)
     iters, batch = settings.iters or 1, settings.batch_size or 1
-    waiting = min(iters, together(planner.nbytes(tracer.sample.state)))
+    waiting = min(iters, together(tracer.waiting))
     precompute, train = tracer.precompute(plan, "base", waiting), tracer.train(plan.retained)
     prompt, encoding, decoding = others
+    encoding = replace(encoding, peak=encoding.peak + sum(tracer.adapter_bytes(index) for index in plan.retained))
     drawing = tracers["generate"].on(model).generate(settings.steps or 1)
     resident = train.ample <= memory
     spare = max(0, memory - train.peak)

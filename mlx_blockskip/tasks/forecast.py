@@ -24,6 +24,7 @@ from mlx_blockskip.engine.stack import Modulation
 from mlx_blockskip.engine.sweep import Sample
 from mlx_blockskip.engine.weights import BlockReader
 from mlx_blockskip.models.family import DiffusionModel, Size
+from mlx_blockskip.tasks.precompute import waiting_bytes
 
 SMALL, TRIES = 64 << 20, 5
 """Bytes of a peak in which an operation's output counts, and how often it is then traced."""
@@ -99,6 +100,7 @@ class Tracer:
         prompt = {k: mx.concatenate([v] * shape.batch) for k, v in self.model.blank_prompt(shape.length).items()}
         context = self.model.context(mx.full((shape.batch,), 0.5), prompt, size, shape.guidance)
         sample = Sample(self.model.tokens(latents, prompt), context)
+        self.waiting = waiting_bytes(self.model, sample.state, prompt, context)
         self.model.head_modulation(context)  # its weights stay with the embedders'
         mx.eval(sample.state, context)
         return sample

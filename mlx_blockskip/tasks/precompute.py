@@ -14,7 +14,7 @@ from mlx_blockskip.engine import files
 from mlx_blockskip.engine.stack import arrays
 from mlx_blockskip.engine.sweep import Sample, forward, modulations
 from mlx_blockskip.events import Event
-from mlx_blockskip.models.family import Posterior, Tokens
+from mlx_blockskip.models.family import DiffusionModel, Posterior, Prompt, Tokens
 from mlx_blockskip.tasks.phases import phase
 from mlx_blockskip.tasks.recipe import Draw, Recipe
 
@@ -22,7 +22,7 @@ KNOWN_BYTES = 16 << 20
 """What the VAE said of the last crops."""
 
 WAITING_BYTES = 192 << 20
-"""Tokens that wait in one precompute sweep. How many wait changes no result: each micro-batch is applied by itself."""
+"""Of micro-batches that wait in one precompute sweep. How many wait changes no result: each is applied by itself."""
 
 
 def encode_images(recipe: Recipe, numbers: range, path: Path) -> Generator[Event, None, None]:
@@ -114,14 +114,21 @@ def _prompt_records(recipe: Recipe, numbers: range) -> dict[str, mx.array]:
 
 
 def together(nbytes: int) -> int:
-    """Micro-batches of so many bytes of tokens that wait in one sweep."""
+    """Micro-batches of so many bytes that wait in one sweep."""
     return max(1, WAITING_BYTES // nbytes)
+
+
+def waiting_bytes(model: DiffusionModel, tokens: Tokens, prompt: Prompt, context: object) -> int:
+    """Of a micro-batch that waits: its tokens, and what of its context is its own."""
+    own = (*arrays(tokens), *model.prompt_record(prompt).values(), *model.record(context).values())
+    return sum(array.nbytes for array in own)
 
 
 def _groups(recipe: Recipe, numbers: range) -> list[range]:
     """Micro-batches that wait together in one sweep."""
-    tokens, _, _ = recipe.prepare(numbers.start, mx.zeros(recipe.latent_shape))
-    size = together(sum(array.nbytes for array in arrays(tokens)))
+    tokens, context, _ = recipe.prepare(numbers.start, mx.zeros(recipe.latent_shape))
+    prompt = recipe.prompt(recipe.draws(numbers.start))
+    size = together(waiting_bytes(recipe.model, tokens, prompt, context))
     return [numbers[i : i + size] for i in range(0, len(numbers), size)]
 
 
