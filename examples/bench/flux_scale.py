@@ -269,7 +269,7 @@ def settings_of(job: dict):  # type: ignore[no-untyped-def]
         model=str(hollow(job)), data=str(bundled("subjects") / "hedgehog"), prompt="a photo of sks dog", iters=1,
         rank=RANK, batch_size=1, memory_budget="0", max_sequence_length=job["text"], train_resolution=job["side"],
         resolution=2 * job["side"], skip_first=job.get("n", 0), skip_last=job.get("m", 0),
-        adapter_path=f"{job['work']}/adapter-{os.getpid()}",
+        adapter_path=f"{job['work']}/adapter-{os.getpid()}", patch_mode="resize",  # an image is encoded once
     )  # fmt: skip
 
 
