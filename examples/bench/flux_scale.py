@@ -7,7 +7,7 @@ Models are hollow: zeros in sparse files, since memory does not depend on the va
 each once and in a process of its own, and kept in WORK/points. What they take is also predicted, by `engine.planner`,
 from one traced block of a kind; the prediction then gives the cells of the table at full depth (19 + 38 in FLUX.1).
 --full-depth measures some of those cells too (about 10 minutes each on two cores): they are held out, nothing is fitted
-to them. Conversion is measured on two blocks of a kind: it has one tensor in memory at a time.
+to them. Conversion is measured on two blocks of a kind: it has a part of one tensor in memory at a time.
 
 A last table predicts Metal, where nothing was measured: the same work with products and convolutions that give arrays
 of the right shapes and take nothing beside, where the CPU backend unfolds convolutions and turns weights into float32.
