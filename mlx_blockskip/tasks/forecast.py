@@ -63,7 +63,8 @@ class Shape:
 class Tracer:
     """Traces blocks at one shape, each kind once.
 
-    rank, modules: of the LoRA, where training is asked for. timed: whether seconds are wanted too.
+    rank, modules: of the LoRA, where training is asked for. timed: whether seconds are wanted too. another: bytes of a
+    second sample, evaluated, beside what all share; waiting: those by which precompute makes its groups.
     """
 
     def __init__(
@@ -106,7 +107,6 @@ class Tracer:
         return sample
 
     def _another(self, shape: Shape) -> int:
-        """Bytes of a second sample, beside what all share."""
         before = mx.get_active_memory()
         waiting = self._sample(shape)
         found = mx.get_active_memory() - before
