@@ -19,10 +19,10 @@ from mlx_blockskip.engine.weights import BlockReader, Shards
 Done = Callable[[], None]
 """Says that a part of what is traced is done."""
 
-SMALL, TRIES, LARGE_TRIES = 64 << 20, 10, 2
+SMALL, TRIES, LARGE_TRIES = 64 << 20, 5, 2
 """How often a block is traced: TRIES times where its peak is below SMALL bytes. MLX looks at its limit at every tenth
 task that it hands on (two an operation), so what is in memory side by side depends on how many went before: there are
-five cases, and a sweep meets them all.
+five cases, and a sweep meets them all. Once is enough where there is plenty of room.
 """
 
 
@@ -43,9 +43,15 @@ def nbytes(arrays: Iterable[mx.array | None]) -> int:
 
 
 def forward_cost(
-    stack: Stack, shards: Shards, sample: Sample, index: int, trainable: Trainable | None = None, timed: bool = False
+    stack: Stack,
+    shards: Shards,
+    sample: Sample,
+    index: int,
+    trainable: Trainable | None = None,
+    timed: bool = False,
+    once: bool = False,
 ) -> Cost:
-    """Block `index` applied once. sample: evaluated."""
+    """Block `index` applied once. sample: evaluated. once: it is not traced again."""
     one = Sample(sample.state, sample.context, sample.modulation)
     trees = {index: trainable} if trainable else {}
 
@@ -53,12 +59,18 @@ def forward_cost(
         sweep.forward(stack, reader, [one], [index], trainable=trees)
         done()
 
-    (peak,), seconds = _traced(stack, shards, one, index, run, timed)
+    (peak,), seconds = _traced(stack, shards, one, index, run, timed, once)
     return Cost(peak, seconds)
 
 
 def backward_cost(
-    stack: Stack, shards: Shards, sample: Sample, index: int, trainable: Trainable, timed: bool = False
+    stack: Stack,
+    shards: Shards,
+    sample: Sample,
+    index: int,
+    trainable: Trainable,
+    timed: bool = False,
+    once: bool = False,
 ) -> Cost:
     """Block `index` recomputed and pulled back, with the gradients of its input and of its trainable tree.
 
@@ -72,10 +84,10 @@ def backward_cost(
             on_grad=lambda block, grads: done(), bridge=_as_it_is,
         )  # fmt: skip
 
-    (inner, first), seconds = _traced(stack, shards, one, index, run, timed)
+    (inner, first), seconds = _traced(stack, shards, one, index, run, timed, once)
     inner -= nbytes(one.state)  # its own input, which here was made on the way
     if timed:
-        forward = forward_cost(stack, shards, sample, index, trainable, timed)
+        forward = forward_cost(stack, shards, sample, index, trainable, timed, once=True)
         seconds = max(0.0, seconds / 2 - forward.seconds)
     return Cost(inner, seconds, first)
 
@@ -113,17 +125,21 @@ def _as_it_is(sample: int, start: int, stop: int, state: State) -> State:
 
 
 def _traced(
-    stack: Stack, shards: Shards, sample: Sample, index: int, run: Callable[[BlockReader, Done], None], timed: bool
+    stack: Stack,
+    shards: Shards,
+    sample: Sample,
+    index: int,
+    run: Callable[[BlockReader, Done], None],
+    timed: bool,
+    once: bool,
 ) -> tuple[list[int], float]:
     """For each part of `run`, which says when one is done: the highest peak of a few runs over what is there before
     them, less the weights of the block; and the seconds of one run.
     """
     part = sweep.part_of([sample])
     runs: list[list[int]] = []
-    while len(runs) < (TRIES if max(map(max, runs), default=0) < SMALL else LARGE_TRIES):
+    while len(runs) < (1 if once else TRIES if max(map(max, runs), default=0) < SMALL else LARGE_TRIES):
         reader = BlockReader(shards, stack, 0, prefetch=False)
-        if len(runs) >= TRIES // 2:  # where a run hands on a multiple of ten, the next one finds the same case
-            mx.eval(mx.zeros(1) + 1)
         mx.clear_cache()
         with limits.tight():
             runs.append(_peaks(functools.partial(run, reader)))

@@ -18,8 +18,11 @@ from mlx_blockskip.tasks.precompute import together
 from mlx_blockskip.tasks.samples import WAITING as CLASS_WAITING
 
 AUTO = "auto"
-MARGIN = 1.1
+MARGIN = 1.2
 """What is proposed has to fit with this much to spare: a peak differs by an operation's output from run to run."""
+
+ROOM = 2
+"""Where a budget is so many times what one trace of a block says, no other is made."""
 
 LEAST = 0
 """A budget of 0 asks for the least that is possible, whatever that is; nothing is refused then."""
@@ -35,7 +38,9 @@ def check_training(settings: TrainSettings, model: DiffusionModel, plan: SkipPla
     budget = budget_of(settings.memory_budget)
     if budget is None or budget == LEAST:
         return budget is None
-    phases = training_phases(settings, model, plan)
+    phases = training_phases(settings, model, plan, once=True)
+    if ROOM * max(phase.peak for phase in phases) > budget:
+        phases = training_phases(settings, model, plan)
     if max(phase.peak for phase in phases) > budget:
         _refuse(settings.memory_budget, phases, _smaller_training(settings, model, plan, budget))
     return next(phase for phase in phases if phase.name == "train").ample <= budget
@@ -46,7 +51,9 @@ def check_generation(settings: GenerateSettings, model: DiffusionModel, images: 
     budget = budget_of(settings.memory_budget)
     if budget is None or budget == LEAST:
         return
-    phases = generation_phases(settings, model, images)
+    phases = generation_phases(settings, model, images, once=True)
+    if ROOM * max(phase.peak for phase in phases) > budget:
+        phases = generation_phases(settings, model, images)
     if max(phase.peak for phase in phases) > budget:
         _refuse(settings.memory_budget, phases, _smaller_generation(settings, model, images, budget))
 
@@ -64,15 +71,15 @@ def images_at_once(settings: GenerateSettings, model: DiffusionModel, most: int)
     return most
 
 
-def training_phases(settings: TrainSettings, model: DiffusionModel, plan: SkipPlan) -> list[Phase]:
-    """What the phases of a training run take; prompts are left out, whose encoders were not opened."""
+def training_phases(settings: TrainSettings, model: DiffusionModel, plan: SkipPlan, once: bool = False) -> list[Phase]:
+    """What the phases of a training run take, but for prompts, whose encoders were not opened. once: see Tracer."""
     s_max, s_min, length, batch, rank = required(
         settings, "resolution", "train_resolution", "max_sequence_length", "batch_size", "rank"
     )
     side = PatchSettings(settings.patch_mode or "dynamic", s_min, s_max, model.granularity).output_side
     family = family_named(read_config(model.path)["family"])
     modules = lora.targets(family.lora_targets, settings.lora_targets)
-    tracer = Tracer(model, Shape(side, side, length, batch, settings.guidance), rank, modules)
+    tracer = Tracer(model, Shape(side, side, length, batch, settings.guidance), rank, modules, once=once)
     images = forecast.images(model, side, side, decoding=False)
     phases = [replace(images, peak=images.peak + sum(tracer.adapter_bytes(index) for index in plan.retained))]
     (iters,) = required(settings, "iters")
@@ -83,34 +90,37 @@ def training_phases(settings: TrainSettings, model: DiffusionModel, plan: SkipPl
     ]
     defaults = model.defaults
     if settings.class_prompt and settings.class_images:
-        phases += _drawing(model, s_max, s_max, CLASS_WAITING, len(settings.class_prompt))
+        phases += _drawing(model, s_max, s_max, CLASS_WAITING, len(settings.class_prompt), once)
     if settings.steps_per_sample:
         prompts = max(1, len(settings.sample_prompt))
-        phases += _drawing(model, defaults["width"], defaults["height"], prompts, prompts)
+        phases += _drawing(model, defaults["width"], defaults["height"], prompts, prompts, once)
     return phases
 
 
-def generation_phases(settings: GenerateSettings, model: DiffusionModel, images: int) -> list[Phase]:
+def generation_phases(
+    settings: GenerateSettings, model: DiffusionModel, images: int, once: bool = False
+) -> list[Phase]:
     """What a step of all images takes, and decoding one."""
     width, height = model.drawn_size(*required(settings, "width", "height"))
-    return [_generating(settings, model, images), forecast.images(model, width, height, decoding=True)]
+    return [_generating(settings, model, images, once), forecast.images(model, width, height, decoding=True)]
 
 
-def _generating(settings: GenerateSettings, model: DiffusionModel, images: int) -> Phase:
+def _generating(settings: GenerateSettings, model: DiffusionModel, images: int, once: bool = False) -> Phase:
     width, height, length, steps = required(settings, "width", "height", "max_sequence_length", "steps")
     branches = 2 if (settings.cfg_scale or 1.0) > 1 else 1
-    tracer = Tracer(model, Shape(*model.drawn_size(width, height), length, guidance=settings.guidance))
+    shape = Shape(*model.drawn_size(width, height), length, guidance=settings.guidance)
+    tracer = Tracer(model, shape, once=once)
     prompts = images // settings.n_images + branches - 1
     return tracer.generate(steps, images * branches, prompts)
 
 
-def _drawing(model: DiffusionModel, width: int, height: int, images: int, prompts: int) -> list[Phase]:
+def _drawing(model: DiffusionModel, width: int, height: int, images: int, prompts: int, once: bool) -> list[Phase]:
     d = model.defaults
     settings = GenerateSettings(
         width=width, height=height, max_sequence_length=d["max_sequence_length"], steps=d["steps"],
         cfg_scale=d.get("cfg_scale"), guidance=d.get("guidance"), n_images=max(1, images // max(1, prompts)),
     )  # fmt: skip
-    return generation_phases(settings, model, images)
+    return generation_phases(settings, model, images, once)
 
 
 def _refuse(budget: str | None, phases: Sequence[Phase], fitting: Iterator[str]) -> None:

@@ -63,8 +63,9 @@ class Shape:
 class Tracer:
     """Traces blocks at one shape, each kind once.
 
-    rank, modules: of the LoRA, where training is asked for. timed: whether seconds are wanted too. another: bytes of a
-    second sample, evaluated, beside what all share; waiting: those by which precompute makes its groups.
+    rank, modules: of the LoRA, where training is asked for. timed: whether seconds are wanted too. once: a block is
+    traced once, which may be a few operations' outputs too low. another: bytes of a second sample, evaluated, beside
+    what all share; waiting: those by which precompute makes its groups.
     """
 
     def __init__(
@@ -74,9 +75,10 @@ class Tracer:
         rank: int = 0,
         modules: Mapping[str, Sequence[str]] | None = None,
         timed: bool = False,
+        once: bool = False,
     ):
         self.model, self.stack, self.shards = model, model.stack, model.reader.shards
-        self.rank, self.modules, self.timed = rank, modules or {}, timed
+        self.rank, self.modules, self.timed, self.once = rank, modules or {}, timed, once
         self.reader = BlockReader(self.shards, self.stack, 0, prefetch=False)
         self.first = {self.stack.blocks[i].kind.name: i for i in reversed(range(self.stack.depth))}
         model.release()
@@ -170,14 +172,15 @@ class Tracer:
         return self._once(
             f"forward {modulated} {adapted}", kind,
             lambda: planner.forward_cost(
-                self.stack, self.shards, sample, self.first[kind], self._factors(kind) if adapted else None, self.timed
+                self.stack, self.shards, sample, self.first[kind], self._factors(kind) if adapted else None,
+                self.timed, self.once,
             ),
         )  # fmt: skip
 
     def backward(self, index: int) -> Cost:
         kind = self.kind(index)
         return self._once("backward", kind, lambda: planner.backward_cost(
-            self.stack, self.shards, self.recorded, self.first[kind], self._factors(kind), self.timed
+            self.stack, self.shards, self.recorded, self.first[kind], self._factors(kind), self.timed, self.once
         ))  # fmt: skip
 
     def kept(self, index: int) -> int:
