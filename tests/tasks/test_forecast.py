@@ -50,6 +50,11 @@ def peaks(run, **options):
     return found
 
 
+def without_images(monkeypatch):
+    """Trace blocks alone."""
+    monkeypatch.setattr(forecast, "images", lambda *a, **b: forecast.Phase("images", 1000))
+
+
 def assert_predicted(predict, measure, names):
     """The least of two of each: threads race, and what is tiny may take an operation's output more by chance."""
     measured = [measure() for _ in range(2)]
@@ -64,8 +69,9 @@ def assert_predicted(predict, measure, names):
     ("name", "options"),
     [("tiny_flux", options) for options in SETTINGS] + [("tiny_sana", SETTINGS[i]) for i in (1, 3, 4, 6, 7)],
 )
-def test_training_takes_what_is_predicted(request, tmp_path, name, options):
+def test_training_takes_what_is_predicted(request, tmp_path, monkeypatch, name, options):
     model_path = request.getfixturevalue(name)
+    without_images(monkeypatch)
     settings = training(model_path, tmp_path, iters=3, memory_budget="0", patch_mode="resize", **options)
 
     def predict():
@@ -81,7 +87,7 @@ def test_training_takes_what_is_predicted(request, tmp_path, name, options):
 
 
 def test_the_adapter_lies_beside_images_that_are_encoded_for_training(tiny_flux, tmp_path, monkeypatch):
-    monkeypatch.setattr(forecast, "images", lambda *a, **b: forecast.Phase("encode images", 1000))
+    without_images(monkeypatch)
     settings = training(tiny_flux, tmp_path, iters=1, skip_first=1, skip_last=2)
     model = open_model(tiny_flux, 0)
     phases = budget.training_phases(job.complete(settings, model), model, plans.likely_plan(settings, model))
@@ -101,8 +107,9 @@ def test_the_adapter_lies_beside_images_that_are_encoded_for_training(tiny_flux,
         ("tiny_sana", 128, 64, 2, 1),
     ],
 )
-def test_generation_takes_what_is_predicted(request, tmp_path, name, width, height, count, steps):
+def test_generation_takes_what_is_predicted(request, tmp_path, monkeypatch, name, width, height, count, steps):
     model_path = request.getfixturevalue(name)
+    without_images(monkeypatch)
     settings = GenerateSettings(
         model=str(model_path), prompt=["a cat"], width=width, height=height, n_images=count, steps=steps,
         memory_budget="0", output=str(tmp_path / "o.png"),
