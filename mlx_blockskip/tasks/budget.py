@@ -1,6 +1,6 @@
 """Whether a run fits its memory budget, before it begins; and, where it does not, the nearest setting that does."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,9 @@ from mlx_blockskip.tasks.samples import WAITING as CLASS_WAITING
 
 AUTO = "auto"
 MARGIN = 1.2
-"""What is proposed has to fit with this much to spare: a peak differs by an operation's output from run to run."""
+"""A phase that did not fit has to fit with this much to spare in what is proposed: a peak differs by an operation's
+output from run to run.
+"""
 
 ROOM = 2
 """Where a budget is so many times what one trace of a block says, no other is made."""
@@ -38,11 +40,9 @@ def check_training(settings: TrainSettings, model: DiffusionModel, plan: SkipPla
     budget = budget_of(settings.memory_budget)
     if budget is None or budget == LEAST:
         return budget is None
-    phases = training_phases(settings, model, plan, once=True)
-    if ROOM * max(phase.peak for phase in phases) > budget:
-        phases = training_phases(settings, model, plan)
-    if max(phase.peak for phase in phases) > budget:
-        _refuse(settings.memory_budget, phases, _smaller_training(settings, model, plan, budget))
+    phases = _phases(lambda once: training_phases(settings, model, plan, once), budget)
+    if too_large := _too_large(phases, budget):
+        _refuse(settings.memory_budget, too_large, _smaller_training(settings, model, plan, budget, too_large))
     return next(phase for phase in phases if phase.name == "train").ample <= budget
 
 
@@ -51,11 +51,25 @@ def check_generation(settings: GenerateSettings, model: DiffusionModel, images: 
     budget = budget_of(settings.memory_budget)
     if budget is None or budget == LEAST:
         return
-    phases = generation_phases(settings, model, images, once=True)
-    if ROOM * max(phase.peak for phase in phases) > budget:
-        phases = generation_phases(settings, model, images)
-    if max(phase.peak for phase in phases) > budget:
-        _refuse(settings.memory_budget, phases, _smaller_generation(settings, model, images, budget))
+    phases = _phases(lambda once: generation_phases(settings, model, images, once), budget)
+    if too_large := _too_large(phases, budget):
+        _refuse(settings.memory_budget, too_large, _smaller_generation(settings, model, images, budget, too_large))
+
+
+def _phases(trace: Callable[[bool], list[Phase]], budget: int) -> list[Phase]:
+    """Traced once, and again with more care unless there is ROOM."""
+    phases = trace(True)
+    return phases if ROOM * max(phase.peak for phase in phases) <= budget else trace(False)
+
+
+def _too_large(phases: Sequence[Phase], budget: int) -> list[Phase]:
+    return [phase for phase in phases if phase.peak > budget]
+
+
+def _fit(phases: Sequence[Phase], budget: int, too_large: Sequence[Phase]) -> bool:
+    """Whether all do, those that were too large with MARGIN."""
+    names = {phase.name for phase in too_large}
+    return all((MARGIN if phase.name in names else 1) * phase.peak <= budget for phase in phases)
 
 
 def images_at_once(settings: GenerateSettings, model: DiffusionModel, most: int) -> int:
@@ -80,7 +94,7 @@ def training_phases(settings: TrainSettings, model: DiffusionModel, plan: SkipPl
     family = family_named(read_config(model.path)["family"])
     modules = lora.targets(family.lora_targets, settings.lora_targets)
     tracer = Tracer(model, Shape(side, side, length, batch, settings.guidance), rank, modules, once=once)
-    images = forecast.images(model, side, side, decoding=False)
+    images = forecast.images(model, side, side, decoding=False, once=once)
     phases = [replace(images, peak=images.peak + sum(tracer.adapter_bytes(index) for index in plan.retained))]
     (iters,) = required(settings, "iters")
     waiting = min(iters * settings.grad_accumulation, together(tracer.waiting))
@@ -102,7 +116,8 @@ def generation_phases(
 ) -> list[Phase]:
     """What a step of all images takes, and decoding one."""
     width, height = model.drawn_size(*required(settings, "width", "height"))
-    return [_generating(settings, model, images, once), forecast.images(model, width, height, decoding=True)]
+    decoding = forecast.images(model, width, height, decoding=True, once=once)
+    return [_generating(settings, model, images, once), decoding]
 
 
 def _generating(settings: GenerateSettings, model: DiffusionModel, images: int, once: bool = False) -> Phase:
@@ -123,8 +138,8 @@ def _drawing(model: DiffusionModel, width: int, height: int, images: int, prompt
     return generation_phases(settings, model, images, once)
 
 
-def _refuse(budget: str | None, phases: Sequence[Phase], fitting: Iterator[str]) -> None:
-    worst = max(phases, key=lambda phase: phase.peak)
+def _refuse(budget: str | None, too_large: Sequence[Phase], fitting: Iterator[str]) -> None:
+    worst = max(too_large, key=lambda phase: phase.peak)
     need = f"{1.05 * worst.peak / 2**20 + 1:.0f}MB"  # predictions are held to 5 % under what is measured
     found = next(fitting, None)
     raise UserError(
@@ -133,7 +148,9 @@ def _refuse(budget: str | None, phases: Sequence[Phase], fitting: Iterator[str])
     )
 
 
-def _smaller_training(settings: TrainSettings, model: DiffusionModel, plan: SkipPlan, budget: int) -> Iterator[str]:
+def _smaller_training(
+    settings: TrainSettings, model: DiffusionModel, plan: SkipPlan, budget: int, too_large: Sequence[Phase]
+) -> Iterator[str]:
     """Changes that make a training run fit, the mildest first."""
     batch, side, rank = required(settings, "batch_size", "train_resolution", "rank")
     smaller = max(model.granularity, side // 2 // model.granularity * model.granularity)
@@ -147,7 +164,7 @@ def _smaller_training(settings: TrainSettings, model: DiffusionModel, plan: Skip
     ]
     for change in milder:
         changed = replace(settings, **change)
-        if changed != settings and MARGIN * max(p.peak for p in training_phases(changed, model, plan)) <= budget:
+        if changed != settings and _fit(training_phases(changed, model, plan), budget, too_large):
             yield " ".join(
                 f"--{name.replace('_', '-')} {value}"
                 for name, value in change.items()
@@ -155,12 +172,14 @@ def _smaller_training(settings: TrainSettings, model: DiffusionModel, plan: Skip
             )
 
 
-def _smaller_generation(settings: GenerateSettings, model: DiffusionModel, images: int, budget: int) -> Iterator[str]:
+def _smaller_generation(
+    settings: GenerateSettings, model: DiffusionModel, images: int, budget: int, too_large: Sequence[Phase]
+) -> Iterator[str]:
     """Changes that make the images fit: one at a time, then smaller ones."""
     width, height = required(settings, "width", "height")
     g = model.granularity
     for share, count in ((1, 1), (0.75, 1), (0.5, 1), (0.25, 1)):
         w, h = (max(g, int(side * share) // g * g) for side in (width, height))
         changed = replace(settings, width=w, height=h, n_images=1)
-        if MARGIN * max(phase.peak for phase in generation_phases(changed, model, count)) <= budget:
+        if _fit(generation_phases(changed, model, count), budget, too_large):
             yield "one image at a time" if share == 1 else f"--width {w} --height {h}"

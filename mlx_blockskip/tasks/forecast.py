@@ -26,9 +26,6 @@ from mlx_blockskip.engine.weights import BlockReader
 from mlx_blockskip.models.family import DiffusionModel, Size
 from mlx_blockskip.tasks.precompute import waiting_bytes
 
-SMALL, TRIES = 64 << 20, 5
-"""Bytes of a peak in which an operation's output counts, and how often it is then traced."""
-
 TRACED_SIDES = (256, 384)
 """Sides in pixels at which a VAE is traced where larger images are asked for: its strips are full there."""
 
@@ -64,8 +61,8 @@ class Tracer:
     """Traces blocks at one shape, each kind once.
 
     rank, modules: of the LoRA, where training is asked for. timed: whether seconds are wanted too. once: a block is
-    traced once, which may be a few operations' outputs too low. another: bytes of a second sample, evaluated, beside
-    what all share; waiting: those by which precompute makes its groups.
+    traced once, which may be a few operations' outputs too low. waiting: bytes of a second sample, beside what all
+    share.
     """
 
     def __init__(
@@ -85,7 +82,6 @@ class Tracer:
         floor = mx.get_active_memory()
         self.sample = self._sample(shape)
         self.embedders = mx.get_active_memory() - floor
-        self.another = self._another(shape)
         self.target = 4 * math.prod((shape.batch, *model.latent_shape(shape.width, shape.height)))  # bytes
         contexts = [self.sample.context]
         self._modulation: dict[str, Modulation] = {
@@ -108,17 +104,10 @@ class Tracer:
         mx.eval(sample.state, context)
         return sample
 
-    def _another(self, shape: Shape) -> int:
-        before = mx.get_active_memory()
-        waiting = self._sample(shape)
-        found = mx.get_active_memory() - before
-        del waiting
-        return found
-
     @property
     def context(self) -> int:
         """Bytes of a second sample's context."""
-        return self.another - planner.nbytes(self.sample.state)
+        return self.waiting - planner.nbytes(self.sample.state)
 
     def on(self, model: DiffusionModel) -> "Tracer":
         """The same traces, for the same model with its weights in another precision."""
@@ -164,7 +153,8 @@ class Tracer:
     @cached_property
     def recorded(self) -> Sample:
         """The sample as training and generation have it: modulation was computed ahead."""
-        return Sample(self.sample.state, self.sample.context, lambda index: self._modulation[self.kind(index)])
+        known, blocks = self._modulation, self.stack.blocks  # not self: a cycle would keep all this into the run
+        return Sample(self.sample.state, self.sample.context, lambda index: known[blocks[index].kind.name])
 
     def forward(self, index: int, *, modulated: bool, adapted: bool = False) -> Cost:
         """One block forward. modulated: its modulation was computed ahead; adapted: with the LoRA."""
@@ -197,7 +187,7 @@ class Tracer:
         weights = [self.reader.nbytes(index) for index in visited]
         adapted = plan.retained if mode == "fresh" else ()
         costs = [self.forward(index, modulated=False, adapted=index in adapted) for index in visited]
-        state = self.another + self.target
+        state = self.waiting + self.target
         peaks = [planner.forward_peak(weights, costs, state, waiting)] if weights else []
         modulation = [self.reader.nbytes(index, "modulation") for index in rest]
         if modulation:
@@ -259,26 +249,28 @@ def prompts(model: DiffusionModel, length: int, count: int = 1) -> Phase:
     return Phase("encode prompts", peak + 2 * (count - 1) * size)
 
 
-def images(model: DiffusionModel, width: int, height: int, *, decoding: bool) -> Phase:
-    """One image through the VAE: traced as it is where it is small, else carried along the line through two sizes."""
+def images(model: DiffusionModel, width: int, height: int, *, decoding: bool, once: bool = False) -> Phase:
+    """One image through the VAE: traced as it is where it is small, else carried along the line through two sizes.
+    once: see Tracer.
+    """
     name = "decode" if decoding else "encode images"
     sides = [max(model.granularity, side // model.granularity * model.granularity) for side in TRACED_SIDES]
     if width * height <= sides[1] ** 2:
-        peak, seconds = _image(model, width, height, decoding)
+        peak, seconds = _image(model, width, height, decoding, once)
         return Phase(name, peak, seconds=seconds)
-    points = [(side * side, _image(model, side, side, decoding)) for side in sides]
+    points = [(side * side, _image(model, side, side, decoding, once)) for side in sides]
     (x0, low), (x1, high) = points
     share = (width * height - x0) / (x1 - x0)
     grown = [a + share * (b - a) for a, b in zip(low, high, strict=True)]
     return Phase(name, int(grown[0]), seconds=grown[1])
 
 
-def _image(model: DiffusionModel, width: int, height: int, decoding: bool) -> tuple[int, float]:
+def _image(model: DiffusionModel, width: int, height: int, decoding: bool, once: bool) -> tuple[int, float]:
     """Bytes and seconds. Where operations are short, MLX may free an input only after it made the next output, by
     chance; so what is small is traced again, and the least is taken.
     """
     found = [_traced_image(model, width, height, decoding)]
-    while found[0][0] < SMALL and len(found) < TRIES:
+    while not once and found[0][0] < planner.SMALL and len(found) < planner.TRIES:
         found.append(_traced_image(model, width, height, decoding))
     return min(found)
 

@@ -125,7 +125,7 @@ def test_generation_takes_what_is_predicted(request, tmp_path, monkeypatch, name
 def test_images_beyond_the_traced_sizes_follow_the_line(tiny_flux, monkeypatch):
     traced = []
 
-    def image(model, width, height, decoding):
+    def image(model, width, height, decoding, once):
         traced.append((width, height))
         return 1000 + 3 * width * height, 2e-6 * width * height
 
@@ -161,9 +161,27 @@ def test_what_is_proposed_instead_is_always_possible(tiny_flux, tmp_path):
     model = open_model(tiny_flux, 0)
     settings = job.complete(settings, model)
     plan = plans.likely_plan(settings, model)
-    found = list(budget._smaller_training(settings, model, plan, 1 << 30))
+    found = list(budget._smaller_training(settings, model, plan, 1 << 30, []))
     assert found == [*["--batch-size 1"] * 2, *["--train-resolution 16 --batch-size 1"] * 2]
-    assert list(budget._smaller_training(settings, model, plan, 1)) == []
+    assert list(budget._smaller_training(settings, model, plan, 1, [])) == []
+
+
+@pytest.mark.parametrize("name", ["tiny_flux", "tiny_sana"])
+def test_nothing_of_a_prediction_stays_in_memory(request, tmp_path, name):
+    model_path = request.getfixturevalue(name)
+    options = {"class_prompt": ["an animal"], "class_images": 2, "steps_per_sample": 1, "iters": 1}
+    settings = training(model_path, tmp_path, **options)
+    model = open_model(model_path, 0)
+    settings = job.complete(settings, model)
+    gc.collect()
+    gc.disable()  # a cycle would be left over
+    try:
+        budget.training_phases(settings, model, plans.likely_plan(settings, model), once=True)
+        left = mx.get_active_memory()
+        gc.collect()
+        assert mx.get_active_memory() == left
+    finally:
+        gc.enable()
 
 
 def test_images_that_cannot_fit_are_refused_and_what_is_named_fits(tiny_flux, tmp_path):
