@@ -1,3 +1,7 @@
+import mlx_blockskip  # noqa: F401  (before mlx.core is imported: it opens OpenBLAS)
+
+# isort: split
+
 import os
 import shutil
 
@@ -6,7 +10,6 @@ from support.compare import gather, parity_table, worst
 from support.models import HEDGEHOG, assets, convert
 from support.toy import make_toy
 
-import mlx_blockskip  # noqa: F401  (preloads OpenBLAS before anything imports mlx.core)
 from mlx_blockskip.engine import files
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.settings import TrainSettings

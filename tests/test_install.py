@@ -1,12 +1,14 @@
 """What is installed: the package with its data, and the folder convert/ under its name."""
 
 import importlib.metadata
+import sys
 from importlib import resources
 from pathlib import Path
 
 import mlx_blockskip.converters
 
 import mlx_blockskip
+from mlx_blockskip.engine.blas import preload
 
 
 def test_converters_and_assets_are_part_of_the_package():
@@ -21,6 +23,12 @@ def test_converters_and_assets_are_part_of_the_package():
         held = {path.name for path in (assets / name).iterdir()}
         assert held >= {"README.md", "config.json", "preprocessor_config.json", "model.safetensors"}
     assert sum(path.stat().st_size for path in assets.rglob("*") if path.is_file()) < 34 << 20
+
+
+def test_openblas_is_opened_before_mlx_and_never_after():
+    order = list(sys.modules)
+    assert order.index("mlx_blockskip.engine.blas") < order.index("mlx.core"), "these tests run on the slow BLAS"
+    assert not preload()
 
 
 def test_the_version_is_one():

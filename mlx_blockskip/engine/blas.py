@@ -11,8 +11,10 @@ LIBRARY = "libopenblas.so.0"
 
 
 def preload() -> bool:
-    """Open OpenBLAS on Linux where it is installed; do nothing elsewhere. True where it is in place."""
-    if sys.platform != "linux":
+    """Open OpenBLAS on Linux where it is installed; do nothing elsewhere, or once MLX is there, which is too late. True
+    where it is in place.
+    """
+    if sys.platform != "linux" or "mlx.core" in sys.modules:
         return False
     try:
         ctypes.CDLL(LIBRARY, mode=ctypes.RTLD_GLOBAL)
