@@ -4,7 +4,6 @@ A block is traced by running it once, through the sweep itself, at the shapes of
 possible (one block in memory, one operation at a time).
 """
 
-import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,11 @@ SMALL, TRIES, LARGE_TRIES = 64 << 20, 5, 2
 """How often a block is traced: TRIES times where its peak is below SMALL bytes. MLX looks at its limit at every tenth
 task that it hands on (two an operation), so what is in memory side by side depends on how many went before: there are
 five cases, and a sweep meets them all. Once is enough where there is plenty of room.
+"""
+
+TINY, VISITS = 8 << 20, 10
+"""Where a peak is below TINY bytes, operations are so short that by chance the next is there before the last is let go;
+a sweep of many blocks meets the worst, so each try but the first makes about VISITS visits in a row.
 """
 
 
@@ -51,12 +55,12 @@ def forward_cost(
     timed: bool = False,
     once: bool = False,
 ) -> Cost:
-    """Block `index` applied once. sample: evaluated. once: it is not traced again."""
+    """Block `index` applied. sample: evaluated. once: it is not traced again."""
     one = Sample(sample.state, sample.context, sample.modulation)
     trees = {index: trainable} if trainable else {}
 
-    def run(reader: BlockReader, done: Done) -> None:
-        sweep.forward(stack, reader, [one], [index], trainable=trees)
+    def run(reader: BlockReader, done: Done, visits: int) -> None:
+        sweep.forward(stack, reader, [one], [index] * visits, trainable=trees, bridge=_as_it_is)
         done()
 
     (peak,), seconds = _traced(stack, shards, one, index, run, timed, once)
@@ -78,11 +82,12 @@ def backward_cost(
     """
     one = Sample(sample.state, sample.context, sample.modulation)
 
-    def run(reader: BlockReader, done: Done) -> None:
-        sweep.backward(
-            stack, reader, [one], [index, index], trainable={index: trainable}, loss=_loss,
-            on_grad=lambda block, grads: done(), bridge=_as_it_is,
-        )  # fmt: skip
+    def run(reader: BlockReader, done: Done, visits: int) -> None:
+        for _ in range(max(1, visits // 2)):
+            sweep.backward(
+                stack, reader, [one], [index, index], trainable={index: trainable}, loss=_loss,
+                on_grad=lambda block, grads: done(), bridge=_as_it_is,
+            )  # fmt: skip
 
     (inner, first), seconds = _traced(stack, shards, one, index, run, timed, once)
     inner -= nbytes(one.state)  # its own input, which here was made on the way
@@ -129,27 +134,33 @@ def _traced(
     shards: Shards,
     sample: Sample,
     index: int,
-    run: Callable[[BlockReader, Done], None],
+    run: Callable[[BlockReader, Done, int], None],
     timed: bool,
     once: bool,
 ) -> tuple[list[int], float]:
-    """For each part of `run`, which says when one is done: the highest peak of a few runs over what is there before
-    them, less the weights of the block; and the seconds of one run.
+    """For each part of a visit, of which `run` says when it is done: the highest peak over what is there before, less the
+    weights of the block; and the seconds of one visit.
     """
     part = sweep.part_of([sample])
-    runs: list[list[int]] = []
-    while len(runs) < (1 if once else TRIES if max(map(max, runs), default=0) < SMALL else LARGE_TRIES):
+
+    def trace(visits: int) -> list[int]:
         reader = BlockReader(shards, stack, 0, prefetch=False)
         mx.clear_cache()
         with limits.tight():
-            runs.append(_peaks(functools.partial(run, reader)))
-    peaks = [max(tries) - reader.nbytes(index, part) for tries in zip(*runs, strict=True)]
+            return _peaks(lambda done: run(reader, done, visits))
+
+    weights = BlockReader(shards, stack, 0, prefetch=False).nbytes(index, part)
+    found = trace(1)
+    parts, peak = len(found), max(found)
+    for _ in range(0 if once else (TRIES if peak < SMALL else LARGE_TRIES) - 1):
+        found += trace(VISITS if peak < TINY else 1)
+    peaks = [max(found[place::parts]) - weights for place in range(parts)]
     if not timed:
         return peaks, 0.0
     resident = BlockReader(shards, stack, None)
     dict(resident.walk([index], part))
     started = time.perf_counter()
-    run(resident, lambda: None)
+    run(resident, lambda: None, 1)
     return peaks, time.perf_counter() - started
 
 
