@@ -101,20 +101,14 @@ def test_recording_changes_neither_results_nor_measurements(model):
             second = there_and_back(model)
         return [np.array(a) for a in (*first, *second)], track.end.peak_memory, dict(model.reader.overhead)
 
-    def recording():
-        with timeline.recording() as recorded:
-            return *measured(), recorded
-
-    def least(measure):
-        """Of three: MLX lets go of arrays a little earlier or later."""
-        return min((measure() for _ in range(3)), key=lambda found: found[1])
-
     measured()
-    arrays, peak, overhead = least(measured)
-    again, peak_again, overhead_again, recorded = least(recording)
-    assert all(np.array_equal(a, b) for a, b in zip(arrays, again, strict=True))
-    assert peak_again == pytest.approx(peak, rel=0.05)
-    assert overhead_again == pytest.approx(overhead, rel=0.1)
+    plain = [measured() for _ in range(10)]  # MLX lets go of arrays a little earlier or later
+    with timeline.recording() as recorded:
+        again, peak_again, overhead_again = measured()
+    for arrays, _, _ in plain:
+        assert all(np.array_equal(a, b) for a, b in zip(arrays, again, strict=True))
+    assert any(peak_again == pytest.approx(peak, rel=0.05) for _, peak, _ in plain)
+    assert any(overhead_again == pytest.approx(overhead, rel=0.1) for _, _, overhead in plain)
     assert recorded.phases[0].highest.peak == peak_again
     assert max(point.peak for point in recorded.points if point.phase == 0) == peak_again
 
