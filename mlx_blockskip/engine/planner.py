@@ -138,8 +138,8 @@ def _traced(
     timed: bool,
     once: bool,
 ) -> tuple[list[int], float]:
-    """For each part of a visit, of which `run` says when it is done: the highest peak over what is there before, less the
-    weights of the block; and the seconds of one visit.
+    """For each part of a visit, of which `run` says when it is done: the highest peak over what is there before, less
+    the weights of the block; and the seconds of one visit.
     """
     part = sweep.part_of([sample])
 

@@ -56,31 +56,17 @@ def check_generation(settings: GenerateSettings, model: DiffusionModel, images: 
         _refuse(settings.memory_budget, too_large, _smaller_generation(settings, model, images, budget, too_large))
 
 
-def _phases(trace: Callable[[bool], list[Phase]], budget: int) -> list[Phase]:
-    """Traced once, and again with more care unless there is ROOM."""
-    phases = trace(True)
-    return phases if ROOM * max(phase.peak for phase in phases) <= budget else trace(False)
-
-
-def _too_large(phases: Sequence[Phase], budget: int) -> list[Phase]:
-    return [phase for phase in phases if phase.peak > budget]
-
-
-def _fit(phases: Sequence[Phase], budget: int, too_large: Sequence[Phase]) -> bool:
-    """Whether all do, those that were too large with MARGIN."""
-    names = {phase.name for phase in too_large}
-    return all((MARGIN if phase.name in names else 1) * phase.peak <= budget for phase in phases)
-
-
 def images_at_once(settings: GenerateSettings, model: DiffusionModel, most: int) -> int:
     """How many images, each of a prompt of its own, can be made in one sweep within the budget: `most`, or its halves
     down to one.
     """
     budget = budget_of(settings.memory_budget)
-    single = replace(settings, n_images=1)
-    while most > 1 and budget is not None:
-        if budget != LEAST and _generating(single, model, most).peak <= budget:
-            break
+    if most <= 1 or budget is None:
+        return most
+    if budget == LEAST:
+        return 1
+    step = _generating(replace(settings, n_images=1), model)
+    while most > 1 and step(most).peak > budget:
         most //= 2
     return most
 
@@ -117,16 +103,21 @@ def generation_phases(
     """What a step of all images takes, and decoding one."""
     width, height = model.drawn_size(*required(settings, "width", "height"))
     decoding = forecast.images(model, width, height, decoding=True, once=once)
-    return [_generating(settings, model, images, once), decoding]
+    return [_generating(settings, model, once)(images), decoding]
 
 
-def _generating(settings: GenerateSettings, model: DiffusionModel, images: int, once: bool = False) -> Phase:
+def _generating(settings: GenerateSettings, model: DiffusionModel, once: bool = False) -> Callable[[int], Phase]:
+    """Says what a step of so many images takes."""
     width, height, length, steps = required(settings, "width", "height", "max_sequence_length", "steps")
     branches = 2 if (settings.cfg_scale or 1.0) > 1 else 1
     shape = Shape(*model.drawn_size(width, height), length, guidance=settings.guidance)
     tracer = Tracer(model, shape, once=once)
-    prompts = images // settings.n_images + branches - 1
-    return tracer.generate(steps, images * branches, prompts)
+
+    def step(images: int) -> Phase:
+        prompts = images // settings.n_images + branches - 1
+        return tracer.generate(steps, images * branches, prompts)
+
+    return step
 
 
 def _drawing(model: DiffusionModel, width: int, height: int, images: int, prompts: int, once: bool) -> list[Phase]:
@@ -136,6 +127,22 @@ def _drawing(model: DiffusionModel, width: int, height: int, images: int, prompt
         cfg_scale=d.get("cfg_scale"), guidance=d.get("guidance"), n_images=max(1, images // max(1, prompts)),
     )  # fmt: skip
     return generation_phases(settings, model, images, once)
+
+
+def _phases(trace: Callable[[bool], list[Phase]], budget: int) -> list[Phase]:
+    """Traced once, and again with more care unless there is ROOM."""
+    phases = trace(True)
+    return phases if ROOM * max(phase.peak for phase in phases) <= budget else trace(False)
+
+
+def _too_large(phases: Sequence[Phase], budget: int) -> list[Phase]:
+    return [phase for phase in phases if phase.peak > budget]
+
+
+def _fit(phases: Sequence[Phase], budget: int, too_large: Sequence[Phase]) -> bool:
+    """Whether all do, those that were too large with MARGIN."""
+    names = {phase.name for phase in too_large}
+    return all((MARGIN if phase.name in names else 1) * phase.peak <= budget for phase in phases)
 
 
 def _refuse(budget: str | None, too_large: Sequence[Phase], fitting: Iterator[str]) -> None:
