@@ -2,15 +2,11 @@ import mlx_blockskip  # noqa: F401  (before mlx.core is imported: it opens OpenB
 
 # isort: split
 
-import os
-import shutil
-
 import pytest
 from support.compare import gather, parity_table, worst
 from support.models import HEDGEHOG, assets, convert
 from support.toy import make_toy
 
-from mlx_blockskip.engine import files
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.settings import TrainSettings
 
@@ -41,16 +37,9 @@ def tiny_sana(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", params=["tiny_flux", "tiny_sana", "toy"])
-def family_model(request, tmp_path_factory):
-    """A model directory of every family that has a small model, which draws in few steps; contract tests run over all
-    of them.
-    """
-    source = request.getfixturevalue(request.param)
-    target = tmp_path_factory.mktemp("brief") / source.name
-    shutil.copytree(source, target, copy_function=os.link)
-    config = files.read_json(source / "config.json")
-    files.write_json(target / "config.json", {**config, "defaults": {**config["defaults"], "steps": 2}})
-    return target
+def family_model(request):
+    """A model directory of every family that has a small model; contract tests run over all of them."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture

@@ -82,8 +82,7 @@ def test_the_probe_does_not_depend_on_the_budget(small):
 
 def test_the_table_is_the_mean_over_adapters_prompts_and_seeds(small, family_model, tmp_path):
     paths = [adapter(family_model, tmp_path / f"a{i}", i) for i in range(2)]
-    prompts = ["a red cat", "a dog"]
-    result = select(small("generate", adapter_path=paths, prompt=prompts, n_images=2, seed=5, skip_ratio=0.2))
+    result = select(small("generate", adapter_path=paths, prompt=["a red cat", "a dog"], n_images=2, seed=5))
     written = files.read_json(result.path)
     assert len(written["measurements"]) == 8
     assert {(m["adapter"], m["prompt"], m["seed"]) for m in written["measurements"]} == {
