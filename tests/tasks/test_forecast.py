@@ -103,6 +103,8 @@ def test_the_adapter_lies_beside_images_that_are_encoded_for_training(tiny_flux,
         ("tiny_flux", 96, 64, 3, 2),
         ("tiny_flux", 64, 128, 2, 2),
         ("tiny_flux", 256, 256, 1, 1),
+        ("tiny_sana", 256, 192, 2, 1),
+        ("tiny_sana", 256, 256, 1, 1),
         ("tiny_sana", 128, 64, 1, 4),
         ("tiny_sana", 128, 64, 2, 1),
     ],
@@ -161,9 +163,9 @@ def test_what_is_proposed_instead_is_always_possible(tiny_flux, tmp_path):
     model = open_model(tiny_flux, 0)
     settings = job.complete(settings, model)
     plan = plans.likely_plan(settings, model)
-    found = list(budget._smaller_training(settings, model, plan, 1 << 30, []))
+    found = list(budget._smaller_training(settings, model, plan, 1 << 30))
     assert found == [*["--batch-size 1"] * 2, *["--train-resolution 16 --batch-size 1"] * 2]
-    assert list(budget._smaller_training(settings, model, plan, 1, [])) == []
+    assert list(budget._smaller_training(settings, model, plan, 1)) == []
 
 
 @pytest.mark.parametrize("name", ["tiny_flux", "tiny_sana"])
