@@ -1,6 +1,6 @@
 """What a sweep will take before it is run: bytes of weights from the index, all else from one traced block of a kind.
 
-A block is traced by running it once, through the sweep itself, at the shapes of the run. Peaks are the least that are
+A block is traced by running it, through the sweep itself, at the shapes of the run. Peaks are the least that are
 possible (one block in memory, one operation at a time).
 """
 
@@ -17,6 +17,9 @@ from mlx_blockskip.engine.weights import BlockReader, Shards
 
 Done = Callable[[], None]
 """Says that a part of what is traced is done."""
+
+Run = Callable[[BlockReader, Done, int], None]
+"""`(reader, done, visits)`: visits a block so often."""
 
 SMALL, TRIES, LARGE_TRIES = 64 << 20, 5, 2
 """How often a block is traced: TRIES times where its peak is below SMALL bytes. MLX looks at its limit at every tenth
@@ -56,15 +59,25 @@ def forward_cost(
     once: bool = False,
 ) -> Cost:
     """Block `index` applied. sample: evaluated. once: it is not traced again."""
-    one = Sample(sample.state, sample.context, sample.modulation)
+    one = _copy(sample)
+    run = _forward(stack, one, index, trainable)
+    (peak,) = _traced(stack, shards, one, index, run, once)
+    return Cost(peak, _seconds(stack, shards, one, index, run) if timed else 0.0)
+
+
+def _copy(sample: Sample) -> Sample:
+    """With a state of its own, since a sweep replaces it."""
+    return Sample(sample.state, sample.context, sample.modulation)
+
+
+def _forward(stack: Stack, one: Sample, index: int, trainable: Trainable | None) -> Run:
     trees = {index: trainable} if trainable else {}
 
     def run(reader: BlockReader, done: Done, visits: int) -> None:
         sweep.forward(stack, reader, [one], [index] * visits, trainable=trees, bridge=_as_it_is)
         done()
 
-    (peak,), seconds = _traced(stack, shards, one, index, run, timed, once)
-    return Cost(peak, seconds)
+    return run
 
 
 def backward_cost(
@@ -80,7 +93,7 @@ def backward_cost(
 
     It is visited twice in a row, as an inner block of a path and as the first one.
     """
-    one = Sample(sample.state, sample.context, sample.modulation)
+    one = _copy(sample)
 
     def run(reader: BlockReader, done: Done, visits: int) -> None:
         for _ in range(max(1, visits // 2)):
@@ -89,11 +102,12 @@ def backward_cost(
                 on_grad=lambda block, grads: done(), bridge=_as_it_is,
             )  # fmt: skip
 
-    (inner, first), seconds = _traced(stack, shards, one, index, run, timed, once)
+    inner, first = _traced(stack, shards, one, index, run, once)
     inner -= nbytes(one.state)  # its own input, which here was made on the way
+    seconds = 0.0
     if timed:
-        forward = forward_cost(stack, shards, sample, index, trainable, timed, once=True)
-        seconds = max(0.0, seconds / 2 - forward.seconds)
+        forward = _seconds(stack, shards, one, index, _forward(stack, one, index, trainable))
+        seconds = max(0.0, _seconds(stack, shards, one, index, run) / 2 - forward)
     return Cost(inner, seconds, first)
 
 
@@ -129,19 +143,10 @@ def _as_it_is(sample: int, start: int, stop: int, state: State) -> State:
     return state
 
 
-def _traced(
-    stack: Stack,
-    shards: Shards,
-    sample: Sample,
-    index: int,
-    run: Callable[[BlockReader, Done, int], None],
-    timed: bool,
-    once: bool,
-) -> tuple[list[int], float]:
+def _traced(stack: Stack, shards: Shards, sample: Sample, index: int, run: Run, once: bool) -> list[int]:
     """For each part of a visit, of which `run` says when it is done: the highest peak over what is there before, less
-    the weights of the block; and the seconds of one visit.
+    the weights of the block.
     """
-    part = sweep.part_of([sample])
 
     def trace(visits: int) -> list[int]:
         reader = BlockReader(shards, stack, 0, prefetch=False)
@@ -149,19 +154,21 @@ def _traced(
         with limits.tight():
             return _peaks(lambda done: run(reader, done, visits))
 
-    weights = BlockReader(shards, stack, 0, prefetch=False).nbytes(index, part)
+    weights = BlockReader(shards, stack, 0, prefetch=False).nbytes(index, sweep.part_of([sample]))
     found = trace(1)
     parts, peak = len(found), max(found)
     for _ in range(0 if once else (TRIES if peak < SMALL else LARGE_TRIES) - 1):
         found += trace(VISITS if peak < TINY else 1)
-    peaks = [max(found[place::parts]) - weights for place in range(parts)]
-    if not timed:
-        return peaks, 0.0
+    return [max(found[place::parts]) - weights for place in range(parts)]
+
+
+def _seconds(stack: Stack, shards: Shards, sample: Sample, index: int, run: Run) -> float:
+    """Of one visit, the block's weights in memory."""
     resident = BlockReader(shards, stack, None)
-    dict(resident.walk([index], part))
+    dict(resident.walk([index], sweep.part_of([sample])))
     started = time.perf_counter()
     run(resident, lambda: None, 1)
-    return peaks, time.perf_counter() - started
+    return time.perf_counter() - started
 
 
 def _peaks(run: Callable[[Done], None]) -> list[int]:

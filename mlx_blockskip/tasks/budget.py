@@ -14,7 +14,6 @@ from mlx_blockskip.models.registry import family_named, read_config
 from mlx_blockskip.settings import GenerateSettings, TrainSettings, parse_size, required
 from mlx_blockskip.tasks import forecast
 from mlx_blockskip.tasks.forecast import Phase, Shape, Tracer
-from mlx_blockskip.tasks.precompute import together
 from mlx_blockskip.tasks.samples import WAITING as CLASS_WAITING
 
 AUTO = "auto"
@@ -40,9 +39,11 @@ def check_training(settings: TrainSettings, model: DiffusionModel, plan: SkipPla
     budget = budget_of(settings.memory_budget)
     if budget is None or budget == LEAST:
         return budget is None
-    phases = _phases(lambda once: training_phases(settings, model, plan, once), budget)
-    if too_large := _too_large(phases, budget):
-        _refuse(settings.memory_budget, too_large, _smaller_training(settings, model, plan, budget, too_large))
+    phases = _check(
+        settings.memory_budget, budget,
+        lambda once: training_phases(settings, model, plan, once),
+        lambda too_large: _smaller_training(settings, model, plan, budget, too_large),
+    )  # fmt: skip
     return next(phase for phase in phases if phase.name == "train").ample <= budget
 
 
@@ -51,9 +52,11 @@ def check_generation(settings: GenerateSettings, model: DiffusionModel, images: 
     budget = budget_of(settings.memory_budget)
     if budget is None or budget == LEAST:
         return
-    phases = _phases(lambda once: generation_phases(settings, model, images, once), budget)
-    if too_large := _too_large(phases, budget):
-        _refuse(settings.memory_budget, too_large, _smaller_generation(settings, model, images, budget, too_large))
+    _check(
+        settings.memory_budget, budget,
+        lambda once: generation_phases(settings, model, images, once),
+        lambda too_large: _smaller_generation(settings, model, budget, too_large),
+    )  # fmt: skip
 
 
 def images_at_once(settings: GenerateSettings, model: DiffusionModel, most: int) -> int:
@@ -81,11 +84,10 @@ def training_phases(settings: TrainSettings, model: DiffusionModel, plan: SkipPl
     modules = lora.targets(family.lora_targets, settings.lora_targets)
     tracer = Tracer(model, Shape(side, side, length, batch, settings.guidance), rank, modules, once=once)
     images = forecast.images(model, side, side, decoding=False, once=once)
-    phases = [replace(images, peak=images.peak + sum(tracer.adapter_bytes(index) for index in plan.retained))]
+    phases = [tracer.beside_adapter(images, plan)]
     (iters,) = required(settings, "iters")
-    waiting = min(iters * settings.grad_accumulation, together(tracer.waiting))
     phases += [
-        tracer.precompute(plan, settings.residuals, waiting),
+        tracer.precompute(plan, settings.residuals, tracer.together(iters * settings.grad_accumulation)),
         tracer.train(plan.retained, settings.grad_accumulation, settings.residuals == "fresh"),
     ]
     defaults = model.defaults
@@ -129,14 +131,19 @@ def _drawing(model: DiffusionModel, width: int, height: int, images: int, prompt
     return generation_phases(settings, model, images, once)
 
 
-def _phases(trace: Callable[[bool], list[Phase]], budget: int) -> list[Phase]:
-    """Traced once, and again with more care unless there is ROOM."""
+def _check(
+    text: str | None,
+    budget: int,
+    trace: Callable[[bool], list[Phase]],
+    smaller: Callable[[Sequence[Phase]], Iterator[str]],
+) -> list[Phase]:
+    """The phases, traced once, and with more care unless there is ROOM. Raises UserError where some do not fit."""
     phases = trace(True)
-    return phases if ROOM * max(phase.peak for phase in phases) <= budget else trace(False)
-
-
-def _too_large(phases: Sequence[Phase], budget: int) -> list[Phase]:
-    return [phase for phase in phases if phase.peak > budget]
+    if ROOM * max(phase.peak for phase in phases) > budget:
+        phases = trace(False)
+    if too_large := [phase for phase in phases if phase.peak > budget]:
+        _refuse(text, too_large, smaller(too_large))
+    return phases
 
 
 def _fit(phases: Sequence[Phase], budget: int, too_large: Sequence[Phase]) -> bool:
@@ -156,7 +163,7 @@ def _refuse(budget: str | None, too_large: Sequence[Phase], fitting: Iterator[st
 
 
 def _smaller_training(
-    settings: TrainSettings, model: DiffusionModel, plan: SkipPlan, budget: int, too_large: Sequence[Phase]
+    settings: TrainSettings, model: DiffusionModel, plan: SkipPlan, budget: int, too_large: Sequence[Phase] = ()
 ) -> Iterator[str]:
     """Changes that make a training run fit, the mildest first."""
     batch, side, rank = required(settings, "batch_size", "train_resolution", "rank")
@@ -180,7 +187,7 @@ def _smaller_training(
 
 
 def _smaller_generation(
-    settings: GenerateSettings, model: DiffusionModel, images: int, budget: int, too_large: Sequence[Phase]
+    settings: GenerateSettings, model: DiffusionModel, budget: int, too_large: Sequence[Phase]
 ) -> Iterator[str]:
     """Changes that make the images fit: one at a time, then smaller ones."""
     width, height = required(settings, "width", "height")

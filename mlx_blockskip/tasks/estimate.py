@@ -32,7 +32,6 @@ from mlx_blockskip.tasks.convert import family_of, is_converted
 from mlx_blockskip.tasks.forecast import Phase, Shape, Tracer
 from mlx_blockskip.tasks.job import FALLBACK
 from mlx_blockskip.tasks.phases import phase
-from mlx_blockskip.tasks.precompute import together
 from mlx_blockskip.tasks.resolve import BUNDLED, bundled
 
 PRECISIONS = {"bf16": 0, "8 bit": 8, "4 bit": 4}
@@ -200,10 +199,10 @@ def _row(
     plan = plans.choose(model.stack.depth, ratio=ratio, recorded=subject.defaults.get("plans"))
     tracer = tracers["train"].on(model)
     iters, batch = settings.iters or 1, settings.batch_size or 1
-    waiting = min(iters, together(tracer.waiting))
+    waiting = tracer.together(iters)
     precompute, train = tracer.precompute(plan, "base", waiting), tracer.train(plan.retained)
     prompt, encoding, decoding = others
-    encoding = replace(encoding, peak=encoding.peak + sum(tracer.adapter_bytes(index) for index in plan.retained))
+    encoding = tracer.beside_adapter(encoding, plan)
     drawing = tracers["generate"].on(model).generate(settings.steps or 1)
     resident = train.ample <= memory
     spare = max(0, memory - train.peak)

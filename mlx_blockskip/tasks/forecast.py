@@ -9,7 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +24,7 @@ from mlx_blockskip.engine.stack import Modulation
 from mlx_blockskip.engine.sweep import Sample
 from mlx_blockskip.engine.weights import BlockReader
 from mlx_blockskip.models.family import DiffusionModel, Size
-from mlx_blockskip.tasks.precompute import waiting_bytes
+from mlx_blockskip.tasks.precompute import together, waiting_bytes
 
 TRACED_SIDES = (256, 384)
 """Sides in pixels at which a VAE is traced where larger images are asked for: its strips are full there."""
@@ -80,7 +80,7 @@ class Tracer:
         self.first = {self.stack.blocks[i].kind.name: i for i in reversed(range(self.stack.depth))}
         model.release()
         floor = mx.get_active_memory()
-        self.sample = self._sample(shape)
+        self.sample, self.waiting = self._sample(shape)
         self.embedders = mx.get_active_memory() - floor
         self.target = 4 * math.prod((shape.batch, *model.latent_shape(shape.width, shape.height)))  # bytes
         contexts = [self.sample.context]
@@ -93,16 +93,16 @@ class Tracer:
         model.release()
         self._known: dict[tuple[str, str], Any] = {}
 
-    def _sample(self, shape: Shape) -> Sample:
+    def _sample(self, shape: Shape) -> tuple[Sample, int]:
+        """A sample, evaluated, and the bytes of another."""
         size: Size = self.model.latent_shape(shape.width, shape.height)[:2]
         latents = mx.zeros((shape.batch, *self.model.latent_shape(shape.width, shape.height)))
         prompt = {k: mx.concatenate([v] * shape.batch) for k, v in self.model.blank_prompt(shape.length).items()}
         context = self.model.context(mx.full((shape.batch,), 0.5), prompt, size, shape.guidance)
         sample = Sample(self.model.tokens(latents, prompt), context)
-        self.waiting = waiting_bytes(self.model, sample.state, prompt, context)
         self.model.head_modulation(context)  # its weights stay with the embedders'
         mx.eval(sample.state, context)
-        return sample
+        return sample, waiting_bytes(self.model, sample.state, prompt, context)
 
     @property
     def context(self) -> int:
@@ -130,6 +130,17 @@ class Tracer:
 
     def adapter_bytes(self, index: int) -> int:
         return sum(factor.nbytes for factor in self._factors(self.kind(index)).values())
+
+    def beside_adapter(self, phase: Phase, plan: SkipPlan) -> Phase:
+        """The same with the LoRA of the retained blocks in memory."""
+        return replace(phase, peak=phase.peak + self._adapter(plan))
+
+    def _adapter(self, plan: SkipPlan) -> int:
+        return sum(self.adapter_bytes(index) for index in plan.retained)
+
+    def together(self, batches: int) -> int:
+        """How many of so many micro-batches wait in one precompute sweep."""
+        return min(batches, together(self.waiting))
 
     def _once(self, what: str, kind: str, make: Callable[[], Any]) -> Any:
         if (what, kind) not in self._known:
@@ -183,7 +194,7 @@ class Tracer:
         """A sweep of `waiting` micro-batches as far as records need it, the LoRA's factors beside it."""
         stop = max(residuals.boundaries(plan, mode))
         visited, rest = range(stop), [index for index in plan.retained if index >= stop]
-        held = self.embedders + sum(self.adapter_bytes(index) for index in plan.retained)
+        held = self.embedders + self._adapter(plan)
         weights = [self.reader.nbytes(index) for index in visited]
         adapted = plan.retained if mode == "fresh" else ()
         costs = [self.forward(index, modulated=False, adapted=index in adapted) for index in visited]
