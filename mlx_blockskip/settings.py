@@ -249,6 +249,13 @@ class ExportSettings:
     output: str = option("pytorch_lora_weights.safetensors", "File to write.")
 
 
+PATHS = (
+    *("hf_path", "mlx_path", "model", "data", "class_data", "adapter_path", "plan", "trace_memory", "prompt_file"),
+    *("noise", "from_image", "output", "vision_model", "clip_model", "prompts", "drift_prompts"),
+)
+"""Settings that name a file or a directory: an empty one would mean the working directory."""
+
+
 def from_mapping(cls: type[S], mapping: Mapping[str, Any]) -> S:
     """Settings from keys in snake_case or kebab-case. Raises UserError for unknown keys and wrong values."""
     hints = get_type_hints(cls)
@@ -264,6 +271,8 @@ def from_mapping(cls: type[S], mapping: Mapping[str, Any]) -> S:
         value = values.get(known.name)
         if choices and value is not None and value not in choices:
             raise UserError(f"{known.name}: {value!r} is not one of {', '.join(map(str, choices))}")
+        if known.name in PATHS and "" in (value if isinstance(value, list) else [value]):
+            raise UserError(f"--{known.name.replace('_', '-')}: is empty; name a file or directory, or leave it out")
     return cls(**values)
 
 

@@ -34,6 +34,9 @@ FALLBACK: dict[str, Any] = {
 }
 """Where neither the model nor its family records a default."""
 
+CACHE_FILES = ("prompts.safetensors", "latents.safetensors", "chunk-*.safetensors", "moments")
+"""What the cache in an adapter directory holds while a run is under way."""
+
 FREE_TO_CHANGE = (
     *("model", "data", "adapter_path", "resume", "memory_budget", "trace_memory", "cache_limit", "plan"),
     *("skip_ratio", "skip_first", "skip_last", "steps_per_save", "steps_per_sample", "sample_prompt"),

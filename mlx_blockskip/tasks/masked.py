@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_blockskip import lora, metrics
 from mlx_blockskip.data import load_image
+from mlx_blockskip.engine import owned
 from mlx_blockskip.events import Event, Image
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.vision.encoder import Encoder
@@ -14,8 +15,10 @@ from mlx_blockskip.settings import GenerateSettings, required
 from mlx_blockskip.tasks.budget import images_at_once
 from mlx_blockskip.tasks.generate import FROM_MODEL, Shot, draw
 from mlx_blockskip.tasks.phases import phase
-from mlx_blockskip.tasks.samples import begin_directory
 from mlx_blockskip.tasks.sampling import seeded_noise
+
+IMAGES = ("prompt*-seed*-*.png",)
+"""What a directory of masked images holds."""
 
 WAITING = 64
 """Images that wait in one sweep at most."""
@@ -47,7 +50,7 @@ def make(model: DiffusionModel, series: Series, tree: lora.Tree) -> Generator[Ev
     """Write the images that are not there yet; those made from something else are removed first."""
     made_from: dict[str, Any] = {name: getattr(series.how, name) for name in FROM_MODEL}
     made_from |= {"model": model.identity, "adapter": lora.checksum(tree), "prompts": list(series.prompts)}
-    begin_directory(series.directory, made_from)
+    owned.begin(series.directory, IMAGES, made_from)
     width, height = required(series.how, "width", "height")
     missing = [
         Shot(series.prompts[prompt], seed, seeded_noise(model, seed, width, height), path, masks)

@@ -8,7 +8,7 @@ import mlx.core as mx
 from PIL import Image as PillowImage
 
 from mlx_blockskip import data, lora
-from mlx_blockskip.engine import files, philox
+from mlx_blockskip.engine import files, owned, philox
 from mlx_blockskip.events import Event, Image
 from mlx_blockskip.models.family import DiffusionModel, Prompt
 from mlx_blockskip.tasks.phases import phase
@@ -16,6 +16,9 @@ from mlx_blockskip.tasks.sampling import Request, check_size, noise_shape, sampl
 
 CLASS_NOISE = 0xC1A
 """Keeps the noise of class images apart from other random streams of the same seed."""
+
+CLASS_FILES = ("[0-9][0-9][0-9][0-9].png", "metadata.jsonl")
+"""What the directory of class images holds."""
 
 WAITING = 8
 """Class images that wait in one sweep."""
@@ -83,9 +86,9 @@ def class_images(
     made_from: dict[str, Any] = {
         "model": model.identity, "defaults": model.defaults, "prompts": list(prompts), "side": side, "seed": seed,
     }  # fmt: skip
-    begin_directory(directory, made_from)
+    owned.begin(directory, CLASS_FILES, made_from)
     names = [f"{i:04d}.png" for i in range(count)]
-    for surplus in {path.name for path in directory.glob("*.png")} - set(names):
+    for surplus in {path.name for path in directory.glob(CLASS_FILES[0])} - set(names):
         (directory / surplus).unlink()
     texts = [prompts[i % len(prompts)] for i in range(count)]
     missing = [i for i, name in enumerate(names) if not (directory / name).is_file()]
@@ -93,14 +96,6 @@ def class_images(
         yield from _write_class_images(model, texts, missing, side, [directory / name for name in names], seed)
     files.write_text(directory / "metadata.jsonl", "".join(map(data.metadata_line, names, texts)))
     return data.load_dataset(directory)
-
-
-def begin_directory(directory: Path, made_from: Mapping[str, Any]) -> None:
-    """Have a directory for images made from this: it is emptied where they were made from something else."""
-    record = directory / "made_from.json"
-    if not record.is_file() or files.read_json(record) != made_from:
-        with files.atomic_directory(directory, replace=True) as temporary:
-            files.write_json(temporary / record.name, made_from)
 
 
 def _write_class_images(

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import shutil
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from mlx_blockskip.blockskip import residuals
 from mlx_blockskip.blockskip.patches import coverage
 from mlx_blockskip.blockskip.residuals import Chunk
 from mlx_blockskip.data import load_dataset
-from mlx_blockskip.engine import files, kept, sweep
+from mlx_blockskip.engine import files, kept, owned, sweep
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.sweep import Sample
 from mlx_blockskip.events import Event, Note, Saved, Warning, as_record
@@ -28,7 +27,7 @@ from mlx_blockskip.tasks import checkpoints, optimizer
 from mlx_blockskip.tasks.adapters import TENSORS, save_adapter
 from mlx_blockskip.tasks.budget import budget_of, check_training
 from mlx_blockskip.tasks.checkpoints import State
-from mlx_blockskip.tasks.job import Job, complete, prepare
+from mlx_blockskip.tasks.job import CACHE_FILES, Job, complete, prepare
 from mlx_blockskip.tasks.moments import Moments
 from mlx_blockskip.tasks.phases import phase
 from mlx_blockskip.tasks.plans import even_plan, known_plan, probed_plan
@@ -67,6 +66,7 @@ def train(settings: TrainSettings) -> Generator[Event, None, TrainResult]:
     plan = known_plan(settings, model)
     ample = check_training(settings, model, plan or even_plan(settings, model))
     with files.lock(directory / ".lock"):
+        owned.begin(directory / "cache", CACHE_FILES)
         if plan is None:
             plan = yield from probed_plan(settings, model, dataset, directory)
             ample = check_training(settings, model, plan)
@@ -75,7 +75,7 @@ def train(settings: TrainSettings) -> Generator[Event, None, TrainResult]:
         yield from describe(job)
         with (directory / "log.jsonl").open("a", encoding="utf-8") as log:
             result = yield from logged(run(job, state), log)
-        shutil.rmtree(directory / "cache", ignore_errors=True)
+        owned.clear(directory / "cache", CACHE_FILES)
     (directory / ".lock").unlink(missing_ok=True)
     return result
 

@@ -57,6 +57,25 @@ def test_refuses_to_write_over_an_adapter(quick):
         train(quick(iters=1))
 
 
+@pytest.mark.parametrize("name", ["cache", "class_images"])
+def test_a_directory_of_the_users_in_the_adapter_directory_is_refused_and_kept(quick, tmp_path, name):
+    theirs = tmp_path / "a" / name
+    theirs.mkdir(parents=True)
+    Image.new("RGB", (64, 64), "red").save(theirs / "0001.png")
+    with pytest.raises(UserError, match=f"{name}: holds 0001.png, which mlx-blockskip did not make"):
+        train(quick(iters=1, class_prompt=["a dog"], class_images=1))
+    assert [p.name for p in theirs.iterdir()] == ["0001.png"]
+
+
+@pytest.mark.parametrize("name", ["adapter_path", "data", "model", "plan", "trace_memory"])
+def test_an_empty_path_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cache").mkdir()
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')}: is empty"):
+        train(**{"data": str(HEDGEHOG), name: ""})
+    assert (tmp_path / "cache").is_dir()
+
+
 @pytest.mark.parametrize(("residuals", "budget"), [("base", []), ("fresh", []), ("fresh", ["--memory-budget", "0"])])
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, residuals, budget):
     """Kill the process in the middle of a chunk, go on, and compare with a run that was never stopped."""

@@ -1,0 +1,73 @@
+"""Directories that this tool fills and clears again. Only what it made itself is removed, by a marker of its own."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_blockskip.engine import files
+from mlx_blockskip.engine.errors import UserError
+
+MARKER = "made_from.json"
+MADE_BY = {"made_by": "mlx-blockskip"}
+
+
+def begin(path: Path, names: Sequence[str], made_from: Mapping[str, Any] | None = None) -> None:
+    """Have `path` for files of these names (glob patterns); what was made from something else is removed from it first.
+
+    Raises UserError where the directory holds anything that this tool did not make. Hidden files are passed over.
+    """
+    marker = path / MARKER
+    record = {**MADE_BY, **(made_from or {})}
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file, and a directory of this name is needed; move it elsewhere")
+    before = _marked(path)
+    foreign = sorted(p.name for p in _visible(path) if p != marker and not (before and _ours(p, names)))
+    if foreign or (marker.exists() and not before):
+        raise UserError(
+            f"{path}: holds {foreign[0] if foreign else MARKER}, which mlx-blockskip did not make; "
+            "move it elsewhere, or choose another directory"
+        )
+    if before != record:
+        _clear(path, names)
+        files.write_json(marker, record)
+
+
+def clear(path: Path, names: Sequence[str]) -> None:
+    """Remove from a directory that carries the marker what has these names, and the directory where nothing else is
+    left. A directory without the marker is left alone.
+    """
+    if not _marked(path):
+        return
+    _clear(path, names)
+    if not any(p.name != MARKER for p in path.iterdir()):
+        (path / MARKER).unlink()
+        path.rmdir()
+
+
+def _clear(path: Path, names: Sequence[str]) -> None:
+    for found in _visible(path):
+        if not _ours(found, names):
+            continue
+        if found.is_dir() and not found.is_symlink():
+            shutil.rmtree(found)
+        else:
+            found.unlink()
+
+
+def _visible(path: Path) -> list[Path]:
+    return [p for p in path.iterdir() if not p.name.startswith(".")] if path.is_dir() else []
+
+
+def _ours(path: Path, names: Sequence[str]) -> bool:
+    return any(path.match(name) for name in names)
+
+
+def _marked(path: Path) -> dict[str, Any] | None:
+    """What the marker records; None where there is none of ours."""
+    try:
+        record = json.loads((path / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and record.items() >= MADE_BY.items() else None
