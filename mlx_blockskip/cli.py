@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 from mlx_blockskip import __version__, settings
-from mlx_blockskip.display import Json, Plain, draw_to
+from mlx_blockskip.display import Json, Plain, drawn_by
 from mlx_blockskip.engine.errors import UserError
 
 COMMANDS = {
@@ -24,7 +24,17 @@ COMMANDS = {
     "evaluate": settings.EvaluateSettings,
     "export": settings.ExportSettings,
 }
-TASKS = {name: f"mlx_blockskip.tasks.{name}" for name in COMMANDS} | {"export": "mlx_blockskip.tasks.adapters"}
+TASKS = {
+    "convert": "mlx_blockskip.tasks.checkpoint.convert",
+    "train": "mlx_blockskip.tasks.train.loop",
+    "select": "mlx_blockskip.tasks.select.select",
+    "generate": "mlx_blockskip.tasks.generate",
+    "estimate": "mlx_blockskip.tasks.estimate",
+    "evaluate": "mlx_blockskip.tasks.evaluate.evaluate",
+    "export": "mlx_blockskip.tasks.checkpoint.adapters",
+}
+"""The module that holds each command's function."""
+
 INTERRUPTED = 130
 
 app = typer.Typer(
@@ -103,7 +113,8 @@ def run(name: str, cls: type, given: dict[str, Any], config: str | None, as_json
     try:
         chosen: Any = settings.merge(cls, config, given)
         task = getattr(importlib.import_module(TASKS[name]), name)
-        draw_to(Json() if as_json else _drawer(), task(chosen))
+        with drawn_by(Json() if as_json else _drawer()):
+            task(chosen)
     except UserError as error:
         if debug:
             raise

@@ -5,13 +5,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-from mlx_blockskip.events import Event, Image, Note, Phase, PhaseEnd, Saved, Step, Table, Warning, as_record
+from mlx_blockskip.events import Event, Image, Note, Phase, PhaseEnd, Saved, Step, Table, Warning, as_record, listening
 
-R = TypeVar("R")
 SECONDS_BETWEEN = 5.0
 SHARE_BETWEEN = 0.1
 
@@ -24,29 +23,25 @@ class Drawer(Protocol):
     def close(self) -> None: ...
 
 
-def draw_to(drawer: Drawer, task: Generator[Event, None, R]) -> R:
-    """Run a task to its end and draw what it yields.
+@contextmanager
+def drawn_by(drawer: Drawer) -> Iterator[None]:
+    """Inside, events are drawn.
 
-    A first Ctrl-C waits for the step under way and is then handed to the task, so that it saves; a second stops at
-    once. (Python can lose an exception that a signal raises inside a callback; a flag is not lost.)
+    A first Ctrl-C waits for the next event, and is raised where the task emits it, so that a training step is whole; a
+    second stops at once. (Python can lose an exception that a signal raises inside a callback; a flag is not lost.)
     """
     with _interruptible() as pressed:
+
+        def draw(event: Event) -> None:
+            drawer.draw(event)
+            if pressed:
+                pressed.clear()
+                raise KeyboardInterrupt
+
         try:
-            event = next(task)
-            while True:
-                try:
-                    drawer.draw(event)
-                    if pressed:
-                        pressed.clear()
-                        raise KeyboardInterrupt
-                except KeyboardInterrupt as stop:
-                    event = task.throw(stop)
-                    continue
-                event = next(task)
-        except StopIteration as done:
-            return done.value
+            with listening(draw):
+                yield
         finally:
-            task.close()
             drawer.close()
 
 

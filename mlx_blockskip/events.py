@@ -1,10 +1,11 @@
-"""What a task yields while it works. The CLI draws these; log.jsonl and reports hold the same."""
+"""What a task emits while it works, and who hears it. The CLI draws events; log.jsonl and reports hold the same."""
 
-from collections.abc import Callable, Generator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -84,19 +85,22 @@ def as_record(event: Event) -> dict[str, Any]:
     return {"event": type(event).__name__.lower()} | {k: v for k, v in fields.items() if v is not None}
 
 
-R = TypeVar("R")
+Listener = Callable[[Event], None]
+
+_listeners: ContextVar[tuple[Listener, ...]] = ContextVar("listeners", default=())
 
 
-def finish(task: Generator[Event, None, R], on_event: Callable[[Event], None] | None = None) -> R:
-    """Run a task to its end, telling `on_event` what it yields; returns the task's result.
+def emit(event: Event) -> None:
+    """Tell everyone who listens, the innermost first. What a listener raises ends the task at this place."""
+    for listener in _listeners.get():
+        listener(event)
 
-    What `on_event` raises ends the task at once.
-    """
-    with closing(task):
-        while True:
-            try:
-                event = next(task)
-            except StopIteration as done:
-                return done.value
-            if on_event is not None:
-                on_event(event)
+
+@contextmanager
+def listening(listener: Listener | None) -> Iterator[None]:
+    """Inside, `listener` is told every event that is emitted, before those outside are."""
+    token = _listeners.set((*([listener] if listener else []), *_listeners.get()))
+    try:
+        yield
+    finally:
+        _listeners.reset(token)

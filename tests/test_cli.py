@@ -1,5 +1,6 @@
 """The command line, its settings and its displays."""
 
+import importlib
 import io
 import json
 import subprocess
@@ -11,10 +12,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from mlx_blockskip import display, settings
-from mlx_blockskip.cli import app
+from mlx_blockskip.cli import TASKS, app
 from mlx_blockskip.display_rich import Bars
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.events import Image, Note, Phase, PhaseEnd, Saved, Step, Warning
+from mlx_blockskip.events import Image, Note, Phase, PhaseEnd, Saved, Step, Warning, emit
 from mlx_blockskip.settings import GenerateSettings, TrainSettings, from_mapping, merge, parse_size, to_mapping
 
 EVENTS = [
@@ -36,12 +37,11 @@ def seen(monkeypatch):
 
     def task(chosen):
         got.append(chosen)
-        yield from EVENTS
-        return None
+        for event in EVENTS:
+            emit(event)
 
     for name in ("train", "generate"):
-        module = __import__(f"mlx_blockskip.tasks.{name}", fromlist=[name])
-        monkeypatch.setattr(module, name, task)
+        monkeypatch.setattr(importlib.import_module(TASKS[name]), name, task)
     return got
 
 
@@ -156,9 +156,9 @@ def test_a_ctrl_c_while_drawing_reaches_the_task():
     def task():
         try:
             while True:
-                yield Note("working")
+                emit(Note("working"))
         except KeyboardInterrupt:
-            yield Note("saved")
+            emit(Note("saved"))
             told.append("saved")
             raise
 
@@ -171,6 +171,6 @@ def test_a_ctrl_c_while_drawing_reaches_the_task():
         def close(self):
             told.append("closed")
 
-    with pytest.raises(KeyboardInterrupt):
-        display.draw_to(Presses(), task())
+    with pytest.raises(KeyboardInterrupt), display.drawn_by(Presses()):
+        task()
     assert told == ["working", "saved", "saved", "closed"]

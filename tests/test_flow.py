@@ -8,7 +8,7 @@ from support.compare import assert_parity, relative_error, same_bits
 from mlx_blockskip import flow
 from mlx_blockskip.engine import philox
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.tasks.sampling import fresh_noise
+from mlx_blockskip.tasks.sampling.denoise import fresh_noise
 
 SHAPE = (1, 4, 6, 8)
 DPM = {

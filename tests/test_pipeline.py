@@ -87,7 +87,7 @@ def test_the_pipeline_equals_diffusers_with_guidance_cfg_and_shifting(tmp_path, 
 def test_final_latents_equal_the_stored_ones(tiny_flux):
     from mlx_blockskip.models.flux1 import transformer as net
     from mlx_blockskip.models.registry import open_model
-    from mlx_blockskip.tasks.sampling import Request, sample
+    from mlx_blockskip.tasks.sampling.denoise import Request, sample
 
     model = open_model(tiny_flux)
     prompts = model.encode_prompts(PROMPTS, 24).prompts

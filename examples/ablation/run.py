@@ -31,9 +31,9 @@ from table import pictures, table
 
 from mlx_blockskip import generate, load, train
 from mlx_blockskip.data import load_dataset
-from mlx_blockskip.events import PhaseEnd, finish
-from mlx_blockskip.tasks.encoders import clip_encoder, vision_encoder
-from mlx_blockskip.tasks.resolve import resolve
+from mlx_blockskip.events import PhaseEnd
+from mlx_blockskip.tasks.checkpoint.encoders import clip_encoder, vision_encoder
+from mlx_blockskip.tasks.checkpoint.resolve import resolve
 
 HERE = Path(__file__).resolve().parent
 SEEDS, PROMPTS = 3, 4
@@ -157,8 +157,8 @@ def one(out: Path, name: str, options: dict[str, Any], subject: Path, seed: int,
     for group, kind in ((shown, "subject"), (others, "drift")):
         for i, image in enumerate(group):
             image.save(work / f"{kind}-{i:02d}.png")
-    opened = finish(resolve(model))
-    dino, clip = finish(vision_encoder(None, opened)), finish(clip_encoder(None, opened))
+    opened = resolve(model)
+    dino, clip = vision_encoder(None, opened), clip_encoder(None, opened)
     known = Known.of(subject)
     ranks = known.ranks(shown)
     asked = [prompt.split(" on a ")[1].split()[0] for prompt in prompts for _ in range(SEEDS)]

@@ -130,7 +130,7 @@ def hollow(job: dict, encoders: bool = False) -> Path:
     from mlx_blockskip.converters.hollow import write_hollow
     from mlx_blockskip.converters.run import Precision
 
-    from mlx_blockskip.tasks.resolve import bundled
+    from mlx_blockskip.tasks.checkpoint.resolve import bundled
 
     name, bits, depth = job["model"], job["bits"], job["depth"]
     blocks = "-".join(str(count) for count in depth)
@@ -151,7 +151,7 @@ def make_source(target: Path, name: str) -> None:
     from mlx_blockskip.converters.run import load_table
 
     from mlx_blockskip.engine import files
-    from mlx_blockskip.tasks.resolve import bundled
+    from mlx_blockskip.tasks.checkpoint.resolve import bundled
 
     tiny, table = bundled(MODELS[name].bundled), load_table(family_of(name).name)
     configs = configs_of(name, [2] * len(MODELS[name].depths))
@@ -263,7 +263,7 @@ def child(job: dict) -> dict:
 
 def settings_of(job: dict):  # type: ignore[no-untyped-def]
     from mlx_blockskip.settings import TrainSettings
-    from mlx_blockskip.tasks.resolve import bundled
+    from mlx_blockskip.tasks.checkpoint.resolve import bundled
 
     return TrainSettings(
         model=str(hollow(job)), data=str(bundled("subjects") / "hedgehog"), prompt="a photo of sks dog", iters=1,
@@ -275,33 +275,34 @@ def settings_of(job: dict):  # type: ignore[no-untyped-def]
 
 def train(job: dict, keep) -> None:  # type: ignore[no-untyped-def]
     """A training run of one step; for "precompute" only a chunk of `samples` records."""
-    from mlx_blockskip.events import finish
+    from mlx_blockskip.events import listening
 
     if job["phase"] == "train":
-        from mlx_blockskip.tasks import train as task
+        from mlx_blockskip.tasks.train import loop as task
 
-        finish(task.train(settings_of(job)), keep)
+        with listening(keep):
+            task.train(settings_of(job))
         return
-    from mlx_blockskip.tasks.precompute import compute_chunk
+    from mlx_blockskip.tasks.train.precompute import compute_chunk
 
     run = prepared({**job, "n": sum(job["depth"]) - 1})
     chunk = run.directory / "chunk.safetensors"
-    finish(compute_chunk(run.recipe, run.layout, range(job["samples"]), chunk, "", {}), keep)
+    with listening(keep):
+        compute_chunk(run.recipe, run.layout, range(job["samples"]), chunk, "", {})
 
 
 def prepared(job: dict):  # type: ignore[no-untyped-def]
     """The set-up of a training run."""
     from mlx_blockskip.data import load_dataset
-    from mlx_blockskip.events import finish
     from mlx_blockskip.models.registry import open_model
-    from mlx_blockskip.tasks.job import complete, prepare
-    from mlx_blockskip.tasks.plans import likely_plan
+    from mlx_blockskip.tasks.skipping.choice import likely_plan
+    from mlx_blockskip.tasks.train.setup import complete, prepare
 
     settings = settings_of(job)
     model = open_model(Path(settings.model), 0)
     settings = complete(settings, model)
     dataset, plan = load_dataset(Path(settings.data), settings.prompt), likely_plan(settings, model)
-    return finish(prepare(settings, Path(settings.adapter_path), model, dataset, plan, ample=False))
+    return prepare(settings, Path(settings.adapter_path), model, dataset, plan, ample=False)
 
 
 def records(job: dict) -> dict[str, int]:
@@ -328,7 +329,7 @@ def direct(job: dict) -> None:
     elif job["phase"] == "decode":
         mx.eval(model.decode(mx.zeros((1, *model.latent_shape(side, side)))))
     else:
-        from mlx_blockskip.tasks.sampling import Request, sample, seeded_noise
+        from mlx_blockskip.tasks.sampling.denoise import Request, sample, seeded_noise
 
         request = Request(model.blank_prompt(job["text"]), None, seeded_noise(model, 0, side, side))
         list(sample(model, [request], steps=1, cfg_scale=1.0, guidance=3.5))
@@ -340,7 +341,7 @@ def predict(job: dict) -> dict[str, int]:
     from mlx_blockskip import lora
     from mlx_blockskip.blockskip.plan import SkipPlan
     from mlx_blockskip.models.registry import open_model
-    from mlx_blockskip.tasks.forecast import Shape, Tracer
+    from mlx_blockskip.tasks.memory.predict import Shape, Tracer
 
     if job.get("metal"):
         without_scratch()

@@ -10,12 +10,15 @@ one machine only: another BLAS or processor gives other last bits.
 import argparse
 import hashlib
 import json
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # sums depend on how a product is split
 
 import mlx_blockskip
 from mlx_blockskip import evaluate, generate, load, select, train

@@ -103,8 +103,8 @@ class Trainer:
         from mlx_blockskip.models.flux1 import FAMILY
         from mlx_blockskip.models.registry import open_model
         from mlx_blockskip.settings import TrainSettings
-        from mlx_blockskip.tasks.checkpoints import State
-        from mlx_blockskip.tasks.moments import Moments
+        from mlx_blockskip.tasks.train.checkpoints import State
+        from mlx_blockskip.tasks.train.moments import Moments
 
         limits.bound(budget)
         self.model: Any = open_model(path, budget)
@@ -151,7 +151,7 @@ class Trainer:
         import mlx.core as mx
 
         from mlx_blockskip.engine import sweep
-        from mlx_blockskip.tasks import optimizer
+        from mlx_blockskip.tasks.train import optimizer
 
         def loss(_: int, tokens: Any) -> mx.array:
             velocity = self.model.head(tokens, record.context, record.head)

@@ -26,11 +26,10 @@ from mlx_blockskip.converters import vision
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from mlx_blockskip.engine import files
-from mlx_blockskip.events import finish
 from mlx_blockskip.models.layers import linear
 from mlx_blockskip.models.vision import clip, vit
 from mlx_blockskip.models.vision.encoder import open_encoder
-from mlx_blockskip.tasks.resolve import ENCODER, resolve
+from mlx_blockskip.tasks.checkpoint.resolve import ENCODER, resolve
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 SIDE = 64
@@ -231,7 +230,7 @@ def main() -> None:
     learned, held = split(list(cells))
     print(f"{len(learned)} emoji to learn from, {len(held)} held out", flush=True)
 
-    tower = open_encoder(finish(resolve("tiny-clip", ENCODER))).shards
+    tower = open_encoder(resolve("tiny-clip", ENCODER)).shards
     teacher = tower.load(tower.names)
     weights = begin(teacher, tower.config, mx.array(batch([cells[n] for n in learned[:EMOJI]], rng)))
     weights["head.weight"] = teacher["visual_projection.weight"]

@@ -9,7 +9,6 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,17 @@ from mlx_blockskip.converters import hollow
 from mlx_blockskip.converters.run import Precision, load_table, size_of
 from mlx_blockskip.engine import files, limits
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.events import Event, Note, Table
+from mlx_blockskip.events import Note, Table, emit
 from mlx_blockskip.models.family import Configs, DiffusionModel, Family
 from mlx_blockskip.models.registry import families, family_named, open_model, read_config
 from mlx_blockskip.settings import EstimateSettings, parse_size
-from mlx_blockskip.tasks import forecast
-from mlx_blockskip.tasks.budget import AUTO, budget_of
-from mlx_blockskip.tasks.convert import family_of, is_converted
-from mlx_blockskip.tasks.forecast import Phase, Shape, Tracer
-from mlx_blockskip.tasks.job import FALLBACK
+from mlx_blockskip.tasks.checkpoint.convert import family_of, is_converted
+from mlx_blockskip.tasks.checkpoint.resolve import BUNDLED, bundled
+from mlx_blockskip.tasks.memory import predict
+from mlx_blockskip.tasks.memory.check import AUTO, budget_of
+from mlx_blockskip.tasks.memory.predict import Phase, Shape, Tracer
 from mlx_blockskip.tasks.phases import phase
-from mlx_blockskip.tasks.resolve import BUNDLED, bundled
+from mlx_blockskip.tasks.train.setup import FALLBACK
 
 PRECISIONS = {"bf16": 0, "8 bit": 8, "4 bit": 4}
 RATIOS = (0.0, 0.3, 0.4, 0.5)
@@ -73,7 +72,7 @@ class Estimate:
         return max(phase.peak for phase in self.phases)
 
 
-def estimate(settings: EstimateSettings) -> Generator[Event, None, list[Estimate]]:
+def estimate(settings: EstimateSettings) -> list[Estimate]:
     """Yield two tables, of memory and of time, and the flags to use; returns their rows."""
     memory = budget_of(settings.memory)
     if not memory:
@@ -83,10 +82,9 @@ def estimate(settings: EstimateSettings) -> Generator[Event, None, list[Estimate
     limits.bound(memory)
     rows: list[Estimate] = []
     with tempfile.TemporaryDirectory(prefix="mlx-blockskip-") as directory, phase("trace blocks", 5, "part") as track:
-        yield track.begin
         models = {name: _hollow(subject, bits, Path(directory) / f"{bits}") for name, bits in PRECISIONS.items()}
         speed = disk_speed(Path(directory))
-        yield track.step(1)
+        track.step(1)
         first = next(iter(models.values()))
         patch, tracers = _patches(settings, first).output_side, {}
         family = subject.family
@@ -95,24 +93,23 @@ def estimate(settings: EstimateSettings) -> Generator[Event, None, list[Estimate
             settings.rank or 0, lora.targets(family.lora_targets, "all"), timed=True,
         )  # fmt: skip
         tracers["train"].train(range(first.stack.depth))
-        yield track.step(2)
+        track.step(2)
         width, height = first.drawn_size(settings.width or 0, settings.height or 0)
         tracers["generate"] = Tracer(first, Shape(width, height, settings.max_sequence_length or 0), timed=True)
         drawing = [tracers["generate"].generate(settings.steps or 1)]
-        yield track.step(3)
-        drawing.append(forecast.images(first, width, height, decoding=True))
-        encoding = forecast.images(first, patch, patch, decoding=False)
-        yield track.step(4)
+        track.step(3)
+        drawing.append(predict.images(first, width, height, decoding=True))
+        encoding = predict.images(first, patch, patch, decoding=False)
+        track.step(4)
         for name, model in models.items():
             small = _hollow(subject, PRECISIONS[name], Path(directory) / f"{PRECISIONS[name]}-shallow", shallow=True)
-            prompt = forecast.prompts(small, settings.max_sequence_length or 0)
+            prompt = predict.prompts(small, settings.max_sequence_length or 0)
             for ratio in RATIOS:
                 rows.append(
                     _row(settings, subject, name, ratio, model, tracers, [prompt, encoding, drawing[1]], memory, speed)
                 )
-        yield track.step(5)
-    yield track.end
-    yield from _tables(subject, settings, rows, memory, speed)
+        track.step(5)
+    _tables(subject, settings, rows, memory, speed)
     return rows
 
 
@@ -228,13 +225,11 @@ def recommended(rows: list[Estimate], memory: int) -> Estimate | None:
     return next((row for row in rows if row.peak <= memory), None)
 
 
-def _tables(
-    subject: Subject, settings: EstimateSettings, rows: list[Estimate], memory: int, speed: float
-) -> Generator[Event, None, None]:
+def _tables(subject: Subject, settings: EstimateSettings, rows: list[Estimate], memory: int, speed: float) -> None:
     names = [phase.name for phase in rows[0].phases]
     unit, size = ("GiB", 2**30) if max(row.peak for row in rows) >= 2**29 else ("MiB", 2**20)
     gib = 2**30
-    yield Table(
+    emit(Table(
         f"{subject.name}: least peak of MLX memory, {unit}",
         ("weights", "skipped", "plan (n, m)", *names, f"fits {memory / gib:.1f} GiB"),
         tuple(
@@ -242,8 +237,8 @@ def _tables(
              *(f"{phase.peak / size:.2f}" for phase in row.phases), "yes" if row.peak <= memory else "no")
             for row in rows
         ),
-    )  # fmt: skip
-    yield Table(
+    ))  # fmt: skip
+    emit(Table(
         f"{subject.name}: disk and time with {memory / gib:.1f} GiB, {settings.iters} steps",
         ("weights", "skipped", f"model, {unit}", f"cache, {unit}", f"read a step, {unit}", "s a step", "hours a run"),
         tuple(
@@ -251,18 +246,18 @@ def _tables(
              f"{row.read / size:.2f}", f"{row.seconds:.3g}", f"{row.hours:.2g}")
             for row in rows
         ),
-    )  # fmt: skip
-    yield Note(
-        f"measured here: one block of each kind, and {speed / 1e9:.1f} GB/s from the disk; all else is predicted"
+    ))  # fmt: skip
+    emit(
+        Note(f"measured here: one block of each kind, and {speed / 1e9:.1f} GB/s from the disk; all else is predicted")
     )
     best = recommended(rows, memory)
     if best is None:
         least = min(rows, key=lambda row: row.peak)
         need = f"{least.peak / gib:.2f} GiB with {least.precision} and {least.ratio:.0%} skipped"
-        yield Note(f"nothing fits {memory / gib:.2f} GiB; the least is {need}")
+        emit(Note(f"nothing fits {memory / gib:.2f} GiB; the least is {need}"))
         return
     bits = PRECISIONS[best.precision]
     quantize = f" -q --q-bits {bits}" if bits else " --dtype bfloat16"
     budget = "" if settings.memory == AUTO else f" --memory-budget {settings.memory}"
-    yield Note(f"recommended: mlx-blockskip convert --hf-path CHECKPOINT --mlx-path MODEL{quantize}")
-    yield Note(f"then: mlx-blockskip train --model MODEL --data PHOTOS --skip-ratio {best.ratio:g}{budget}")
+    emit(Note(f"recommended: mlx-blockskip convert --hf-path CHECKPOINT --mlx-path MODEL{quantize}"))
+    emit(Note(f"then: mlx-blockskip train --model MODEL --data PHOTOS --skip-ratio {best.ratio:g}{budget}"))

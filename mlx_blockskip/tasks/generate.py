@@ -1,7 +1,7 @@
 """`generate`: prompts become images."""
 
 import json
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,22 @@ from mlx_blockskip import lora
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.stack import Mask
-from mlx_blockskip.events import Event, Image, Warning
+from mlx_blockskip.events import Image, Warning, emit
 from mlx_blockskip.models.family import DiffusionModel, Encoded
 from mlx_blockskip.settings import GenerateSettings, defaults_of, from_mapping, required, to_mapping
-from mlx_blockskip.tasks.adapters import load_adapters
-from mlx_blockskip.tasks.budget import budget_of, check_generation
+from mlx_blockskip.tasks.checkpoint.adapters import load_adapters
+from mlx_blockskip.tasks.checkpoint.resolve import open_named
+from mlx_blockskip.tasks.memory.check import budget_of, check_generation
+from mlx_blockskip.tasks.memory.trace import trace_paths, traced
 from mlx_blockskip.tasks.phases import phase
-from mlx_blockskip.tasks.resolve import open_named
-from mlx_blockskip.tasks.sampling import Request, check_size, noise_shape, sample, seeded_noise, to_image
-from mlx_blockskip.tasks.trace import trace_paths, traced
+from mlx_blockskip.tasks.sampling.denoise import Request, check_size, noise_shape, sample, seeded_noise, to_image
 
 PNG_KEY = "mlx-blockskip"
 FROM_MODEL = ("steps", "cfg_scale", "guidance", "width", "height", "max_sequence_length")
 
 
 @traced
-def generate(settings: GenerateSettings) -> Generator[Event, None, list[Path]]:
+def generate(settings: GenerateSettings) -> list[Path]:
     """Generate `n_images` for every prompt; returns the paths of the PNG files, in that order."""
     if settings.from_image:
         settings = recall(settings)
@@ -38,19 +38,19 @@ def generate(settings: GenerateSettings) -> Generator[Event, None, list[Path]]:
     for path in trace_paths(settings.trace_memory):
         if path in targets:
             raise UserError(f"--trace-memory: {path} is an image of this run; choose another name")
-    model = yield from open_named(settings.model, budget_of(settings.memory_budget))
+    model = open_named(settings.model, budget_of(settings.memory_budget))
     settings = complete(settings, model)
     width, height, _ = required(settings, "width", "height", "steps")
     check_size(model, width, height)
     check_generation(settings, model, len(targets))
-    tree = yield from load_adapters(model, settings.adapter_path, settings.lora_scale)
+    tree = load_adapters(model, settings.adapter_path, settings.lora_scale)
 
     noises = read_noise(settings, model, len(targets))
     shots = [
         Shot(prompts[i // settings.n_images], settings.seed + i, noise, target)
         for i, (noise, target) in enumerate(zip(noises, targets, strict=True))
     ]
-    yield from draw(model, settings, shots, tree)
+    draw(model, settings, shots, tree)
     return targets
 
 
@@ -68,15 +68,20 @@ class Shot:
 
 
 def draw(
-    model: DiffusionModel, settings: GenerateSettings, shots: Sequence[Shot], tree: lora.Tree
-) -> Generator[Event, None, None]:
-    """Make all images in one sweep a step, then decode and write one after the other. settings: `complete`."""
+    model: DiffusionModel,
+    settings: GenerateSettings,
+    shots: Sequence[Shot],
+    tree: lora.Tree,
+    shown: bool = True,
+) -> None:
+    """Make all images in one sweep a step, then decode and write one after the other. settings: `complete`. shown:
+    whether each is told of; not those that are there only to be compared.
+    """
     count, width, height = required(settings, "steps", "width", "height")
     prompts = list(dict.fromkeys(shot.prompt for shot in shots))
-    encoded, negative = yield from encode(model, prompts, settings)
+    encoded, negative = encode(model, prompts, settings)
     requests = [Request(encoded.prompts[prompts.index(s.prompt)], negative, s.noise, s.masks) for s in shots]
-    with phase("generate", count, "step") as track:
-        yield track.begin
+    with phase("generate", count, "step", release=model.release) as track:
         latents = [r.noise for r in requests]
         steps = sample(
             model,
@@ -88,18 +93,15 @@ def draw(
         )
         for done, latest in enumerate(steps, 1):
             latents = latest
-            yield track.step(done)
-    yield track.end
+            track.step(done)
     del steps, latest, encoded, negative, requests
-    model.release()
-    with phase("decode", len(latents), "image") as track:
-        yield track.begin
+    with phase("decode", len(latents), "image", release=model.release) as track:
         for done, (latent, shot) in enumerate(zip(latents, shots, strict=True), 1):
             image = to_image(model, latent, width, height)
             write_png(shot.target, image, None if shot.masks else record(settings, shot.prompt, shot.seed))
-            yield track.step(done)
-            yield Image(shot.target, shot.prompt)
-    yield track.end
+            track.step(done)
+            if shown:
+                emit(Image(shot.target, shot.prompt))
 
 
 def read_prompts(settings: GenerateSettings) -> list[str]:
@@ -128,22 +130,18 @@ def complete(settings: GenerateSettings, model: DiffusionModel) -> GenerateSetti
     return replace(settings, **open_fields)
 
 
-def encode(
-    model: DiffusionModel, prompts: list[str], settings: GenerateSettings
-) -> Generator[Event, None, tuple[Encoded, Any]]:
+def encode(model: DiffusionModel, prompts: list[str], settings: GenerateSettings) -> tuple[Encoded, Any]:
     """Encode all prompts in one sweep; the negative prompt too where CFG is on."""
     (length,) = required(settings, "max_sequence_length")
     guided = (settings.cfg_scale or 1.0) > 1
     negatives = [settings.negative_prompt] if guided else []
     texts = [*prompts, *negatives]
     with phase("encode prompts", len(texts), "prompt") as track:
-        yield track.begin
         encoded = model.encode_prompts(prompts, length, negatives)
-        yield track.step(len(texts))
-    yield track.end
+        track.step(len(texts))
     for text, cut in zip(texts, encoded.truncated, strict=True):
         if cut:
-            yield Warning(f"the prompt is longer than {length} tokens and was cut: {text}")
+            emit(Warning(f"the prompt is longer than {length} tokens and was cut: {text}"))
     return encoded, encoded.prompts[-1] if guided else None
 
 

@@ -19,7 +19,7 @@ from mlx_blockskip.engine import files, philox
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.weights import Shards
 from mlx_blockskip.models.registry import open_model, read_config
-from mlx_blockskip.tasks.convert import notes as convert_notes
+from mlx_blockskip.tasks.checkpoint.convert import notes as convert_notes
 
 SOURCE = assets() / "tiny-flux"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

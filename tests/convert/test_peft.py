@@ -16,7 +16,7 @@ from mlx_blockskip import export, generate
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.registry import open_model
-from mlx_blockskip.tasks.adapters import save_adapter
+from mlx_blockskip.tasks.checkpoint.adapters import save_adapter
 
 TINY = assets() / "tiny-flux"
 STEPS = 4

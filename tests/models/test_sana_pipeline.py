@@ -12,7 +12,7 @@ from mlx_blockskip.engine import files, philox
 from mlx_blockskip.models.registry import families
 from mlx_blockskip.models.sana.prompting import INSTRUCTION
 from mlx_blockskip.models.sana.sizes import binned
-from mlx_blockskip.tasks.adapters import save_adapter
+from mlx_blockskip.tasks.checkpoint.adapters import save_adapter
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")

@@ -10,7 +10,7 @@ from mlx_blockskip import flow
 from mlx_blockskip.engine import philox
 from mlx_blockskip.models.family import Tokens
 from mlx_blockskip.models.sana import transformer as net
-from mlx_blockskip.tasks.sampling import Request, fresh_noise, sample
+from mlx_blockskip.tasks.sampling.denoise import Request, fresh_noise, sample
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")

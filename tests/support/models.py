@@ -43,12 +43,12 @@ def random_tree(model, blocks, rank=3, targets="all", seed=0, b_scale=0.05):
 def prepared(settings):
     """The set-up of a training run, made but not begun."""
     from mlx_blockskip.data import load_dataset
-    from mlx_blockskip.events import finish
     from mlx_blockskip.models.registry import open_model
-    from mlx_blockskip.tasks import job, plans
+    from mlx_blockskip.tasks.skipping import choice
+    from mlx_blockskip.tasks.train import setup
 
     model = open_model(Path(settings.model))
-    settings = job.complete(settings, model)
+    settings = setup.complete(settings, model)
     dataset = load_dataset(Path(settings.data), settings.prompt)
-    plan = plans.likely_plan(settings, model)
-    return finish(job.prepare(settings, Path(settings.adapter_path), model, dataset, plan, ample=True))
+    plan = choice.likely_plan(settings, model)
+    return setup.prepare(settings, Path(settings.adapter_path), model, dataset, plan, ample=True)

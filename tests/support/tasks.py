@@ -1,11 +1,10 @@
 """Running a task by hand."""
 
+from mlx_blockskip.events import listening
 
-def drive(task):
-    """(what the task returns, the events it yields)."""
+
+def drive(task, *arguments):
+    """(what the task returns, the events it emits)."""
     events = []
-    while True:
-        try:
-            events.append(next(task))
-        except StopIteration as done:
-            return done.value, events
+    with listening(events.append):
+        return task(*arguments), events

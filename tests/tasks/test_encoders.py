@@ -9,10 +9,10 @@ from support.tasks import drive
 
 from mlx_blockskip import convert
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.events import Note
-from mlx_blockskip.tasks import encoders, hub
-from mlx_blockskip.tasks.encoders import clip_encoder, vision_encoder
-from mlx_blockskip.tasks.resolve import cache_directory
+from mlx_blockskip.events import Note, listening
+from mlx_blockskip.tasks.checkpoint import encoders, hub
+from mlx_blockskip.tasks.checkpoint.encoders import clip_encoder, vision_encoder
+from mlx_blockskip.tasks.checkpoint.resolve import cache_directory
 
 
 @pytest.fixture(autouse=True)
@@ -22,11 +22,11 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("choose", "name"), [(vision_encoder, "tiny-dino"), (clip_encoder, "tiny-clip")])
 def test_a_small_model_gets_the_encoder_of_the_package(tiny_flux, choose, name):
-    encoder, events = drive(choose(None, tiny_flux))
+    encoder, events = drive(choose, None, tiny_flux)
     assert encoder.path.parent == cache_directory()
     assert encoder.path.name.startswith(f"{name}-float32")
     assert any(isinstance(e, Note) and str(encoder.path) in e.message for e in events)
-    again, events = drive(choose(name, tiny_flux))
+    again, events = drive(choose, name, tiny_flux)
     assert (again.identity, events) == (encoder.identity, [])
 
 
@@ -43,28 +43,28 @@ def test_another_model_gets_one_from_the_hub(tmp_path, monkeypatch, choose, repo
         hub, "look_up", lambda repo, revision: asked.append(repo) or SimpleNamespace(siblings=[], sha="a")
     )
     with pytest.raises(UserError, match="has no config.json, so it is not an image encoder"):
-        drive(choose(None, tmp_path))
+        drive(choose, None, tmp_path)
     assert asked == [repo]
 
 
 def test_every_way_to_name_one_gives_the_same(tmp_path, tiny_flux):
-    named, _ = drive(vision_encoder("tiny-clip", tiny_flux))
-    there, _ = drive(vision_encoder(str(assets() / "tiny-clip"), tiny_flux))
+    named, _ = drive(vision_encoder, "tiny-clip", tiny_flux)
+    there, _ = drive(vision_encoder, str(assets() / "tiny-clip"), tiny_flux)
     path = convert(hf_path=str(assets() / "tiny-clip"), mlx_path=str(tmp_path / "mlx"))
-    opened, events = drive(clip_encoder(str(path), tiny_flux))
+    opened, events = drive(clip_encoder, str(path), tiny_flux)
     assert named.identity == there.identity == opened.identity
     assert events == []
 
 
 def test_what_is_none_is_refused(tmp_path, tiny_flux):
     with pytest.raises(UserError, match="no such encoder; give a directory, a repo id .*tiny-dino, tiny-clip; did you"):
-        drive(vision_encoder("tinydino", tiny_flux))
+        drive(vision_encoder, "tinydino", tiny_flux)
     with pytest.raises(UserError, match="is not an MLX encoder directory"):
-        drive(vision_encoder(str(tiny_flux), tiny_flux))
+        drive(vision_encoder, str(tiny_flux), tiny_flux)
     with pytest.raises(UserError, match="is not an MLX encoder directory"):
-        drive(vision_encoder(str(assets() / "tiny-flux"), tiny_flux))
+        drive(vision_encoder, str(assets() / "tiny-flux"), tiny_flux)
     with pytest.raises(UserError, match="tiny-dino: embeds images only"):
-        drive(clip_encoder("tiny-dino", tiny_flux))
+        drive(clip_encoder, "tiny-dino", tiny_flux)
 
 
 FILES = (
@@ -103,16 +103,18 @@ def fake_hub(monkeypatch):
 
 
 def test_a_repo_is_downloaded_and_converted_and_that_is_said_first(fake_hub, tiny_flux):
-    task = clip_encoder("someone/clip", tiny_flux)
-    assert "Downloading someone/clip" in next(task).message
-    assert [names for _, names in fake_hub.downloads] == [["config.json"]]
-    drive(task)
+    told = []
+    with listening(lambda event: told.append((event, list(fake_hub.downloads)))):
+        clip_encoder("someone/clip", tiny_flux)
+    said, downloads = told[0]
+    assert "Downloading someone/clip" in said.message
+    assert [names for _, names in downloads] == [["config.json"]]
     revision, names = fake_hub.downloads[-1]
     assert revision == "main"
     wanted = {*FILES[:6], "model.safetensors"}
     assert set(names) == wanted
     before = len(fake_hub.downloads)
-    _, events = drive(clip_encoder("someone/clip", tiny_flux))
+    _, events = drive(clip_encoder, "someone/clip", tiny_flux)
     assert (events, len(fake_hub.downloads)) == ([], before)
 
 
@@ -120,7 +122,7 @@ def test_pickled_weights_are_taken_from_the_hubs_own_conversion(fake_hub, tmp_pa
     fake_hub.main = {name for name in FILES if not name.endswith(".safetensors")}
     offer = SimpleNamespace(git_reference="refs/pr/7", status="open")
     fake_hub.offers = [SimpleNamespace(git_reference="refs/pr/3", status="closed"), offer]
-    drive(clip_encoder("someone/clip", tiny_flux))
+    drive(clip_encoder, "someone/clip", tiny_flux)
     assert fake_hub.looked_up == [None, "refs/pr/7"]
     assert fake_hub.downloads[-1][0] == "refs/pr/7"
     convert(hf_path="someone/clip", mlx_path=str(tmp_path / "mlx"))
@@ -142,8 +144,8 @@ def test_another_model_is_refused_before_its_weights_are_downloaded(fake_hub, tm
         huggingface_hub, "snapshot_download", lambda repo, **options: asked.append(options) or str(tmp_path)
     )
     with pytest.raises(UserError, match="'llama' is not supported"):
-        drive(vision_encoder("someone/llama", tiny_flux))
+        drive(vision_encoder, "someone/llama", tiny_flux)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="has no model_type"):
-        drive(vision_encoder("someone/other", tiny_flux))
+        drive(vision_encoder, "someone/other", tiny_flux)
     assert [options["allow_patterns"] for options in asked] == [["config.json"]] * 2

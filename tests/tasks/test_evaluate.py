@@ -17,8 +17,9 @@ from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Image as Made
 from mlx_blockskip.events import Note, PhaseEnd, Saved, Table
 from mlx_blockskip.settings import EvaluateSettings, GenerateSettings, from_mapping
-from mlx_blockskip.tasks import budget, encoders
-from mlx_blockskip.tasks.subject import shipped
+from mlx_blockskip.tasks.checkpoint import encoders
+from mlx_blockskip.tasks.evaluate.subject import shipped
+from mlx_blockskip.tasks.memory import check
 
 PROMPTS = ["a {} on a red background", "small {}, brown background"]
 OTHERS = ["a ghost on a blue background"]
@@ -55,13 +56,8 @@ def unit(row):
 def colours(monkeypatch):
     """Both encoders are stand-ins; the one that embeds texts is returned."""
     vision, clip = Colours("vision"), Colours("clip")
-
-    def opened(encoder):
-        yield from ()
-        return encoder
-
-    monkeypatch.setattr(encoders, "vision_encoder", lambda name, path: opened(vision))
-    monkeypatch.setattr(encoders, "clip_encoder", lambda name, path: opened(clip))
+    monkeypatch.setattr(encoders, "vision_encoder", lambda name, path: vision)
+    monkeypatch.setattr(encoders, "clip_encoder", lambda name, path: clip)
     return clip
 
 
@@ -173,7 +169,7 @@ def test_what_an_image_depends_on_makes_another_one(asked, change):
 
 
 def test_a_run_that_is_stopped_goes_on(asked, monkeypatch):
-    monkeypatch.setattr("mlx_blockskip.tasks.evaluate.WAITING", 2)
+    monkeypatch.setattr("mlx_blockskip.tasks.evaluate.evaluate.WAITING", 2)
     seen = []
 
     def stop(event):
@@ -204,11 +200,11 @@ def test_as_many_images_wait_as_the_budget_takes(tiny_flux):
     model = open_model(tiny_flux)
 
     def at_once(text, most=32):
-        return budget.images_at_once(complete(GenerateSettings(memory_budget=text), model), model, most)
+        return check.images_at_once(complete(GenerateSettings(memory_budget=text), model), model, most)
 
     assert (at_once("8GB"), at_once("0"), at_once(None)) == (32, 1, 32)
     settings = complete(GenerateSettings(n_images=1), model)
-    peak = budget.generation_phases(settings, model, 8)[0].peak
+    peak = check.generation_phases(settings, model, 8)[0].peak
     assert at_once(str(int(1.1 * peak))) == 8
 
 

@@ -16,8 +16,10 @@ from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Phase, PhaseEnd
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.settings import GenerateSettings, TrainSettings
-from mlx_blockskip.tasks import budget, forecast, job, plans
 from mlx_blockskip.tasks.generate import complete
+from mlx_blockskip.tasks.memory import check, predict
+from mlx_blockskip.tasks.skipping import choice
+from mlx_blockskip.tasks.train import setup
 
 SETTINGS = [
     {"skip_first": 1, "skip_last": 0, "batch_size": 1, "rank": 2},
@@ -52,7 +54,7 @@ def peaks(run, **options):
 
 def without_images(monkeypatch):
     """Trace blocks alone."""
-    monkeypatch.setattr(forecast, "images", lambda *a, **b: forecast.Phase("images", 1000))
+    monkeypatch.setattr(predict, "images", lambda *a, **b: predict.Phase("images", 1000))
 
 
 def assert_predicted(predict, measure, names):
@@ -76,8 +78,8 @@ def test_training_takes_what_is_predicted(request, tmp_path, monkeypatch, name, 
 
     def predict():
         model = open_model(model_path, 0)
-        whole = job.complete(settings, model)
-        return budget.training_phases(whole, model, plans.likely_plan(whole, model))
+        whole = setup.complete(settings, model)
+        return check.training_phases(whole, model, choice.likely_plan(whole, model))
 
     def measure():
         shutil.rmtree(tmp_path / "a", ignore_errors=True)
@@ -90,7 +92,7 @@ def test_the_adapter_lies_beside_images_that_are_encoded_for_training(tiny_flux,
     without_images(monkeypatch)
     settings = training(tiny_flux, tmp_path, iters=1, skip_first=1, skip_last=2)
     model = open_model(tiny_flux, 0)
-    phases = budget.training_phases(job.complete(settings, model), model, plans.likely_plan(settings, model))
+    phases = check.training_phases(setup.complete(settings, model), model, choice.likely_plan(settings, model))
     header = files.read_header(train(settings=settings).adapter_path / "adapters.safetensors")
     assert phases[0].peak == 1000 + sum(4 * math.prod(entry.shape) for entry in header.entries.values())
 
@@ -119,7 +121,7 @@ def test_generation_takes_what_is_predicted(request, tmp_path, monkeypatch, name
 
     def predict():
         model = open_model(model_path, 0)
-        return budget.generation_phases(complete(settings, model), model, count)
+        return check.generation_phases(complete(settings, model), model, count)
 
     assert_predicted(predict, lambda: peaks(generate, settings=settings), ("generate",))
 
@@ -131,11 +133,11 @@ def test_images_beyond_the_traced_sizes_follow_the_line(tiny_flux, monkeypatch):
         traced.append((width, height))
         return 1000 + 3 * width * height, 2e-6 * width * height
 
-    monkeypatch.setattr(forecast, "_image", image)
+    monkeypatch.setattr(predict, "_image", image)
     model = open_model(tiny_flux, 0)
-    assert forecast.images(model, 128, 96, decoding=True).peak == 1000 + 3 * 128 * 96
-    large = forecast.images(model, 1024, 768, decoding=True)
-    assert traced == [(128, 96), *((side, side) for side in forecast.TRACED_SIDES)]
+    assert predict.images(model, 128, 96, decoding=True).peak == 1000 + 3 * 128 * 96
+    large = predict.images(model, 1024, 768, decoding=True)
+    assert traced == [(128, 96), *((side, side) for side in predict.TRACED_SIDES)]
     assert large.peak == pytest.approx(1000 + 3 * 1024 * 768, abs=1)
     assert large.seconds == pytest.approx(2e-6 * 1024 * 768)
 
@@ -154,18 +156,18 @@ def test_training_that_cannot_fit_is_refused_before_it_begins_and_what_it_names_
     for fitting in ({"memory_budget": need}, change):
         directory = tmp_path / next(iter(fitting))
         found = peaks(train, settings=training(tiny_flux, directory, **{**options, **fitting, "iters": 2}))
-        limit = budget.budget_of(fitting.get("memory_budget", "6MB"))
+        limit = check.budget_of(fitting.get("memory_budget", "6MB"))
         assert max(found[name] for name in ("encode images", "precompute", "train")) <= 1.05 * limit  # one operation
 
 
 def test_what_is_proposed_instead_is_always_possible(tiny_flux, tmp_path):
     settings = training(tiny_flux, tmp_path, batch_size=2, train_resolution=48, patch_mode="resize", iters=1)
     model = open_model(tiny_flux, 0)
-    settings = job.complete(settings, model)
-    plan = plans.likely_plan(settings, model)
-    found = list(budget._smaller_training(settings, model, plan, 1 << 30))
+    settings = setup.complete(settings, model)
+    plan = choice.likely_plan(settings, model)
+    found = list(check._smaller_training(settings, model, plan, 1 << 30))
     assert found == [*["--batch-size 1"] * 2, *["--train-resolution 16 --batch-size 1"] * 2]
-    assert list(budget._smaller_training(settings, model, plan, 1)) == []
+    assert list(check._smaller_training(settings, model, plan, 1)) == []
 
 
 @pytest.mark.parametrize("name", ["tiny_flux", "tiny_sana"])
@@ -174,11 +176,11 @@ def test_nothing_of_a_prediction_stays_in_memory(request, tmp_path, name):
     options = {"class_prompt": ["an animal"], "class_images": 2, "steps_per_sample": 1, "iters": 1}
     settings = training(model_path, tmp_path, **options)
     model = open_model(model_path, 0)
-    settings = job.complete(settings, model)
+    settings = setup.complete(settings, model)
     gc.collect()
     gc.disable()  # a cycle would be left over
     try:
-        budget.training_phases(settings, model, plans.likely_plan(settings, model), once=True)
+        check.training_phases(settings, model, choice.likely_plan(settings, model), once=True)
         left = mx.get_active_memory()
         gc.collect()
         assert mx.get_active_memory() == left
@@ -199,7 +201,7 @@ def test_images_that_cannot_fit_are_refused_and_what_is_named_fits(tiny_flux, tm
 def test_a_budget_of_zero_is_the_least_and_never_refused(tiny_flux, tmp_path):
     settings = training(tiny_flux, tmp_path, iters=1, memory_budget="0", batch_size=4)
     model = open_model(tiny_flux, 0)
-    assert budget.check_training(job.complete(settings, model), model, None) is False
+    assert check.check_training(setup.complete(settings, model), model, None) is False
 
 
 @pytest.mark.parametrize(("text", "ample"), [(None, True), ("auto", True), ("8GB", True), ("8MB", False)])
@@ -214,5 +216,5 @@ def test_activations_are_kept_where_they_fit_and_the_adapter_is_the_same(tiny_fl
 
 
 def test_auto_is_what_the_machine_has():
-    found = budget.budget_of("auto")
+    found = check.budget_of("auto")
     assert 1 << 28 < found <= limits.machine()

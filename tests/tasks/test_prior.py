@@ -17,13 +17,13 @@ from mlx_blockskip import generate, train
 from mlx_blockskip.engine import philox
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.sweep import Sample, forward
-from mlx_blockskip.events import Note, PhaseEnd, Step, finish
+from mlx_blockskip.events import Note, PhaseEnd, Step
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.settings import TrainSettings, from_mapping
-from mlx_blockskip.tasks import precompute
-from mlx_blockskip.tasks import train as train_task
-from mlx_blockskip.tasks.recipe import ORDER
-from mlx_blockskip.tasks.samples import CLASS_NOISE, class_images
+from mlx_blockskip.tasks.sampling.previews import CLASS_NOISE, class_images
+from mlx_blockskip.tasks.train import loop as train_task
+from mlx_blockskip.tasks.train import precompute
+from mlx_blockskip.tasks.train.recipe import ORDER
 
 CLASSES = {"class_prompt": ["a ghost on a blue background", "a dog on a red background"], "class_images": 3}
 
@@ -110,7 +110,7 @@ def test_a_run_stopped_among_class_images_and_then_in_training_goes_on_to_the_sa
 def test_a_class_image_is_what_generate_draws(tiny_flux, tmp_path):
     """The same noise through `generate` gives the same picture: class images are the base model's own."""
     directory = tmp_path / "class_images"
-    finish(class_images(open_model(tiny_flux), CLASSES["class_prompt"], 2, 64, directory, seed=5))
+    class_images(open_model(tiny_flux), CLASSES["class_prompt"], 2, 64, directory, seed=5)
     noise = philox.normal(5, CLASS_NOISE, 1, shape=(1, *open_model(tiny_flux, None).latent_shape(64, 64)))
     save_file({"noise": noise.transpose(0, 3, 1, 2).copy()}, tmp_path / "noise.safetensors")
     (path,) = generate(
@@ -148,8 +148,8 @@ def test_the_loss_is_the_weighted_mean_over_both_kinds(quick, class_data):
     """Against the full model applied to the two samples directly: (subject + w prior) / 2."""
     job = prepared(quick(class_data=class_data("given", 3), prior_weight=0.25))
     recipe, model = job.recipe, job.model
-    state = finish(train_task.first_state(job))
-    _, chunk = finish(train_task.next_chunk(job, state))
+    state = train_task.first_state(job)
+    _, chunk = train_task.next_chunk(job, state)
     loss = train_task.train_step(job, chunk, state)
     latents = mx.concatenate([precompute._latents(recipe, draw, {}) for draw in recipe.draws(0)])
     tokens, context, target = recipe.prepare(0, latents)

@@ -14,9 +14,9 @@ from support.tasks import drive
 
 from mlx_blockskip import convert
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.events import Note
-from mlx_blockskip.tasks import hub
-from mlx_blockskip.tasks.resolve import cache_directory, resolve
+from mlx_blockskip.events import Note, listening
+from mlx_blockskip.tasks.checkpoint import hub
+from mlx_blockskip.tasks.checkpoint.resolve import cache_directory, resolve
 
 
 @pytest.fixture(autouse=True)
@@ -25,55 +25,60 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def test_a_bundled_model_is_converted_once_and_that_is_said():
-    path, events = drive(resolve("tiny-flux"))
+    path, events = drive(resolve, "tiny-flux")
     assert any(isinstance(e, Note) and str(path) in e.message for e in events)
     assert path.parent == cache_directory()
-    assert drive(resolve("tiny-flux")) == (path, [])
-    assert drive(resolve(str(path))) == (path, [])
+    assert drive(resolve, "tiny-flux") == (path, [])
+    assert drive(resolve, str(path)) == (path, [])
 
 
 def test_a_directory_that_changes_is_converted_again(tmp_path):
     source = shutil.copytree(assets() / "tiny-flux", tmp_path / "mine")
-    first, _ = drive(resolve(str(source)))
+    first, _ = drive(resolve, str(source))
     config = source / "vae" / "config.json"
     config.write_text(config.read_text() + " ")
-    second, _ = drive(resolve(str(source)))
+    second, _ = drive(resolve, str(source))
     assert first != second
 
 
 def test_a_name_that_is_nothing_is_one_clear_error():
     with pytest.raises(UserError, match="no such model; give a directory, a repo id"):
-        drive(resolve("./nowhere/at/all"))
+        drive(resolve, "./nowhere/at/all")
 
 
 def test_a_name_that_is_nearly_right_gets_a_hint(tmp_path):
     (tmp_path / "my-flux-dev").mkdir()
     with pytest.raises(UserError, match="did you mean .*my-flux-dev"):
-        drive(resolve(str(tmp_path / "my-flux-dv")))
+        drive(resolve, str(tmp_path / "my-flux-dv"))
     with pytest.raises(UserError, match=r"did you mean tiny-flux\?"):
-        drive(resolve("tinyflux"))
+        drive(resolve, "tinyflux")
 
 
 def test_two_processes_do_not_convert_the_same_model(tmp_path):
-    task = resolve("tiny-flux")
-    next(task)  # the conversion is under way
-    with pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
-        drive(resolve("tiny-flux"))
+    refused = []
+
+    def again(event):
+        with pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
+            resolve("tiny-flux")
+        refused.append(event)
+
+    with listening(again):  # the conversion is under way
+        resolve("tiny-flux")
+    assert refused
     other = shutil.copytree(assets() / "tiny-flux", tmp_path / "other.v1")
-    drive(resolve(str(other)))
-    drive(resolve(str(shutil.copytree(other, tmp_path / "other.v2"))))
+    drive(resolve, str(other))
+    drive(resolve, str(shutil.copytree(other, tmp_path / "other.v2")))
     assert {p.suffix for p in cache_directory().glob("other*") if p.is_file()} == {".lock"}
     assert len(list(cache_directory().glob("other*.lock"))) == 2
-    task.close()
 
 
 def test_what_a_killed_conversion_left_is_removed_and_nothing_else():
-    path, _ = drive(resolve("tiny-flux"))
+    path, _ = drive(resolve, "tiny-flux")
     shutil.rmtree(path)
     leftover, other = (path.with_name(f".{name}.x1.tmp") for name in (path.name, "another-model"))
     leftover.mkdir()
     other.mkdir()
-    assert drive(resolve("tiny-flux"))[0] == path
+    assert drive(resolve, "tiny-flux")[0] == path
     assert not leftover.exists()
     assert other.exists()
 
@@ -161,34 +166,34 @@ NO_ROUTE = errors.HfHubHTTPError.__bases__[0]("no route")
 
 
 def test_a_repo_is_converted_once_a_commit_and_then_its_download_may_go(fake_hub):
-    path, _ = drive(resolve("someone/flux"))
+    path, _ = drive(resolve, "someone/flux")
     count = len(fake_hub.downloads)
     fake_hub.source = None
-    assert drive(resolve("someone/flux")) == (path, [])
+    assert drive(resolve, "someone/flux") == (path, [])
     assert len(fake_hub.downloads) == count
     fake_hub.source, fake_hub.sha = assets() / "tiny-flux", "def"
-    assert drive(resolve("someone/flux"))[0] != path
+    assert drive(resolve, "someone/flux")[0] != path
 
 
 def test_without_the_hub_what_was_converted_before_is_used_and_that_is_said(fake_hub):
-    path, _ = drive(resolve("someone/flux"))
+    path, _ = drive(resolve, "someone/flux")
     fake_hub.error = NO_ROUTE
-    found, events = drive(resolve("someone/flux"))
+    found, events = drive(resolve, "someone/flux")
     assert found == path
     assert "could not be reached (no route)" in events[0].message
     assert str(path) in events[0].message
     with pytest.raises(UserError, match="try again when online"):
-        drive(resolve("someone/else"))
+        drive(resolve, "someone/else")
     with pytest.raises(UserError, match="try again when online"):
-        drive(resolve("someone/flux@v2"))
+        drive(resolve, "someone/flux@v2")
 
 
 def test_without_the_hub_what_was_downloaded_before_is_converted(fake_hub):
     fake_hub.error, fake_hub.local = NO_ROUTE, True
-    path, events = drive(resolve("someone/flux"))
+    path, events = drive(resolve, "someone/flux")
     assert (path / "config.json").is_file()
     assert "downloaded before" in events[0].message
-    source, events = drive(hub.download("someone/flux"))
+    source, events = drive(hub.download, "someone/flux")
     assert source == assets() / "tiny-flux"
     assert "downloaded before" in events[0].message
 
@@ -196,7 +201,7 @@ def test_without_the_hub_what_was_downloaded_before_is_converted(fake_hub):
 def test_what_is_in_the_hubs_cache_needs_no_room(fake_hub):
     fake_hub.size = 10**18
     fake_hub.cached = set(FILES)
-    source, events = drive(hub.download("someone/flux"))
+    source, events = drive(hub.download, "someone/flux")
     assert source == assets() / "tiny-flux"
     assert not events
 
@@ -205,11 +210,11 @@ def test_a_pipeline_that_is_not_supported_is_refused_before_its_weights_are_down
     fake_hub.source = tmp_path
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     with pytest.raises(UserError, match="StableDiffusionPipeline is not supported"):
-        drive(hub.download("someone/sd"))
+        drive(hub.download, "someone/sd")
     assert fake_hub.downloads == [["model_index.json"]]
     fake_hub.names = ("flux1-dev.safetensors",)
     with pytest.raises(UserError, match=r"has no model_index\.json"):
-        drive(hub.download("someone/weights"))
+        drive(hub.download, "someone/weights")
     assert len(fake_hub.downloads) == 1
 
 
@@ -230,7 +235,7 @@ def test_a_repo_is_downloaded_at_its_commit_and_converted(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, repo, **options: info(10))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    path, _ = drive(resolve("someone/flux"))
+    path, _ = drive(resolve, "someone/flux")
     assert (path / "config.json").is_file()
     assert asked["revision"] == "abc"
     assert "flux1-dev.safetensors" not in asked["allow_patterns"]
@@ -239,7 +244,7 @@ def test_a_repo_is_downloaded_at_its_commit_and_converted(monkeypatch):
 def test_the_disk_must_have_room_for_a_download(fake_hub):
     fake_hub.size = 10**18
     with pytest.raises(UserError, match=r"GiB free; free some, or set HF_HOME"):
-        drive(hub.download("someone/flux"))
+        drive(hub.download, "someone/flux")
 
 
 @pytest.mark.parametrize(
@@ -260,7 +265,7 @@ def test_the_hubs_refusals_say_the_way_out(monkeypatch, kind, match):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
     with pytest.raises(UserError, match=match):
-        drive(hub.download("someone/flux"))
+        drive(hub.download, "someone/flux")
 
 
 @pytest.mark.parametrize(
@@ -275,7 +280,7 @@ def test_the_hubs_refusals_say_the_way_out(monkeypatch, kind, match):
 def test_every_way_to_fail_is_one_sentence(fake_hub, error, match):
     fake_hub.error = error
     with pytest.raises(UserError, match=match):
-        drive(hub.download("someone/flux"))
+        drive(hub.download, "someone/flux")
 
 
 def test_a_closed_port_is_an_unreachable_hub(monkeypatch):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_blockskip.tasks.scores import Picture, drift, similarity
+from mlx_blockskip.tasks.evaluate.scores import Picture, drift, similarity
 
 HALF = 0.5**0.5
 

@@ -15,7 +15,7 @@ from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, Table
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.settings import SelectSettings
-from mlx_blockskip.tasks.adapters import save_adapter
+from mlx_blockskip.tasks.checkpoint.adapters import save_adapter
 
 
 @pytest.fixture

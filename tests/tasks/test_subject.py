@@ -3,7 +3,7 @@
 import pytest
 
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.tasks.subject import PLACE, Subject, common_words, read_list, shipped, subject_of
+from mlx_blockskip.tasks.evaluate.subject import PLACE, Subject, common_words, read_list, shipped, subject_of
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_lists_that_ship_are_as_the_protocol_has_them():
 
 def test_no_drift_prompt_is_one_that_training_preserves():
     from mlx_blockskip.engine import files
-    from mlx_blockskip.tasks.resolve import bundled
+    from mlx_blockskip.tasks.checkpoint.resolve import bundled
 
     preserved = files.read_json(bundled("tiny-flux") / "defaults.json")["class_prompt"]
     things = {prompt.split(" on a ")[0] for prompt in preserved}

@@ -16,8 +16,8 @@ from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import PhaseEnd, Saved, Step
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.settings import GenerateSettings
-from mlx_blockskip.tasks import trace, trace_plot
-from mlx_blockskip.tasks import train as train_task
+from mlx_blockskip.tasks.memory import trace, trace_plot
+from mlx_blockskip.tasks.train import loop as train_task
 
 
 def written(path):
@@ -131,7 +131,7 @@ def test_an_error_still_writes(quick, tmp_path):
 
     with pytest.raises(RuntimeError, match="gave up"):
         train(quick("b", trace_memory=str(tmp_path / "n")), on_event=stop)
-    assert written(tmp_path / "n")["stopped"] == "left"
+    assert written(tmp_path / "n")["stopped"] == "RuntimeError"
 
 
 def test_nothing_is_written_where_nothing_was_begun(quick, tmp_path):

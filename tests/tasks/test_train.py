@@ -22,12 +22,12 @@ from mlx_blockskip.blockskip import patches
 from mlx_blockskip.data import to_pixels
 from mlx_blockskip.engine import files, interrupt
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.events import Note, PhaseEnd, Step, Warning, finish
+from mlx_blockskip.events import Note, PhaseEnd, Step, Warning
 from mlx_blockskip.settings import TrainSettings
-from mlx_blockskip.tasks import optimizer, precompute
-from mlx_blockskip.tasks import train as train_task
-from mlx_blockskip.tasks.checkpoints import State
-from mlx_blockskip.tasks.moments import Moments
+from mlx_blockskip.tasks.train import loop as train_task
+from mlx_blockskip.tasks.train import optimizer, precompute
+from mlx_blockskip.tasks.train.checkpoints import State
+from mlx_blockskip.tasks.train.moments import Moments
 
 
 def test_writes_an_adapter_directory_that_says_what_it_is(quick):
@@ -205,7 +205,7 @@ def test_an_image_is_encoded_once_where_its_crops_do_not_vary(quick, tmp_path, m
         return encode(pixels)
 
     recipe.model.encode_images = counted
-    finish(precompute.encode_images(recipe, range(10), tmp_path / "latents.safetensors"))
+    precompute.encode_images(recipe, range(10), tmp_path / "latents.safetensors")
     assert seen == [1] * len(seen)
     images = {recipe.image_of(k) for k in range(20)}
     assert (len(seen) == len(images)) == once

@@ -8,7 +8,7 @@ import mlx.optimizers as optim
 
 from mlx_blockskip.engine.interrupt import deferred
 from mlx_blockskip.settings import TrainSettings, required
-from mlx_blockskip.tasks.checkpoints import State
+from mlx_blockskip.tasks.train.checkpoints import State
 
 Grads = dict[int, dict[str, mx.array]]
 """Gradients of a LoRA tree, by block."""

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,11 +15,11 @@ from pathlib import Path
 from mlx_blockskip.converters.run import Precision, default_dtype
 from mlx_blockskip.engine import files, limits
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.events import Event, Note, finish
+from mlx_blockskip.events import Note, emit
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import open_model
-from mlx_blockskip.tasks import hub
-from mlx_blockskip.tasks.convert import ENCODER_DTYPE, convert_directory, is_converted, is_encoder
+from mlx_blockskip.tasks.checkpoint import hub
+from mlx_blockskip.tasks.checkpoint.convert import ENCODER_DTYPE, convert_directory, is_converted, is_encoder
 
 BUNDLED = ("tiny-flux", "tiny-sana")
 
@@ -50,7 +50,7 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-blockskip"
 
 
-def resolve(model: str, sort: Sort = MODEL) -> Generator[Event, None, Path]:
+def resolve(model: str, sort: Sort = MODEL) -> Path:
     """The MLX directory that `model` names: a directory of either layout, a repo id, or what is in the package.
 
     Raises UserError where there is none.
@@ -58,13 +58,13 @@ def resolve(model: str, sort: Sort = MODEL) -> Generator[Event, None, Path]:
     path = Path(model).expanduser()
     if path.is_dir():
         if not is_converted(path) and sort.is_checkpoint(path):
-            return (yield from _converted(_here(path), model, _stamp(path), sort))
+            return _converted(lambda: path, model, _stamp(path), sort)
         return path
     if model in sort.bundled:
         source = bundled(model)
-        return (yield from _converted(_here(source), model, _stamp(source), sort))
+        return _converted(lambda: source, model, _stamp(source), sort)
     if hub.looks_like_repo(model):
-        return (yield from _from_hub(model, sort))
+        return _from_hub(model, sort)
     raise UserError(
         f"{model}: no such {sort.what}; give a directory, a repo id such as owner/name, or {', '.join(sort.bundled)}"
         + _similar(path, model, sort)
@@ -76,12 +76,12 @@ def bundled(model: str) -> Path:
     return Path(str(resources.files("mlx_blockskip") / "assets" / model))
 
 
-def open_named(model: str, budget: int | None) -> Generator[Event, None, DiffusionModel]:
+def open_named(model: str, budget: int | None) -> DiffusionModel:
     """Resolve and open a model. From then on MLX keeps to the budget (bytes; None for any). A transformer that takes
     less than half of it stays in memory.
     """
     limits.bound(budget)
-    opened = open_model((yield from resolve(model)), budget)
+    opened = open_model(resolve(model), budget)
     if budget and 2 * opened.reader.shards.nbytes(opened.reader.shards.names) <= budget:
         opened.reader.budget = None
     return opened
@@ -89,15 +89,10 @@ def open_named(model: str, budget: int | None) -> Generator[Event, None, Diffusi
 
 def load(model: str = "tiny-flux", memory_budget: int | None = None) -> DiffusionModel:
     """Open a model for use from Python; what has to be converted first is converted silently."""
-    return finish(open_named(model, memory_budget))
+    return open_named(model, memory_budget)
 
 
-def _here(path: Path) -> Generator[Event, None, Path]:
-    yield from ()
-    return path
-
-
-def _from_hub(model: str, sort: Sort) -> Generator[Event, None, Path]:
+def _from_hub(model: str, sort: Sort) -> Path:
     """A repo is converted once a commit, and then needs neither its download nor the Hub."""
     repo, _, revision = model.partition("@")
     try:
@@ -106,13 +101,13 @@ def _from_hub(model: str, sort: Sort) -> Generator[Event, None, Path]:
             info = hub.in_safetensors(repo, info)
     except hub.UnreachableError as error:
         if (kept := _converted_before(model, sort)) is not None:
-            yield Note(f"{error}; using what was converted before: {kept}")
+            emit(Note(f"{error}; using what was converted before: {kept}"))
             return kept
         if (source := hub.downloaded_before(repo, revision or None)) is None:
             raise
-        yield Note(f"{error}; using what was downloaded before: {source}")
-        return (yield from _converted(_here(source), model, _repo_key(repo, source.name), sort))
-    return (yield from _converted(hub.fetch(repo, info, (sort.layout,)), model, _repo_key(repo, info.sha), sort))
+        emit(Note(f"{error}; using what was downloaded before: {source}"))
+        return _converted(lambda: source, model, _repo_key(repo, source.name), sort)
+    return _converted(lambda: hub.fetch(repo, info, (sort.layout,)), model, _repo_key(repo, info.sha), sort)
 
 
 def _repo_key(repo: str, commit: str) -> str:
@@ -129,7 +124,7 @@ def _converted_before(model: str, sort: Sort) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def _converted(source: Generator[Event, None, Path], name: str, key: str, sort: Sort) -> Generator[Event, None, Path]:
+def _converted(source: Callable[[], Path], name: str, key: str, sort: Sort) -> Path:
     """The converted copy of a checkpoint, made now if it is not there; only then is `source` asked where it lies."""
     dtype = sort.dtype()
     short = re.sub(r"[^A-Za-z0-9._-]+", "-", name.rstrip("/").split("/")[-1])
@@ -141,9 +136,9 @@ def _converted(source: Generator[Event, None, Path], name: str, key: str, sort: 
             return target
         for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
-        path = yield from source
-        yield Note(f"Converting {name} to {dtype} once, into {target}")
-        yield from convert_directory(path, target, Precision(dtype), name)
+        path = source()
+        emit(Note(f"Converting {name} to {dtype} once, into {target}"))
+        convert_directory(path, target, Precision(dtype), name)
     return target
 
 

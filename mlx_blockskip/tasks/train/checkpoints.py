@@ -9,8 +9,8 @@ from mlx_blockskip import lora
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.stack import Stack
-from mlx_blockskip.tasks.adapters import read_tensors
-from mlx_blockskip.tasks.moments import BlockMoments, Moments
+from mlx_blockskip.tasks.checkpoint.adapters import read_tensors
+from mlx_blockskip.tasks.train.moments import BlockMoments, Moments
 
 KEPT = 2
 

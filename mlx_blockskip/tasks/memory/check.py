@@ -12,9 +12,9 @@ from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import family_named, read_config
 from mlx_blockskip.settings import GenerateSettings, TrainSettings, parse_size, required
-from mlx_blockskip.tasks import forecast
-from mlx_blockskip.tasks.forecast import Phase, Shape, Tracer
-from mlx_blockskip.tasks.samples import WAITING as CLASS_WAITING
+from mlx_blockskip.tasks.memory import predict
+from mlx_blockskip.tasks.memory.predict import Phase, Shape, Tracer
+from mlx_blockskip.tasks.sampling.previews import WAITING as CLASS_WAITING
 
 AUTO = "auto"
 MARGIN = 1.2
@@ -83,7 +83,7 @@ def training_phases(settings: TrainSettings, model: DiffusionModel, plan: SkipPl
     family = family_named(read_config(model.path)["family"])
     modules = lora.targets(family.lora_targets, settings.lora_targets)
     tracer = Tracer(model, Shape(side, side, length, batch, settings.guidance), rank, modules, once=once)
-    images = forecast.images(model, side, side, decoding=False, once=once)
+    images = predict.images(model, side, side, decoding=False, once=once)
     phases = [tracer.beside_adapter(images, plan)]
     (iters,) = required(settings, "iters")
     phases += [
@@ -104,7 +104,7 @@ def generation_phases(
 ) -> list[Phase]:
     """What a step of all images takes, and decoding one."""
     width, height = model.drawn_size(*required(settings, "width", "height"))
-    decoding = forecast.images(model, width, height, decoding=True, once=once)
+    decoding = predict.images(model, width, height, decoding=True, once=once)
     return [_generating(settings, model, once)(images), decoding]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.settings import EvaluateSettings
-from mlx_blockskip.tasks import encoders
+from mlx_blockskip.tasks.checkpoint import encoders
 
 PLACE = "{}"
 SUBJECT_KINDS = {"object": "objects", "living": "living", "plain": "plain"}

@@ -1,6 +1,6 @@
 """Choosing blocks without generating an image: how far masked attention carries the velocity on a subject's images."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -16,10 +16,9 @@ from mlx_blockskip.engine import philox
 from mlx_blockskip.engine.spill import Spilled
 from mlx_blockskip.engine.stack import Modulation, State, arrays
 from mlx_blockskip.engine.sweep import Sample, modulations
-from mlx_blockskip.events import Event
 from mlx_blockskip.models.family import DiffusionModel, Prompt
 from mlx_blockskip.tasks.phases import phase
-from mlx_blockskip.tasks.precompute import WAITING_BYTES
+from mlx_blockskip.tasks.train.precompute import WAITING_BYTES
 
 PROBE = 0x9B0E
 """Keeps the noise of probes apart from other random streams of the same seed."""
@@ -49,20 +48,17 @@ def noise_levels(count: int, shift: float) -> list[float]:
 
 def probe_subject(
     model: DiffusionModel, dataset: Dataset, settings: ProbeSettings, trees: Sequence[lora.Tree]
-) -> Generator[Event, None, tuple[list[Distances], tuple[int, int]]]:
+) -> tuple[list[Distances], tuple[int, int]]:
     """A table for each adapter (trees; {} is the base model), and block evaluations: done, and without sharing."""
     examples = dataset.examples[: settings.images]
-    latents = yield from _encode_images(model, examples, settings.side)
+    latents = _encode_images(model, examples, settings.side)
     captions = list(dict.fromkeys(example.caption for example in examples))
     with phase("encode prompts", len(captions), "prompt") as track:
-        yield track.begin
         encoded = dict(zip(captions, model.encode_prompts(captions, settings.max_length).prompts, strict=True))
-        yield track.step(len(captions))
-    yield track.end
+        track.step(len(captions))
     sigmas = noise_levels(settings.levels, flow.training_shift(model.scheduler))
     tables, done = [], 0
-    with phase("probe", model.stack.depth * len(trees), "block") as track:
-        yield track.begin
+    with phase("probe", model.stack.depth * len(trees), "block", release=model.release) as track:
         samples, heads = _samples(model, examples, latents, encoded, sigmas, settings)
 
         def velocity(i: int, state: State) -> mx.array:
@@ -83,9 +79,7 @@ def probe_subject(
                 )
             tables.append(selection.mean([selection.collect(one, settings.k) for one in found.distances]))
             done += found.evaluations
-            yield track.step((number + 1) * model.stack.depth)
-    yield track.end
-    model.release()
+            track.step((number + 1) * model.stack.depth)
     alone = selection.evaluations(model.stack.depth, settings.k, settings.stride)[1] * len(samples) * len(trees)
     return tables, (done, alone)
 
@@ -107,13 +101,10 @@ class _Room:
         return Spilled(sample, self.directory / f"{self.count}.safetensors")
 
 
-def _encode_images(
-    model: DiffusionModel, examples: Sequence[Example], side: int
-) -> Generator[Event, None, list[mx.array]]:
+def _encode_images(model: DiffusionModel, examples: Sequence[Example], side: int) -> list[mx.array]:
     """Latents (1, h, w, C) of the middle of each image, by the mean of the posterior."""
     found = []
-    with phase("encode images", len(examples), "image") as track:
-        yield track.begin
+    with phase("encode images", len(examples), "image", release=model.release) as track:
         for done, example in enumerate(examples, 1):
             picture = patches.resize_shorter(load_image(example.path), side)
             left, top = ((length - side) // 2 for length in picture.size)
@@ -121,9 +112,7 @@ def _encode_images(
             posterior = model.encode_images(mx.array(pixels)[None])
             found.append(model.draw_latents(posterior, mx.zeros((1, *model.latent_shape(side, side)))))
             mx.eval(found[-1])
-            yield track.step(done)
-    yield track.end
-    model.release()
+            track.step(done)
     return found
 
 

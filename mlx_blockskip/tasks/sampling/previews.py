@@ -1,6 +1,6 @@
 """Images that training makes by the model's own defaults: samples on the way, and class images before it begins."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,10 @@ from PIL import Image as PillowImage
 
 from mlx_blockskip import data, lora
 from mlx_blockskip.engine import files, owned, philox
-from mlx_blockskip.events import Event, Image
+from mlx_blockskip.events import Image, emit
 from mlx_blockskip.models.family import DiffusionModel, Prompt
 from mlx_blockskip.tasks.phases import phase
-from mlx_blockskip.tasks.sampling import Request, check_size, noise_shape, sample, seeded_noise, to_image
+from mlx_blockskip.tasks.sampling.denoise import Request, check_size, noise_shape, sample, seeded_noise, to_image
 
 CLASS_NOISE = 0xC1A
 """Keeps the noise of class images apart from other random streams of the same seed."""
@@ -63,7 +63,7 @@ def render(
 
 def write_samples(
     model: DiffusionModel, prompts: Sequence[str], tree: lora.Tree, directory: Path, step: int, seed: int
-) -> Generator[Event, None, None]:
+) -> None:
     """One image a prompt, the same noise for all, as samples/step-000100-1.png."""
     size = model.defaults["width"], model.defaults["height"]
     noise = seeded_noise(model, seed, *size)
@@ -71,12 +71,12 @@ def write_samples(
     for i, (image, prompt) in enumerate(zip(images, prompts, strict=True), 1):
         path = directory / f"step-{step:06d}-{i}.png"
         save_png(path, image)
-        yield Image(path, prompt)
+        emit(Image(path, prompt))
 
 
 def class_images(
     model: DiffusionModel, prompts: Sequence[str], count: int, side: int, directory: Path, seed: int
-) -> Generator[Event, None, data.Dataset]:
+) -> data.Dataset:
     """`count` images of the prompts in turn by the model as it is, side x side, in `directory`.
 
     Image i is a pure function of what made_from.json holds and of i, so only those that are not there yet are made:
@@ -93,16 +93,15 @@ def class_images(
     texts = [prompts[i % len(prompts)] for i in range(count)]
     missing = [i for i, name in enumerate(names) if not (directory / name).is_file()]
     if missing:
-        yield from _write_class_images(model, texts, missing, side, [directory / name for name in names], seed)
+        _write_class_images(model, texts, missing, side, [directory / name for name in names], seed)
     files.write_text(directory / "metadata.jsonl", "".join(map(data.metadata_line, names, texts)))
     return data.load_dataset(directory)
 
 
 def _write_class_images(
     model: DiffusionModel, texts: Sequence[str], missing: Sequence[int], side: int, paths: Sequence[Path], seed: int
-) -> Generator[Event, None, None]:
+) -> None:
     with phase("class images", len(missing), "image") as track:
-        yield track.begin
         encodings = encode(model, [texts[i] for i in missing])
         shape = noise_shape(model, side, side)
         for start in range(0, len(missing), WAITING):
@@ -111,8 +110,7 @@ def _write_class_images(
             images = render(model, encodings, [texts[i] for i in numbers], noises, (side, side))
             for done, (i, image) in enumerate(zip(numbers, images, strict=True), start + 1):
                 save_png(paths[i], image)
-                yield track.step(done)
-    yield track.end
+                track.step(done)
 
 
 def save_png(path: Path, image: PillowImage.Image) -> None:

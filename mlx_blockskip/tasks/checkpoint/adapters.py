@@ -1,6 +1,6 @@
 """Adapters on disk: our directory, and the LoRA files of diffusers; one tree that adds them up."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from mlx_blockskip.converters.peft import from_peft, to_peft
 from mlx_blockskip.converters.run import load_table
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.events import Event, Saved, Warning
+from mlx_blockskip.events import Saved, Warning, emit
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import read_config
 from mlx_blockskip.settings import ExportSettings
@@ -21,21 +21,19 @@ CONFIG = "adapter_config.json"
 PEFT_FILE = "pytorch_lora_weights.safetensors"
 
 
-def load_adapters(
-    model: DiffusionModel, paths: Sequence[str], scales: Sequence[float]
-) -> Generator[Event, None, lora.Tree]:
+def load_adapters(model: DiffusionModel, paths: Sequence[str], scales: Sequence[float]) -> lora.Tree:
     """One tree for the given adapters, each with its strength (1 where `scales` is shorter). Raises UserError."""
     if len(scales) > len(paths):
         raise UserError(f"--lora-scale is given {len(scales)} times for {len(paths)} adapters; give one for each")
     trees, strengths = [], []
     for i, path in enumerate(paths):
-        tree, scale = yield from load_adapter(model, Path(path).expanduser())
+        tree, scale = load_adapter(model, Path(path).expanduser())
         trees.append(tree)
         strengths.append(scale * (scales[i] if i < len(scales) else 1.0))
     return lora.combine(trees, strengths)
 
 
-def load_adapter(model: DiffusionModel, path: Path) -> Generator[Event, None, tuple[lora.Tree, float]]:
+def load_adapter(model: DiffusionModel, path: Path) -> tuple[lora.Tree, float]:
     """An adapter's factors and its own scale, checked against the model's layers."""
     if (path / CONFIG).is_file():
         file, scale = path / TENSORS, float(files.read_json(path / CONFIG).get("scale", 1.0))
@@ -46,7 +44,7 @@ def load_adapter(model: DiffusionModel, path: Path) -> Generator[Event, None, tu
         prefix = load_table(read_config(model.path)["family"]).ADAPTER_PREFIX
         tensors, others = from_peft(theirs, files.read_header(file).metadata, prefix, file)
         if others:
-            yield Warning(f"{file}: {len(others)} tensors are not used ({others[0]} ...)")
+            emit(Warning(f"{file}: {len(others)} tensors are not used ({others[0]} ...)"))
     tree = lora.unflatten(tensors, model.stack, file)
     lora.check(tree, model.reader, file)
     return tree, scale
@@ -68,7 +66,7 @@ def save_adapter(directory: Path, tree: lora.Tree, model: DiffusionModel, config
     files.write_json(directory / CONFIG, config)
 
 
-def export(settings: ExportSettings) -> Generator[Event, None, Path]:
+def export(settings: ExportSettings) -> Path:
     """Write an adapter directory as a LoRA file that `pipe.load_lora_weights` of diffusers reads."""
     source = Path(settings.adapter_path).expanduser()
     config = files.read_json(source / CONFIG)
@@ -84,5 +82,5 @@ def export(settings: ExportSettings) -> Generator[Event, None, Path]:
         alphas=getattr(table, "ADAPTER_ALPHAS", True),
     )
     files.save_tensors(target, tensors, {"format": "pt"})
-    yield Saved(target, "LoRA for diffusers")
+    emit(Saved(target, "LoRA for diffusers"))
     return target

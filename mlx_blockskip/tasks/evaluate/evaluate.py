@@ -6,7 +6,7 @@ DreamBooth's protocol (arXiv 2208.12242, section 4): 25 prompts, 4 images each, 
 import hashlib
 import json
 import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,19 @@ from mlx_blockskip import lora
 from mlx_blockskip.data import Dataset, load_dataset, load_image
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.events import Event, Note, Saved, Warning
+from mlx_blockskip.events import Note, Saved, Warning, emit
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.vision.encoder import Encoder
 from mlx_blockskip.settings import EvaluateSettings, GenerateSettings, required, to_mapping
-from mlx_blockskip.tasks import encoders
-from mlx_blockskip.tasks.adapters import CONFIG, load_adapters
-from mlx_blockskip.tasks.budget import budget_of, check_generation, images_at_once
+from mlx_blockskip.tasks.checkpoint import encoders
+from mlx_blockskip.tasks.checkpoint.adapters import CONFIG, load_adapters
+from mlx_blockskip.tasks.checkpoint.resolve import open_named
+from mlx_blockskip.tasks.evaluate.scores import Picture, Rows, drift, similarity, tables, write_sheet
+from mlx_blockskip.tasks.evaluate.subject import PLACE, Prompts, Subject, complete_prompts, given_prompts, subject_of
 from mlx_blockskip.tasks.generate import FROM_MODEL, Shot, complete, draw
+from mlx_blockskip.tasks.memory.check import budget_of, check_generation, images_at_once
 from mlx_blockskip.tasks.phases import phase
-from mlx_blockskip.tasks.resolve import open_named
-from mlx_blockskip.tasks.sampling import check_size, seeded_noise
-from mlx_blockskip.tasks.scores import Picture, Rows, drift, similarity, tables, write_sheet
-from mlx_blockskip.tasks.subject import PLACE, Prompts, Subject, complete_prompts, given_prompts, subject_of
+from mlx_blockskip.tasks.sampling.denoise import check_size, seeded_noise
 
 REPORT, SHEET = "evaluation.json", "evaluation.png"
 WAITING = 32
@@ -52,7 +52,7 @@ class Evaluation:
     sheet: Path
 
 
-def evaluate(settings: EvaluateSettings) -> Generator[Event, None, Evaluation]:
+def evaluate(settings: EvaluateSettings) -> Evaluation:
     """Generate images with an adapter, compare them, and write what is found beside them. See `EvaluateSettings`."""
     adapter = Path(settings.adapter_path).expanduser()
     check(settings, adapter)
@@ -60,20 +60,20 @@ def evaluate(settings: EvaluateSettings) -> Generator[Event, None, Evaluation]:
     settings = from_adapter(settings, recorded)
     dataset = load_dataset(Path(settings.data or "").expanduser(), "")
     for text in dataset.warnings:
-        yield Warning(text)
+        emit(Warning(text))
     captions = recorded.get("captions") or [example.caption for example in dataset.examples]
     subject = subject_of(captions, settings.subject, settings.class_noun)
     given = given_prompts(settings)
 
-    model = yield from open_named(settings.model or "", budget_of(settings.memory_budget))
+    model = open_named(settings.model or "", budget_of(settings.memory_budget))
     if recorded.get("base_model_identity", model.identity) != model.identity:
-        yield Warning(f"{adapter}: was trained on another model than {settings.model}, or on another precision of it")
+        emit(Warning(f"{adapter}: was trained on another model than {settings.model}, or on another precision of it"))
     settings, prompts = complete_prompts(settings, given, model)
     how = as_generated(settings, model)
-    vision = yield from encoders.vision_encoder(settings.vision_model, model.path)
-    clip = yield from encoders.clip_encoder(settings.clip_model, model.path)
-    tree = yield from load_adapters(model, how.adapter_path, how.lora_scale)
-    yield Note(f'the subject is called "{subject.phrase}", and "{subject.noun}" where texts are compared')
+    vision = encoders.vision_encoder(settings.vision_model, model.path)
+    clip = encoders.clip_encoder(settings.clip_model, model.path)
+    tree = load_adapters(model, how.adapter_path, how.lora_scale)
+    emit(Note(f'the subject is called "{subject.phrase}", and "{subject.noun}" where texts are compared'))
     identities = {
         "model": model.identity, "adapter": lora.checksum(tree), "data": dataset.identity,
         "vision": vision.identity, "clip": clip.identity,
@@ -82,17 +82,17 @@ def evaluate(settings: EvaluateSettings) -> Generator[Event, None, Evaluation]:
     plan = Plan(settings, how, subject, output, identities)
     with files.lock(output / ".lock"):
         by_adapted, by_base = (plan.pictures(prompts, adapted=adapted) for adapted in (True, False))
-        yield from make(model, how, [*by_adapted.subject, *by_adapted.others], tree)
+        make(model, how, [*by_adapted.subject, *by_adapted.others], tree)
         del tree
-        yield from make(model, replace(how, adapter_path=[], lora_scale=[]), [*by_base.subject, *by_base.others], {})
-        found = yield from compare(dataset, by_adapted, by_base, vision, clip)
+        make(model, replace(how, adapter_path=[], lora_scale=[]), [*by_base.subject, *by_base.others], {})
+        found = compare(dataset, by_adapted, by_base, vision, clip)
         report = {**plan.report(), **found}
         files.write_json(output / REPORT, report)
         write_sheet(output / SHEET, dataset, report, output)
     (output / ".lock").unlink(missing_ok=True)
-    yield from tables(report, dataset)
-    yield Saved(output / REPORT, "evaluation")
-    yield Saved(output / SHEET, "contact sheet")
+    tables(report, dataset)
+    emit(Saved(output / REPORT, "evaluation"))
+    emit(Saved(output / SHEET, "contact sheet"))
     means, drifted = report["means"], report["drift"]["means"]["dino"] if report["drift"] else None
     return Evaluation(means["dino"], means["clip_i"], means["clip_t"], drifted, output / REPORT, output / SHEET)
 
@@ -118,15 +118,13 @@ class Pictures:
     others: list[Picture]
 
 
-def compare(
-    dataset: Dataset, adapted: Pictures, base: Pictures, vision: Encoder, clip: Encoder
-) -> Generator[Event, None, dict[str, Any]]:
+def compare(dataset: Dataset, adapted: Pictures, base: Pictures, vision: Encoder, clip: Encoder) -> dict[str, Any]:
     """Embed everything once, and say how like it is."""
     real = [example.path for example in dataset.examples]
     made = [*adapted.subject, *adapted.others, *base.subject, *base.others]
-    dino = yield from embed(vision, "DINO", [*real, *(picture.path for picture in made)])
-    clip_i = yield from embed(clip, "CLIP", [*real, *(picture.path for picture in made)])
-    clip_t = yield from embed_prompts(clip, [picture.about for picture in made])
+    dino = embed(vision, "DINO", [*real, *(picture.path for picture in made)])
+    clip_i = embed(clip, "CLIP", [*real, *(picture.path for picture in made)])
+    clip_t = embed_prompts(clip, [picture.about for picture in made])
     names = [str(path) for path in real]
     report = similarity(adapted.subject, names, dino, clip_i, clip_t)
     report["baseline"] = similarity(base.subject, names, dino, clip_i, clip_t) if base.subject else None
@@ -208,46 +206,37 @@ def slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].rstrip("-")
 
 
-def make(
-    model: DiffusionModel, how: GenerateSettings, pictures: Sequence[Picture], tree: lora.Tree
-) -> Generator[Event, None, None]:
+def make(model: DiffusionModel, how: GenerateSettings, pictures: Sequence[Picture], tree: lora.Tree) -> None:
     """Make the images that are not there yet, as many in one sweep as the memory budget takes."""
     width, height = required(how, "width", "height")
     missing = [picture for picture in pictures if not picture.path.is_file()]
     if len(missing) < len(pictures):
-        yield Note(f"{len(pictures) - len(missing)} of {len(pictures)} images are there already")
+        emit(Note(f"{len(pictures) - len(missing)} of {len(pictures)} images are there already"))
     size = images_at_once(how, model, min(WAITING, len(missing))) if missing else 1
     for start in range(0, len(missing), size):
         shots = [
             Shot(p.prompt, p.seed, seeded_noise(model, p.seed, width, height), p.path)
             for p in missing[start : start + size]
         ]
-        yield from draw(model, how, shots, tree)
-        model.release()
+        draw(model, how, shots, tree)
 
 
-def embed(encoder: Encoder, name: str, paths: Sequence[Path]) -> Generator[Event, None, Rows]:
+def embed(encoder: Encoder, name: str, paths: Sequence[Path]) -> Rows:
     """The embedding of each image, by its path."""
     found: dict[str, np.ndarray] = {}
-    with phase(f"embed images, {name}", len(paths), "image") as track:
-        yield track.begin
+    with phase(f"embed images, {name}", len(paths), "image", release=encoder.release) as track:
         for start in range(0, len(paths), TOGETHER):
             some = paths[start : start + TOGETHER]
             rows = encoder.embed_images([load_image(path) for path in some])
             found |= zip(map(str, some), rows, strict=True)
-            yield track.step(start + len(some))
-        encoder.release()
-    yield track.end
+            track.step(start + len(some))
     return found
 
 
-def embed_prompts(encoder: Encoder, prompts: Sequence[str]) -> Generator[Event, None, Rows]:
+def embed_prompts(encoder: Encoder, prompts: Sequence[str]) -> Rows:
     """The embedding of each prompt, by the prompt."""
     texts = list(dict.fromkeys(prompts))
-    with phase("embed prompts, CLIP", len(texts), "prompt") as track:
-        yield track.begin
+    with phase("embed prompts, CLIP", len(texts), "prompt", release=encoder.release) as track:
         found = dict(zip(texts, encoder.embed_texts(texts), strict=True))
-        yield track.step(len(texts))
-        encoder.release()
-    yield track.end
+        track.step(len(texts))
     return found

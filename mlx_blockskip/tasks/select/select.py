@@ -1,6 +1,6 @@
 """`select`: which blocks to skip, by what masked attention from image to text changes (Eq. 2, Algorithm 1)."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,21 @@ from mlx_blockskip.blockskip.selection import FULL, Distances
 from mlx_blockskip.data import Dataset, load_dataset
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.events import Event, Note, Saved, Table
+from mlx_blockskip.events import Note, Saved, Table, emit
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.vision.encoder import Encoder
 from mlx_blockskip.settings import GenerateSettings, SelectSettings, required, to_mapping
-from mlx_blockskip.tasks import select_plot
-from mlx_blockskip.tasks.adapters import CONFIG, load_adapters
-from mlx_blockskip.tasks.budget import budget_of, check_generation
-from mlx_blockskip.tasks.encoders import clip_encoder, vision_encoder
+from mlx_blockskip.tasks.checkpoint.adapters import CONFIG, load_adapters
+from mlx_blockskip.tasks.checkpoint.encoders import clip_encoder, vision_encoder
+from mlx_blockskip.tasks.checkpoint.resolve import open_named
 from mlx_blockskip.tasks.generate import FROM_MODEL, complete
-from mlx_blockskip.tasks.masked import Masks, Series, distances, make
-from mlx_blockskip.tasks.probe import ProbeSettings, probe_subject
-from mlx_blockskip.tasks.resolve import open_named
-from mlx_blockskip.tasks.samples import save_png
-from mlx_blockskip.tasks.sampling import check_size
-from mlx_blockskip.tasks.trace import trace_paths, traced
+from mlx_blockskip.tasks.memory.check import budget_of, check_generation
+from mlx_blockskip.tasks.memory.trace import trace_paths, traced
+from mlx_blockskip.tasks.sampling.denoise import check_size
+from mlx_blockskip.tasks.sampling.previews import save_png
+from mlx_blockskip.tasks.select import plot
+from mlx_blockskip.tasks.select.masked import Masks, Series, distances, make
+from mlx_blockskip.tasks.skipping.probe import ProbeSettings, probe_subject
 
 SHOWN_RATIOS = (0.3, 0.4, 0.5)
 """The paper's skip ratios."""
@@ -52,26 +52,26 @@ class Subjects:
     images: Path
 
 
-Measured = Generator[Event, None, tuple[Distances | None, dict[str, Any]]]
+Measured = tuple[Distances | None, dict[str, Any]]
 """The table, if there is one, and what else is recorded."""
 
 
 @traced
-def select(settings: SelectSettings) -> Generator[Event, None, Selection]:
+def select(settings: SelectSettings) -> Selection:
     """Measure what masking does and write the plan for every number of blocks. See `SelectSettings`."""
     target, picture = output_paths(settings)
     dataset = load_dataset(Path(settings.data).expanduser(), _only(settings.prompt)) if settings.data else None
     if dataset is None and settings.method == "probe":
         raise UserError("--data: give a directory of the subject's images to probe with, or another --method")
-    model = yield from open_named(settings.model, budget_of(settings.memory_budget))
+    model = open_named(settings.model, budget_of(settings.memory_budget))
     depth = model.stack.depth
     k = largest(settings.skip_ratio, depth)
     trees: list[lora.Tree] = []
     for path in settings.adapter_path:
-        trees.append((yield from load_adapters(model, [path], [])))
+        trees.append(load_adapters(model, [path], []))
     images = target.with_name(f"{target.stem}_images")
     measure = {"probe": by_probe, "generate": by_images, "sliding": by_windows}[settings.method]
-    table, measured = yield from measure(Subjects(settings, model, trees or [{}], dataset, k, images))
+    table, measured = measure(Subjects(settings, model, trees or [{}], dataset, k, images))
     record = {
         "format": 1,
         "method": settings.method,
@@ -85,10 +85,10 @@ def select(settings: SelectSettings) -> Generator[Event, None, Selection]:
         **measured,
     }
     files.write_json(target, record)
-    save_png(picture, select_plot.draw(record, model.stack.kinds))
-    yield summary(record, table, depth)
-    yield Saved(target, "block selection")
-    yield Saved(picture, "picture of it")
+    save_png(picture, plot.draw(record, model.stack.kinds))
+    emit(summary(record, table, depth))
+    emit(Saved(target, "block selection"))
+    emit(Saved(picture, "picture of it"))
     return Selection(target, table)
 
 
@@ -96,8 +96,8 @@ def by_probe(subjects: Subjects) -> Measured:
     """Distances of predicted velocities; nothing is generated."""
     assert subjects.dataset is not None
     probe = probe_settings(subjects.settings, subjects.model, subjects.k)
-    tables, (done, alone) = yield from probe_subject(subjects.model, subjects.dataset, probe, subjects.trees)
-    yield Note(f"{done} block evaluations; {alone} without sharing what variants have in common")
+    tables, (done, alone) = probe_subject(subjects.model, subjects.dataset, probe, subjects.trees)
+    emit(Note(f"{done} block evaluations; {alone} without sharing what variants have in common"))
     measurements = [_curves(table, {"adapter": number}) for number, table in enumerate(tables)]
     counts = {"evaluations": done, "evaluations_without_sharing": alone}
     return selection.mean(tables), {"measurements": measurements, **counts}
@@ -108,7 +108,7 @@ def by_images(subjects: Subjects) -> Measured:
     depth = subjects.model.stack.depth
     variants = {f"{end}-{count:02d}": (end, count) for end, count in selection.variants(subjects.k)}
     masks = {name: selection.masks_of(variant, depth) for name, variant in variants.items()}
-    found, how = yield from masked_images(subjects, masks)
+    found, how = masked_images(subjects, masks)
     tables = [selection.collect({variants[name]: d for name, d in one.items()}, subjects.k) for _, one in found]
     measurements = [_curves(table, where) for (where, _), table in zip(found, tables, strict=True)]
     return selection.mean(tables), {"measurements": measurements, "encoder": how}
@@ -121,7 +121,7 @@ def by_windows(subjects: Subjects) -> Measured:
         raise UserError(f"--window {width}: the model has {depth} blocks")
     spans = {f"window-{start:02d}": (start, stop) for start, stop in selection.windows(depth, width)}
     masks: Masks = {f"{FULL}-00": {}} | {name: masking.image_to_text(range(*span)) for name, span in spans.items()}
-    found, how = yield from masked_images(subjects, masks)
+    found, how = masked_images(subjects, masks)
     means = {name: sum(one[name] for _, one in found) / len(found) for name in spans}
     windows = [{"start": start, "stop": stop, "distance": means[name]} for name, (start, stop) in spans.items()]
     measurements = [{**where, "windows": list(one.values())} for where, one in found]
@@ -173,19 +173,19 @@ def probe_settings(settings: SelectSettings, model: DiffusionModel, k: int) -> P
     )
 
 
-def encoder_of(settings: SelectSettings, model: DiffusionModel) -> Generator[Event, None, Encoder]:
+def encoder_of(settings: SelectSettings, model: DiffusionModel) -> Encoder:
     """The encoder whose distance is D."""
     if settings.distance == "clip":
-        return (yield from clip_encoder(settings.clip_model, model.path))
-    return (yield from vision_encoder(settings.vision_model, model.path))
+        return clip_encoder(settings.clip_model, model.path)
+    return vision_encoder(settings.vision_model, model.path)
 
 
 def masked_images(
     subjects: Subjects, masks: Masks
-) -> Generator[Event, None, tuple[list[tuple[dict[str, Any], dict[str, float]]], dict[str, str]]]:
+) -> tuple[list[tuple[dict[str, Any], dict[str, float]]], dict[str, str]]:
     """Make the images of every adapter, prompt and seed, and measure them: (which one, distances by mask); and how."""
     settings, model = subjects.settings, subjects.model
-    encoder = yield from encoder_of(settings, model)
+    encoder = encoder_of(settings, model)
     full = next(iter(masks))
     seeds = range(settings.seed, settings.seed + settings.n_images)
     found: list[tuple[dict[str, Any], dict[str, float]]] = []
@@ -193,8 +193,8 @@ def masked_images(
         prompts = prompts_of(settings, number, subjects.dataset)
         how = as_generated(settings, model, prompts)
         series = Series(prompts, seeds, masks, how, subjects.images / f"adapter{number}")
-        yield from make(model, series, tree)
-        measured = yield from distances(series, encoder, full)
+        make(model, series, tree)
+        measured = distances(series, encoder, full)
         for (prompt, seed), one in zip(series.places, measured, strict=True):
             found.append(({"adapter": number, "prompt": prompts[prompt], "seed": seed}, one))
     return found, {"distance": settings.distance, "identity": encoder.identity}

@@ -1,7 +1,7 @@
 """Setting a training run up: what was left open is filled, the plan chosen, captions encoded, chunks measured."""
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +14,13 @@ from mlx_blockskip.blockskip.residuals import Layout
 from mlx_blockskip.data import Dataset, load_dataset
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.events import Event, Warning
+from mlx_blockskip.events import Warning, emit
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.settings import TrainSettings, parse_size, required, to_mapping
 from mlx_blockskip.tasks.phases import phase
-from mlx_blockskip.tasks.precompute import layout
-from mlx_blockskip.tasks.recipe import Recipe
-from mlx_blockskip.tasks.samples import class_images
+from mlx_blockskip.tasks.sampling.previews import class_images
+from mlx_blockskip.tasks.train.precompute import layout
+from mlx_blockskip.tasks.train.recipe import Recipe
 
 FALLBACK: dict[str, Any] = {
     "skip_ratio": DEFAULT_RATIO,
@@ -102,7 +102,7 @@ def _complete_prior(given: TrainSettings, filled: TrainSettings) -> TrainSetting
 
 def prepare(
     settings: TrainSettings, directory: Path, model: DiffusionModel, dataset: Dataset, plan: SkipPlan, ample: bool
-) -> Generator[Event, None, Job]:
+) -> Job:
     """Make the class images, encode the captions and set up what the records are made from."""
     s_max, s_min, length, batch_size = required(
         settings, "resolution", "train_resolution", "max_sequence_length", "batch_size"
@@ -110,24 +110,24 @@ def prepare(
     assert settings.prior_weight is not None
     patch = PatchSettings(settings.patch_mode or "dynamic", s_min, s_max, model.granularity)
     if small := sum(side < s_max for side in dataset.short_sides):
-        yield Warning(
-            f"{small} of {len(dataset.examples)} images have a side of less than {s_max} pixels and are enlarged; "
-            f"larger photos, or a smaller --resolution, keep what is learned sharp"
+        emit(
+            Warning(
+                f"{small} of {len(dataset.examples)} images have a side of less than {s_max} pixels and are enlarged; "
+                f"larger photos, or a smaller --resolution, keep what is learned sharp"
+            )
         )
-    prior = yield from prior_dataset(settings, directory, model)
+    prior = prior_dataset(settings, directory, model)
     examples = dataset.examples + (prior.examples if prior else ())
     captions = list(dict.fromkeys(example.caption for example in examples))
     with phase("encode prompts", len(captions), "prompt") as track:
-        yield track.begin
         encoded = model.encode_prompts(captions, length)
         store = directory / "cache" / "prompts.safetensors"
         named = {f"{i}.{key}": v for i, prompt in enumerate(encoded.prompts) for key, v in prompt.items()}
         files.save_tensors(store, named)
-        yield track.step(len(captions))
-    yield track.end
+        track.step(len(captions))
     for caption, cut in zip(captions, encoded.truncated, strict=True):
         if cut:
-            yield Warning(f"the caption is longer than {length} tokens and was cut: {caption}")
+            emit(Warning(f"the caption is longer than {length} tokens and was cut: {caption}"))
     del encoded, named
     recipe = Recipe(
         model=model,
@@ -157,9 +157,7 @@ def prepare(
     return job
 
 
-def prior_dataset(
-    settings: TrainSettings, directory: Path, model: DiffusionModel
-) -> Generator[Event, None, Dataset | None]:
+def prior_dataset(settings: TrainSettings, directory: Path, model: DiffusionModel) -> Dataset | None:
     """The class images: the user's own, or made once by the model as it is; None without prior preservation."""
     (side, count) = required(settings, "resolution", "class_images")
     if settings.class_data:
@@ -168,13 +166,11 @@ def prior_dataset(
             Path(settings.class_data).expanduser(), caption, option="--class-data", prompt_option="--class-prompt"
         )
     elif settings.class_prompt and count:
-        prior = yield from class_images(
-            model, settings.class_prompt, count, side, directory / "class_images", settings.seed
-        )
+        prior = class_images(model, settings.class_prompt, count, side, directory / "class_images", settings.seed)
     else:
         return None
     for text in prior.warnings:
-        yield Warning(text)
+        emit(Warning(text))
     return prior
 
 

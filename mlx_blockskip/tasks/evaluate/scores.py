@@ -5,7 +5,7 @@ and its prompt, the identifier left out. Source: DreamBooth (arXiv 2208.12242), 
 of the base model's image and the adapted model's from the same noise, for prompts that do not name the subject.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from PIL import Image as PillowImage
 
 from mlx_blockskip.data import Dataset, grid, load_image
 from mlx_blockskip.engine import files
-from mlx_blockskip.events import Event, Table
+from mlx_blockskip.events import Table, emit
 from mlx_blockskip.metrics import mean_among, mean_pairwise
 
 THUMBNAIL = 192
@@ -96,7 +96,7 @@ def _means(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: float(np.mean([record[name] for record in records])) for name in names}
 
 
-def tables(report: Mapping[str, Any], dataset: Dataset) -> Generator[Event, None, None]:
+def tables(report: Mapping[str, Any], dataset: Dataset) -> None:
     """The result for a person."""
     means, real = report["means"], report["real"]
     rows = [_row(prompt["prompt"], prompt, ("dino", "clip_i", "clip_t")) for prompt in report["prompts"]]
@@ -105,13 +105,13 @@ def tables(report: Mapping[str, Any], dataset: Dataset) -> Generator[Event, None
         rows.append(_row("mean of the base model", report["baseline"]["means"], ("dino", "clip_i", "clip_t")))
     rows.append(_row("the subject's images among themselves", real, ("dino", "clip_i", "clip_t")))
     title = f"Similarity to the subject's images ({len(dataset.examples)}) and to the prompt"
-    yield Table(title, ("prompt", "DINO", "CLIP-I", "CLIP-T"), tuple(rows))
+    emit(Table(title, ("prompt", "DINO", "CLIP-I", "CLIP-T"), tuple(rows)))
     if report["drift"]:
         names = ("dino", "clip_i", "clip_t_base", "clip_t")
         rows = [_row(prompt["prompt"], prompt, names) for prompt in report["drift"]["prompts"]]
         rows.append(_row("mean", report["drift"]["means"], names))
         columns = ("prompt", "DINO", "CLIP-I", "CLIP-T before", "CLIP-T after")
-        yield Table("Drift: images without the subject, before and after, from the same noise", columns, tuple(rows))
+        emit(Table("Drift: images without the subject, before and after, from the same noise", columns, tuple(rows)))
 
 
 def _row(label: str, scores: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:

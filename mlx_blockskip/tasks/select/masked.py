@@ -1,6 +1,6 @@
 """Images made with attention from image to text masked in some blocks, and how far each is from the unmasked one."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,14 +8,13 @@ from typing import Any
 from mlx_blockskip import lora, metrics
 from mlx_blockskip.data import load_image
 from mlx_blockskip.engine import owned
-from mlx_blockskip.events import Event, Image
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.vision.encoder import Encoder
 from mlx_blockskip.settings import GenerateSettings, required
-from mlx_blockskip.tasks.budget import images_at_once
 from mlx_blockskip.tasks.generate import FROM_MODEL, Shot, draw
+from mlx_blockskip.tasks.memory.check import images_at_once
 from mlx_blockskip.tasks.phases import phase
-from mlx_blockskip.tasks.sampling import seeded_noise
+from mlx_blockskip.tasks.sampling.denoise import seeded_noise
 
 IMAGES = ("prompt*-seed*-*.png",)
 """What a directory of masked images holds."""
@@ -46,7 +45,7 @@ class Series:
         return self.directory / f"prompt{prompt}-seed{seed}-{mask}.png"
 
 
-def make(model: DiffusionModel, series: Series, tree: lora.Tree) -> Generator[Event, None, None]:
+def make(model: DiffusionModel, series: Series, tree: lora.Tree) -> None:
     """Write the images that are not there yet; those made from something else are removed first."""
     made_from: dict[str, Any] = {name: getattr(series.how, name) for name in FROM_MODEL}
     made_from |= {"model": model.identity, "adapter": lora.checksum(tree), "prompts": list(series.prompts)}
@@ -60,23 +59,17 @@ def make(model: DiffusionModel, series: Series, tree: lora.Tree) -> Generator[Ev
     ]
     size = images_at_once(series.how, model, min(WAITING, len(missing))) if missing else 1
     for start in range(0, len(missing), size):
-        for event in draw(model, series.how, missing[start : start + size], tree):
-            if not isinstance(event, Image):  # they are there to be compared
-                yield event
-        model.release()
+        draw(model, series.how, missing[start : start + size], tree, shown=False)
 
 
-def distances(series: Series, encoder: Encoder, full: str) -> Generator[Event, None, list[dict[str, float]]]:
+def distances(series: Series, encoder: Encoder, full: str) -> list[dict[str, float]]:
     """D between the image under the name `full` and each other, by name: one dictionary for each place."""
     found = []
-    with phase("embed images", len(series.places) * len(series.masks), "image") as track:
-        yield track.begin
+    with phase("embed images", len(series.places) * len(series.masks), "image", release=encoder.release) as track:
         for done, (prompt, seed) in enumerate(series.places, 1):
             images = [load_image(series.path(prompt, seed, name)) for name in series.masks]
             rows = dict(zip(series.masks, encoder.embed_images(images), strict=True))
             whole = rows.pop(full)[None]
             found.append({name: float(metrics.distance(whole, row[None])[0]) for name, row in rows.items()})
-            yield track.step(done * len(series.masks))
-        encoder.release()
-    yield track.end
+            track.step(done * len(series.masks))
     return found

@@ -2,7 +2,7 @@
 
 import functools
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,43 +10,39 @@ from typing import Any, TypeVar
 from mlx_blockskip.engine import files, timeline
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.timeline import FIRST_SWEEPS, Point, Timeline
-from mlx_blockskip.events import Event, Saved, Warning
+from mlx_blockskip.events import Saved, Warning, emit
 from mlx_blockskip.settings import GenerateSettings, SelectSettings, TrainSettings
-from mlx_blockskip.tasks.budget import AUTO, budget_of
-from mlx_blockskip.tasks.trace_plot import draw
+from mlx_blockskip.tasks.memory.check import AUTO, budget_of
+from mlx_blockskip.tasks.memory.trace_plot import draw
 
 SUFFIXES = (".json", ".png")
 
 S = TypeVar("S", TrainSettings, GenerateSettings, SelectSettings)
 R = TypeVar("R")
-Task = Callable[[S], Generator[Event, None, R]]
+Task = Callable[[S], R]
 
 
 def traced(task: Task[S, R]) -> Task[S, R]:
     """The task, with its timeline where `trace_memory` asks for one."""
 
     @functools.wraps(task)
-    def run(settings: S) -> Generator[Event, None, R]:
+    def run(settings: S) -> R:
         return task(settings) if settings.trace_memory is None else _recorded(task, settings)
 
     return run
 
 
-def _recorded(task: Task[S, R], settings: S) -> Generator[Event, None, R]:
+def _recorded(task: Task[S, R], settings: S) -> R:
     targets = trace_paths(settings.trace_memory)
     budget = None if settings.memory_budget == AUTO else budget_of(settings.memory_budget)
     check_writable(targets)
     try:
         with timeline.recording() as recorded:
-            result = yield from task(settings)
-    except GeneratorExit:  # nobody listens any more
-        for _ in _written(targets, as_json(recorded, task.__name__, budget, "left")):
-            pass
-        raise
+            result = task(settings)
     except BaseException as error:
-        yield from _written(targets, as_json(recorded, task.__name__, budget, type(error).__name__))
+        _written(targets, as_json(recorded, task.__name__, budget, type(error).__name__))
         raise
-    yield from _written(targets, as_json(recorded, task.__name__, budget, None))
+    _written(targets, as_json(recorded, task.__name__, budget, None))
     return result
 
 
@@ -75,7 +71,7 @@ def check_writable(targets: tuple[Path, ...]) -> None:
             raise UserError(f"--trace-memory: {target} is a directory; choose another name")
 
 
-def _written(targets: tuple[Path, ...], record: dict[str, Any]) -> Generator[Event, None, None]:
+def _written(targets: tuple[Path, ...], record: dict[str, Any]) -> None:
     """Write both files, unless no phase was begun. What goes wrong here does not undo the run."""
     if not record["phases"]:
         return
@@ -85,10 +81,10 @@ def _written(targets: tuple[Path, ...], record: dict[str, Any]) -> Generator[Eve
         with files.atomic_file(as_picture) as temporary:
             draw(record).save(temporary, format="PNG")
     except OSError as error:
-        yield Warning(f"--trace-memory: {error.filename or as_data} could not be written ({error.strerror or error})")
+        emit(Warning(f"--trace-memory: {error.filename or as_data} could not be written ({error.strerror or error})"))
         return
     for target in targets:
-        yield Saved(target, "memory timeline")
+        emit(Saved(target, "memory timeline"))
 
 
 def as_json(recorded: Timeline, task: str, budget: int | None, stopped: str | None) -> dict[str, Any]:

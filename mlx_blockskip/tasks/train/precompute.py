@@ -1,6 +1,6 @@
 """Compute the records of a chunk: patches through the VAE, then one sweep a group through the stack."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,10 +13,9 @@ from mlx_blockskip.data import to_pixels
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.stack import arrays
 from mlx_blockskip.engine.sweep import Sample, forward, modulations
-from mlx_blockskip.events import Event
 from mlx_blockskip.models.family import DiffusionModel, Posterior, Prompt, Tokens
 from mlx_blockskip.tasks.phases import phase
-from mlx_blockskip.tasks.recipe import Draw, Recipe
+from mlx_blockskip.tasks.train.recipe import Draw, Recipe
 
 KNOWN_BYTES = 16 << 20
 """What the VAE said of the last crops."""
@@ -25,19 +24,16 @@ WAITING_BYTES = 192 << 20
 """Of micro-batches that wait in one precompute sweep. How many wait changes no result: each is applied by itself."""
 
 
-def encode_images(recipe: Recipe, numbers: range, path: Path) -> Generator[Event, None, None]:
+def encode_images(recipe: Recipe, numbers: range, path: Path) -> None:
     """Latents x0 of the micro-batches, into a file. The VAE takes one crop at a time; the last few stay in memory."""
     entries = [files.TensorEntry(str(number), recipe.latent_shape, "F32") for number in numbers]
     known: dict[tuple[int, Patch], Posterior] = {}
-    with phase("encode images", len(numbers) * recipe.batch_size, "image") as track:
-        yield track.begin
-        with files.SafetensorsWriter(path, entries) as writer:
-            for done, number in enumerate(numbers, 1):
-                latents = [_latents(recipe, draw, known) for draw in recipe.draws(number)]
-                writer.write(str(number), mx.concatenate(latents).astype(mx.float32))
-                yield track.step(done * recipe.batch_size)
-    recipe.model.release()
-    yield track.end
+    count, release = len(numbers) * recipe.batch_size, recipe.model.release
+    with phase("encode images", count, "image", release=release) as track, files.SafetensorsWriter(path, entries) as w:
+        for done, number in enumerate(numbers, 1):
+            latents = [_latents(recipe, draw, known) for draw in recipe.draws(number)]
+            w.write(str(number), mx.concatenate(latents).astype(mx.float32))
+            track.step(done * recipe.batch_size)
 
 
 def _latents(recipe: Recipe, draw: Draw, known: dict[tuple[int, Patch], Posterior]) -> mx.array:
@@ -76,7 +72,7 @@ def _numbered(name: str, modulation: Sequence[mx.array] | None) -> dict[str, mx.
 
 def compute_chunk(
     recipe: Recipe, shape: Layout, numbers: range, path: Path, fingerprint: str, tree: lora.Tree
-) -> Generator[Event, None, Chunk]:
+) -> Chunk:
     """Make the chunk, or read it where it is already there with this fingerprint. `tree`: the adapter of fresh
     residuals (empty for base).
     """
@@ -84,21 +80,20 @@ def compute_chunk(
         return Chunk(path)
     path.unlink(missing_ok=True)
     latents_path = path.with_name("latents.safetensors")
-    yield from encode_images(recipe, numbers, latents_path)
+    encode_images(recipe, numbers, latents_path)
     latents = files.MappedTensors(latents_path)
     prompts = _prompt_records(recipe, numbers)
     entries = [files.TensorEntry(n, tuple(a.shape), files.dtype_name(a.dtype)) for n, a in prompts.items()]
     entries += [entry for number in numbers for entry in shape.entries(number)]
-    with phase("precompute", len(numbers), "batch") as track:
-        yield track.begin
-        with files.SafetensorsWriter(path, entries, {FINGERPRINT: fingerprint}) as writer:
-            while prompts:
-                writer.write(*prompts.popitem())
-            for group in _groups(recipe, numbers):
-                _write_group(recipe, group, latents, writer, tree)
-                yield track.step(group[-1] + 1 - numbers.start)
-        recipe.model.release()
-    yield track.end
+    with (
+        phase("precompute", len(numbers), "batch", release=recipe.model.release) as track,
+        files.SafetensorsWriter(path, entries, {FINGERPRINT: fingerprint}) as writer,
+    ):
+        while prompts:
+            writer.write(*prompts.popitem())
+        for group in _groups(recipe, numbers):
+            _write_group(recipe, group, latents, writer, tree)
+            track.step(group[-1] + 1 - numbers.start)
     latents_path.unlink()
     return Chunk(path)
 

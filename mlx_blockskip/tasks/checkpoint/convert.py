@@ -1,6 +1,6 @@
 """`convert`: a Hugging Face checkpoint becomes an MLX model directory."""
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mlx_blockskip.converters import run, vision
@@ -8,18 +8,18 @@ from mlx_blockskip.converters.run import Precision, default_dtype
 from mlx_blockskip.converters.table import Component
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.events import Event, Note, Saved
+from mlx_blockskip.events import Note, Saved, emit
 from mlx_blockskip.models.family import Family
 from mlx_blockskip.models.registry import find_family
 from mlx_blockskip.settings import ConvertSettings
-from mlx_blockskip.tasks.hub import ENCODER, PIPELINE, download, looks_like_repo
+from mlx_blockskip.tasks.checkpoint.hub import ENCODER, PIPELINE, download, looks_like_repo
 from mlx_blockskip.tasks.phases import phase
 
 ENCODER_DTYPE = "float32"
 """What image encoders are stored in where nothing else is asked for: they are small, and they measure."""
 
 
-def convert(settings: ConvertSettings) -> Generator[Event, None, Path]:
+def convert(settings: ConvertSettings) -> Path:
     """Convert `hf_path` (a directory or repo id) into the new directory `mlx_path`; returns its path."""
     target = Path(settings.mlx_path).expanduser()
     if not settings.hf_path:
@@ -31,7 +31,7 @@ def convert(settings: ConvertSettings) -> Generator[Event, None, Path]:
         if not looks_like_repo(settings.hf_path):
             raise UserError(f"{settings.hf_path}: no such directory, and not a repo id such as owner/name")
         repo, _, revision = settings.hf_path.partition("@")
-        source = yield from download(repo, settings.revision or revision or None, (PIPELINE, ENCODER))
+        source = download(repo, settings.revision or revision or None, (PIPELINE, ENCODER))
     modulation = 0 if settings.q_modulation == "none" else int(settings.q_modulation)
     precision = Precision(
         settings.dtype or (ENCODER_DTYPE if is_encoder(source) else default_dtype()),
@@ -39,12 +39,12 @@ def convert(settings: ConvertSettings) -> Generator[Event, None, Path]:
         settings.q_group_size,
         modulation if settings.quantize else 0,
     )
-    yield from convert_directory(source, target, precision, settings.hf_path)
-    yield Saved(target, "model")
+    convert_directory(source, target, precision, settings.hf_path)
+    emit(Saved(target, "model"))
     return target
 
 
-def convert_directory(source: Path, target: Path, precision: Precision, origin: str) -> Generator[Event, None, None]:
+def convert_directory(source: Path, target: Path, precision: Precision, origin: str) -> None:
     """Convert a local directory; the target appears when it is whole. Yields events."""
     if is_encoder(source):
         components, writing = _encoder(source, precision, origin)
@@ -55,14 +55,11 @@ def convert_directory(source: Path, target: Path, precision: Precision, origin: 
         raise UserError(
             f"{target}: {need / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB are free; choose another disk"
         )
-    yield from notes(components, precision)
+    notes(components, precision)
     shards = sum(len(run.plan_shards(component, precision)) for component in components)
-    with phase("convert", shards, "shards") as track:
-        yield track.begin
-        with files.atomic_directory(target) as temporary:
-            for done, _ in enumerate(writing(temporary), 1):
-                yield track.step(done)
-    yield track.end
+    with phase("convert", shards, "shards") as track, files.atomic_directory(target) as temporary:
+        for done, _ in enumerate(writing(temporary), 1):
+            track.step(done)
 
 
 Writing = Callable[[Path], Iterator[tuple[str, str]]]
@@ -93,18 +90,20 @@ def _encoder(source: Path, precision: Precision, origin: str) -> tuple[list[Comp
     return [part.component for part in parts], writing
 
 
-def notes(components: list[Component], precision: Precision) -> Generator[Event, None, None]:
+def notes(components: list[Component], precision: Precision) -> None:
     """Say which layers the wanted group size does not divide."""
     found = {k: v for component in components for k, v in run.exceptions(component, precision).items()}
     smaller, whole = [k for k, v in found.items() if v], [k for k, v in found.items() if not v]
     if smaller:
         sizes = " or ".join(str(size) for size in sorted({found[k] for k in smaller}))
-        yield Note(
-            f"{len(smaller)} layers have inputs that {precision.group_size} does not divide, and get groups of "
-            f"{sizes}: {smaller[0]} ..."
+        emit(
+            Note(
+                f"{len(smaller)} layers have inputs that {precision.group_size} does not divide, and get groups of "
+                f"{sizes}: {smaller[0]} ..."
+            )
         )
     if whole:
-        yield Note(f"{len(whole)} layers have inputs that no group size divides, and stay whole: {whole[0]} ...")
+        emit(Note(f"{len(whole)} layers have inputs that no group size divides, and stay whole: {whole[0]} ..."))
 
 
 def is_converted(path: Path) -> bool:

@@ -1,7 +1,6 @@
 """The skip plan of a training run: what the user gave, what the model records, or what a probe of the subject finds."""
 
 import math
-from collections.abc import Generator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,10 +10,10 @@ from mlx_blockskip.blockskip.patches import PatchSettings
 from mlx_blockskip.blockskip.plan import SkipPlan
 from mlx_blockskip.data import Dataset
 from mlx_blockskip.engine import files
-from mlx_blockskip.events import Event, Note
+from mlx_blockskip.events import Note, emit
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.settings import TrainSettings, required
-from mlx_blockskip.tasks.probe import ProbeSettings, probe_subject
+from mlx_blockskip.tasks.skipping.probe import ProbeSettings, probe_subject
 
 AUTO, EVEN = "auto", "even"
 IMAGES, LEVELS, LOOKS = 2, 2, 8
@@ -49,9 +48,7 @@ def likely_plan(settings: TrainSettings, model: DiffusionModel) -> SkipPlan:
     return known_plan(settings, model) or even_plan(settings, model)
 
 
-def probed_plan(
-    settings: TrainSettings, model: DiffusionModel, dataset: Dataset, directory: Path
-) -> Generator[Event, None, SkipPlan]:
+def probed_plan(settings: TrainSettings, model: DiffusionModel, dataset: Dataset, directory: Path) -> SkipPlan:
     """Probe the base model on the subject's images; what was found is kept in the adapter directory."""
     s_max, s_min, length = required(settings, "resolution", "train_resolution", "max_sequence_length")
     ratio, depth = _ratio(settings), model.stack.depth
@@ -63,8 +60,8 @@ def probed_plan(
     path = directory / FILE
     found = files.read_json(path) if path.is_file() else {}
     if any(found.get(key) != value for key, value in made_from.items()):
-        yield Note(f"Probing which blocks to skip at a ratio of {ratio:g}; --plan even takes both ends alike instead")
-        (table,), _ = yield from probe_subject(model, dataset, probe, [{}])
+        emit(Note(f"Probing which blocks to skip at a ratio of {ratio:g}; --plan even takes both ends alike instead"))
+        (table,), _ = probe_subject(model, dataset, probe, [{}])
         found = {"format": 1, "method": "probe", **made_from, **selection.as_json(table, depth)}
         files.write_json(path, found)
     return plans.from_selection(found, ratio, depth, path)

@@ -4,10 +4,10 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 import mlx.core as mx
 
@@ -19,22 +19,22 @@ from mlx_blockskip.data import load_dataset
 from mlx_blockskip.engine import files, kept, owned, sweep
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.sweep import Sample
-from mlx_blockskip.events import Event, Note, Saved, Warning, as_record
+from mlx_blockskip.events import Event, Note, Saved, Warning, as_record, emit, listening
 from mlx_blockskip.models.family import Tokens
 from mlx_blockskip.models.registry import family_named, read_config
 from mlx_blockskip.settings import TrainSettings, to_mapping
-from mlx_blockskip.tasks import checkpoints, optimizer
-from mlx_blockskip.tasks.adapters import TENSORS, save_adapter
-from mlx_blockskip.tasks.budget import budget_of, check_training
-from mlx_blockskip.tasks.checkpoints import State
-from mlx_blockskip.tasks.job import CACHE_FILES, Job, complete, prepare
-from mlx_blockskip.tasks.moments import Moments
+from mlx_blockskip.tasks.checkpoint.adapters import TENSORS, save_adapter
+from mlx_blockskip.tasks.checkpoint.resolve import open_named
+from mlx_blockskip.tasks.memory.check import budget_of, check_training
+from mlx_blockskip.tasks.memory.trace import traced
 from mlx_blockskip.tasks.phases import phase
-from mlx_blockskip.tasks.plans import even_plan, known_plan, probed_plan
-from mlx_blockskip.tasks.precompute import compute_chunk
-from mlx_blockskip.tasks.resolve import open_named
-from mlx_blockskip.tasks.samples import write_samples
-from mlx_blockskip.tasks.trace import traced
+from mlx_blockskip.tasks.sampling.previews import write_samples
+from mlx_blockskip.tasks.skipping.choice import even_plan, known_plan, probed_plan
+from mlx_blockskip.tasks.train import checkpoints, optimizer
+from mlx_blockskip.tasks.train.checkpoints import State
+from mlx_blockskip.tasks.train.moments import Moments
+from mlx_blockskip.tasks.train.precompute import compute_chunk
+from mlx_blockskip.tasks.train.setup import CACHE_FILES, Job, complete, prepare
 
 PATIENCE = 10
 """Steps in a row without a finite loss before the run stops."""
@@ -51,7 +51,7 @@ class TrainResult:
 
 
 @traced
-def train(settings: TrainSettings) -> Generator[Event, None, TrainResult]:
+def train(settings: TrainSettings) -> TrainResult:
     """Train a LoRA on the images in `data` and write the adapter directory. See `TrainSettings` for the options."""
     if not settings.data:
         raise UserError("--data: give a directory of images")
@@ -60,44 +60,40 @@ def train(settings: TrainSettings) -> Generator[Event, None, TrainResult]:
         raise UserError(f"{directory}: already holds an adapter; choose another --adapter-path, or go on with --resume")
     dataset = load_dataset(Path(settings.data).expanduser(), settings.prompt)
     for text in dataset.warnings:
-        yield Warning(text)
-    model = yield from open_named(settings.model, budget_of(settings.memory_budget))
+        emit(Warning(text))
+    model = open_named(settings.model, budget_of(settings.memory_budget))
     settings = complete(settings, model)
     plan = known_plan(settings, model)
     ample = check_training(settings, model, plan or even_plan(settings, model))
     with files.lock(directory / ".lock"):
         owned.begin(directory / "cache", CACHE_FILES)
         if plan is None:
-            plan = yield from probed_plan(settings, model, dataset, directory)
+            plan = probed_plan(settings, model, dataset, directory)
             ample = check_training(settings, model, plan)
-        job = yield from prepare(settings, directory, model, dataset, plan, ample)
-        state = yield from first_state(job)
-        yield from describe(job)
-        with (directory / "log.jsonl").open("a", encoding="utf-8") as log:
-            result = yield from logged(run(job, state), log)
+        job = prepare(settings, directory, model, dataset, plan, ample)
+        state = first_state(job)
+        describe(job)
+        with logged(directory / "log.jsonl"):
+            result = run(job, state)
         owned.clear(directory / "cache", CACHE_FILES)
     (directory / ".lock").unlink(missing_ok=True)
     return result
 
 
-def logged(task: Generator[Event, None, TrainResult], log: TextIO) -> Generator[Event, None, TrainResult]:
-    """Pass a task's events on and write them down. A Ctrl-C that meets the reader is the task's to handle."""
-    try:
-        event = next(task)
-        while True:
-            try:
-                log.write(json.dumps({"time": round(time.time(), 3), **as_record(event)}) + "\n")
-                log.flush()
-                yield event
-            except KeyboardInterrupt as stop:
-                event = task.throw(stop)
-                continue
-            event = next(task)
-    except StopIteration as done:
-        return done.value
+@contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """Inside, events are written down too, a line of JSON each."""
+    with path.open("a", encoding="utf-8") as log:
+
+        def write(event: Event) -> None:
+            log.write(json.dumps({"time": round(time.time(), 3), **as_record(event)}) + "\n")
+            log.flush()
+
+        with listening(write):
+            yield
 
 
-def first_state(job: Job) -> Generator[Event, None, State]:
+def first_state(job: Job) -> State:
     """The last checkpoint where the run goes on, else new factors."""
     settings, model = job.settings, job.model
     moments = Moments(None if job.ample else job.directory / "cache" / "moments")
@@ -105,7 +101,7 @@ def first_state(job: Job) -> Generator[Event, None, State]:
         saved = checkpoints.found(job.directory)
         if not saved:
             raise UserError(f"{job.directory}: has no checkpoint to go on from; run without --resume")
-        yield Note(f"Going on from {saved[-1].name}")
+        emit(Note(f"Going on from {saved[-1].name}"))
         return checkpoints.load(saved[-1], model.stack, job.identity, moments)
     assert settings.rank
     modules = lora.targets(family_named(read_config(model.path)["family"]).lora_targets, settings.lora_targets)
@@ -113,7 +109,7 @@ def first_state(job: Job) -> Generator[Event, None, State]:
     return State(tree, moments)
 
 
-def describe(job: Job) -> Generator[Event, None, None]:
+def describe(job: Job) -> None:
     """Say what is trained, and how much of the images the crops cover."""
     recipe, settings = job.recipe, job.settings
     assert settings.iters
@@ -122,15 +118,15 @@ def describe(job: Job) -> Generator[Event, None, None]:
     draws = [recipe.draw(k) for k in itertools.islice(own, 200)]
     sizes = [recipe.image(draw.image).size for draw in draws]
     share = sum(coverage([d.patch], size) for d, size in zip(draws, sizes, strict=True)) / len(draws)
-    yield Note(f"{recipe.plan}; {recipe.plan.source or 'given'}")
-    yield Note(f"{len(recipe.dataset.examples)} images; a crop covers {share:.0%} of its image on average")
+    emit(Note(f"{recipe.plan}; {recipe.plan.source or 'given'}"))
+    emit(Note(f"{len(recipe.dataset.examples)} images; a crop covers {share:.0%} of its image on average"))
     if settings.residuals == "fresh" and recipe.plan.later and batches <= job.chunk_length:
-        yield Warning("the run fits into one chunk, so its fresh residuals are those of the base model")
+        emit(Warning("the run fits into one chunk, so its fresh residuals are those of the base model"))
     if recipe.prior:
-        yield Note(f"every other sample is one of {len(recipe.prior.examples)} class images")
+        emit(Note(f"every other sample is one of {len(recipe.prior.examples)} class images"))
 
 
-def run(job: Job, state: State) -> Generator[Event, None, TrainResult]:
+def run(job: Job, state: State) -> TrainResult:
     """Chunk after chunk until `iters`. Ctrl-C saves and says how to go on."""
     settings = job.settings
     assert settings.iters
@@ -138,10 +134,9 @@ def run(job: Job, state: State) -> Generator[Event, None, TrainResult]:
     failures = 0
     try:
         while state.step < settings.iters:
-            numbers, chunk = yield from next_chunk(job, state)
+            numbers, chunk = next_chunk(job, state)
             last = min(settings.iters, numbers.stop // settings.grad_accumulation)
-            with phase("train", settings.iters, "step") as track:
-                yield track.begin
+            with phase("train", settings.iters, "step", release=job.model.release) as track:
                 while state.step < last:
                     with job.resident():
                         loss = train_step(job, chunk, state)
@@ -153,23 +148,21 @@ def run(job: Job, state: State) -> Generator[Event, None, TrainResult]:
                             f"the loss was not finite {PATIENCE} steps in a row; "
                             f"lower --learning-rate (now {settings.learning_rate:g})"
                         )
-                    yield track.step(state.step, loss, optimizer.learning_rate(settings, state.step - 1))
-                    yield from after_step(job, state)
-            yield track.end
-            job.model.release()
+                    track.step(state.step, loss, optimizer.learning_rate(settings, state.step - 1))
+                    after_step(job, state)
     except KeyboardInterrupt:
         if state.step:
             path = checkpoints.save(job.directory, state, job.model.stack, job.identity)
-            yield Note(f"Stopped; {path} is saved. Go on with the same command and --resume")
+            emit(Note(f"Stopped; {path} is saved. Go on with the same command and --resume"))
         raise
     finish(job, state)
     if state.skipped:
-        yield Warning(f"{state.skipped} steps had no finite loss and were skipped")
-    yield Saved(job.directory, "adapter")
+        emit(Warning(f"{state.skipped} steps had no finite loss and were skipped"))
+    emit(Saved(job.directory, "adapter"))
     return TrainResult(job.directory, state.step, state.skipped, sum(losses) / max(1, len(losses)))
 
 
-def next_chunk(job: Job, state: State) -> Generator[Event, None, tuple[range, Chunk]]:
+def next_chunk(job: Job, state: State) -> tuple[range, Chunk]:
     """The micro-batches of the chunk that the next step is in, and their records. The chunk before it is removed."""
     settings = job.settings
     assert settings.iters
@@ -187,7 +180,7 @@ def next_chunk(job: Job, state: State) -> Generator[Event, None, tuple[range, Ch
         if old != path:
             old.unlink()
     numbers, expected = range(start, stop), residuals.fingerprint(parts)
-    return numbers, (yield from compute_chunk(job.recipe, job.layout, numbers, path, expected, adapter))
+    return numbers, compute_chunk(job.recipe, job.layout, numbers, path, expected, adapter)
 
 
 def train_step(job: Job, chunk: Chunk, state: State) -> float:
@@ -244,7 +237,7 @@ def settle_moments(job: Job, state: State) -> None:
     reader.reserve(size)
 
 
-def after_step(job: Job, state: State) -> Generator[Event, None, None]:
+def after_step(job: Job, state: State) -> None:
     """Checkpoint and sample images, where it is time."""
     settings = job.settings
     if settings.steps_per_save and state.step % settings.steps_per_save == 0 and state.step < (settings.iters or 0):
@@ -253,7 +246,7 @@ def after_step(job: Job, state: State) -> Generator[Event, None, None]:
         prompts = settings.sample_prompt or [job.recipe.dataset.examples[0].caption]
         tree = lora.combine([state.tree], [settings.scale])
         job.model.release()
-        yield from write_samples(job.model, prompts, tree, job.directory / "samples", state.step, settings.seed)
+        write_samples(job.model, prompts, tree, job.directory / "samples", state.step, settings.seed)
 
 
 def finish(job: Job, state: State) -> None:

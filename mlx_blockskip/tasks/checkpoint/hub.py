@@ -3,7 +3,7 @@
 import errno
 import fnmatch
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from mlx_blockskip.converters.run import load_table
 from mlx_blockskip.converters.source import PICKLED, WEIGHTS, preferred
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.events import Event, Note
+from mlx_blockskip.events import Note, emit
 from mlx_blockskip.models.registry import find_family
 
 INDEX = "model_index.json"
@@ -108,7 +108,7 @@ def in_safetensors(repo: str, info: Any) -> Any:
     return info
 
 
-def fetch(repo: str, info: Any, layouts: Sequence[Layout] = (PIPELINE,)) -> Generator[Event, None, Path]:
+def fetch(repo: str, info: Any, layouts: Sequence[Layout] = (PIPELINE,)) -> Path:
     """A local snapshot at `info`'s commit, of a checkpoint in the first of the layouts whose index the repo has.
 
     Raises UserError with the reason and the way out.
@@ -133,13 +133,11 @@ def fetch(repo: str, info: Any, layouts: Sequence[Layout] = (PIPELINE,)) -> Gene
                 "free some, or set HF_HOME to another disk"
             )
         if missing:
-            yield Note(f"Downloading {repo} ({size / 2**30:.1f} GiB at most) from the Hub")
+            emit(Note(f"Downloading {repo} ({size / 2**30:.1f} GiB at most) from the Hub"))
         return Path(snapshot_download(repo, revision=info.sha, allow_patterns=names))
 
 
-def download(
-    repo: str, revision: str | None = None, layouts: Sequence[Layout] = (PIPELINE,)
-) -> Generator[Event, None, Path]:
+def download(repo: str, revision: str | None = None, layouts: Sequence[Layout] = (PIPELINE,)) -> Path:
     """A local snapshot of a checkpoint; without an answer from the Hub, the one that was downloaded before.
 
     Raises UserError with the Hub's reason and the way out.
@@ -152,9 +150,9 @@ def download(
         kept = downloaded_before(repo, revision)
         if kept is None:
             raise
-        yield Note(f"{error}; using what was downloaded before: {kept}")
+        emit(Note(f"{error}; using what was downloaded before: {kept}"))
         return kept
-    return (yield from fetch(repo, info, layouts))
+    return fetch(repo, info, layouts)
 
 
 def downloaded_before(repo: str, revision: str | None = None) -> Path | None:

@@ -1,0 +1,1 @@
+"""From a name to an opened model, encoder or adapter."""

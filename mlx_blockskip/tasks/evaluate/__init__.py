@@ -1,0 +1,1 @@
+"""`evaluate`: what an adapter has learned, and what it has changed besides."""

@@ -1,0 +1,1 @@
+"""`select`: which blocks to skip, by masking attention from image to text."""

@@ -1,0 +1,1 @@
+"""Which blocks a training run skips."""
