@@ -26,8 +26,8 @@ from mlx_blockskip.tasks.evaluate import evaluate as evaluate_task
 from mlx_blockskip.tasks.evaluate.evaluate import Evaluation
 from mlx_blockskip.tasks.select import select as select_task
 from mlx_blockskip.tasks.select.select import Selection
-from mlx_blockskip.tasks.train import loop as train_task
-from mlx_blockskip.tasks.train.loop import TrainResult
+from mlx_blockskip.tasks.train import train as train_task
+from mlx_blockskip.tasks.train.train import TrainResult
 
 __all__ = ["convert", "estimate", "evaluate", "export", "generate", "load", "select", "train"]
 

@@ -6,7 +6,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
@@ -26,7 +26,7 @@ COMMANDS = {
 }
 TASKS = {
     "convert": "mlx_blockskip.tasks.checkpoint.convert",
-    "train": "mlx_blockskip.tasks.train.loop",
+    "train": "mlx_blockskip.tasks.train.train",
     "select": "mlx_blockskip.tasks.select.select",
     "generate": "mlx_blockskip.tasks.generate",
     "estimate": "mlx_blockskip.tasks.estimate",
@@ -64,7 +64,7 @@ def _root(
 def _command(name: str, cls: type) -> Callable[..., None]:
     """A typer command whose options are the fields of `cls`; only options that were given override the config file."""
     hints = get_type_hints(cls)
-    known = {f.name: f for f in fields(cls)}
+    known = {f.name: f for f in settings.options_of(cls)}
 
     def command(ctx: typer.Context, **options: Any) -> None:
         given = {

@@ -7,7 +7,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -31,7 +31,7 @@ class ConvertSettings:
     hf_path: str = option("", "Hugging Face directory or repo id.")
     mlx_path: str = option("mlx_model", "Directory to write.")
     quantize: bool = option(False, "Quantize the linear layers of the blocks.", short="-q")
-    q_bits: int = option(4, "Bits a weight.", choices=(4, 6, 8))
+    q_bits: int = option(4, "Bits per weight.", choices=(4, 6, 8))
     q_group_size: int = option(64, "Weights that share a scale.", choices=(32, 64, 128))
     q_modulation: str = option("none", "Bits of the modulation layers.", choices=("none", "8"))
     dtype: str | None = option(
@@ -42,17 +42,73 @@ class ConvertSettings:
     revision: str | None = option(None, "Branch, tag or commit of the repo.")
 
 
-MODEL = "MLX model directory, Hugging Face directory, repo id, or tiny-flux, tiny-sana."
-BUDGET = "MLX memory to stay within, e.g. 2GB; auto: what this machine has; 0: the least that is possible."
 DATA, PRIOR, METHOD = "Data", "Prior preservation", "Block skipping"
-LORA, OPTIMIZER, RUN = "LoRA", "Optimizer", "Run"
+LORA, OPTIMIZER, RUN, DRAWING, MEMORY = "LoRA", "Optimizer", "Run", "Drawing", "Memory"
+
+MODEL = "MLX model directory, Hugging Face directory, repo id, or tiny-flux, tiny-sana."
 
 
 @dataclass
-class TrainSettings:
+class ModelChoice:
+    model: str = option("tiny-flux", MODEL)
+
+
+@dataclass
+class TextLength:
+    max_sequence_length: int | None = option(None, "Text tokens, padding included.")
+
+
+@dataclass
+class DrawingOptions(TextLength):
+    """How images are drawn; what is left open is the model's own."""
+
+    steps: int | None = option(None, "Denoising steps.", group=DRAWING)
+    cfg_scale: float | None = option(None, "Classifier-free guidance; 1 is none.", group=DRAWING)
+    guidance: float | None = option(None, "Embedded guidance of a distilled model.", group=DRAWING)
+    width: int | None = option(None, "Pixels.", group=DRAWING)
+    height: int | None = option(None, "Pixels.", group=DRAWING)
+
+
+@dataclass
+class MemoryOptions:
+    """What a command may take of the memory, and a record of what it took."""
+
+    memory_budget: str | None = option(
+        "auto",
+        "MLX memory to stay within, e.g. 2GB; auto: what this machine has; 0: the least that is possible.",
+        group=MEMORY,
+    )
+    trace_memory: str | None = option(
+        None, "Write a timeline of MLX memory, block by block, as PATH.json and PATH.png.", group=MEMORY
+    )
+
+
+@dataclass
+class EncoderOptions:
+    """What images are compared by."""
+
+    vision_model: str | None = option(None, "DINO or DINOv2 to compare images with.")
+    clip_model: str | None = option(None, "CLIP to compare images and texts with.")
+
+
+@dataclass
+class TrainSize(TextLength):
+    """What decides how much a training run takes."""
+
+    resolution: int | None = option(
+        None, "Shorter side of a resized image, and largest crop (s_max), in pixels.", group=METHOD
+    )
+    train_resolution: int | None = option(None, "Side of a training patch (s_min), in pixels.", group=METHOD)
+    rank: int | None = option(None, "Rank of the LoRA factors.", group=LORA)
+    iters: int | None = option(None, "Optimizer steps.", group=RUN)
+    batch_size: int | None = option(None, "Training samples per micro-batch.", group=RUN)
+    cache_limit: str = option("8GB", "Largest residual cache on disk.", group=RUN)
+
+
+@dataclass
+class TrainSettings(MemoryOptions, TrainSize, ModelChoice):
     """Learn a subject from a few photos: a LoRA on the retained blocks."""
 
-    model: str = option("tiny-flux", MODEL)
     data: str = option("", "Directory of images, with captions beside them or not.", group=DATA)
     prompt: str | None = option(None, 'Caption of images that have none, e.g. "a photo of sks dog".', group=DATA)
     class_prompt: list[str] = option(
@@ -63,7 +119,7 @@ class TrainSettings:
     )
     class_data: str | None = option(None, "Directory of class images to use instead, with captions.", group=PRIOR)
     prior_weight: float | None = option(
-        None, "What a class image counts in the loss, beside 1 of the subject's (1 by default).", group=PRIOR
+        None, "Weight of a class image in the loss, where a subject's image has 1 (1 by default).", group=PRIOR
     )
     adapter_path: str = option("adapters", "Adapter directory to write.", group=RUN)
     skip_ratio: float | None = option(None, "Share of blocks to skip; 0 is plain LoRA.", group=METHOD)
@@ -80,13 +136,9 @@ class TrainSettings:
     patch_mode: str | None = option(
         None, "How patches are cut.", choices=("dynamic", "high-to-low", "random", "resize", "none"), group=METHOD
     )
-    resolution: int | None = option(None, "Shorter side of a resized image, and largest crop (s_max).", group=METHOD)
-    train_resolution: int | None = option(None, "Side of a training patch (s_min).", group=METHOD)
-    max_sequence_length: int | None = option(None, "Text tokens, padding included.", group=METHOD)
-    guidance: float | None = option(None, "Guidance that a distilled model trains with.", group=METHOD)
+    guidance: float | None = option(None, "Embedded guidance that a distilled model trains with.", group=METHOD)
     timestep_mean: float = option(0.0, "Mean of the logit-normal noise level.", group=METHOD)
     timestep_std: float = option(1.0, "Deviation of the logit-normal noise level.", group=METHOD)
-    rank: int | None = option(None, "Rank.", group=LORA)
     scale: float = option(1.0, "alpha / rank.", group=LORA)
     lora_targets: str = option("all", "Layers of the retained blocks.", choices=("attention", "all"), group=LORA)
     learning_rate: float | None = option(None, "Learning rate.", group=OPTIMIZER)
@@ -96,15 +148,8 @@ class TrainSettings:
     warmup: int = option(0, "Steps over which the learning rate rises.", group=OPTIMIZER)
     weight_decay: float = option(0.01, "AdamW's weight decay.", group=OPTIMIZER)
     clip: float = option(1.0, "Largest global norm of the gradients; 0 for none.", group=OPTIMIZER)
-    iters: int | None = option(None, "Optimizer steps.", group=RUN)
-    batch_size: int | None = option(None, "Images a micro-batch.", group=RUN)
-    grad_accumulation: int = option(1, "Micro-batches an optimizer step; all wait in one sweep.", group=RUN)
-    seed: int = option(0, "Seed of everything random.", group=RUN)
-    cache_limit: str = option("8GB", "Largest residual cache on disk.", group=RUN)
-    memory_budget: str | None = option("auto", BUDGET, group=RUN)
-    trace_memory: str | None = option(
-        None, "Write a timeline of MLX memory, block by block, as PATH.json and PATH.png.", group=RUN
-    )
+    grad_accumulation: int = option(1, "Micro-batches per optimizer step; all wait in one sweep.", group=RUN)
+    seed: int = option(0, "Seed of every random draw: images, crops, noise levels, noise, LoRA factors.", group=RUN)
     steps_per_save: int = option(100, "Steps between checkpoints; 0 for none.", group=RUN)
     steps_per_sample: int = option(0, "Steps between sample images; 0 for none.", group=RUN)
     sample_prompt: list[str] = option([], "Prompt of sample images; repeatable.", group=RUN)
@@ -112,37 +157,25 @@ class TrainSettings:
 
 
 @dataclass
-class GenerateSettings:
+class GenerateSettings(MemoryOptions, DrawingOptions, ModelChoice):
     """Generate images."""
 
-    model: str = option("tiny-flux", MODEL)
     prompt: list[str] = option([], "What to show; repeatable.")
-    prompt_file: str | None = option(None, "Text file with a prompt a line.")
+    prompt_file: str | None = option(None, "Text file with one prompt per line.")
     negative_prompt: str = option("", "What not to show (where cfg-scale is above 1).")
     adapter_path: list[str] = option([], "Adapter directory, or LoRA file of diffusers; repeatable.", group=LORA)
     lora_scale: list[float] = option([], "Strength of each adapter; 1 by default.", group=LORA)
-    cfg_scale: float | None = option(None, "Classifier-free guidance; 1 is none.")
-    guidance: float | None = option(None, "Guidance of a distilled model.")
-    steps: int | None = option(None, "Steps from noise to image.")
     seed: int = option(0, "Seed of the first image; the others follow.")
-    n_images: int = option(1, "Images a prompt.")
-    width: int | None = option(None, "Pixels.")
-    height: int | None = option(None, "Pixels.")
-    max_sequence_length: int | None = option(None, "Text tokens, padding included.")
+    n_images: int = option(1, "Images per prompt.")
     noise: str | None = option(None, "safetensors file with `noise` (B x C x h x w) to start from, instead of a seed.")
-    memory_budget: str | None = option("auto", BUDGET)
-    trace_memory: str | None = option(
-        None, "Write a timeline of MLX memory, block by block, as PATH.json and PATH.png."
-    )
     from_image: str | None = option(None, "PNG made by this tool, whose settings are taken.")
     output: str = option("out.png", "File to write; numbered where there are several images.")
 
 
 @dataclass
-class SelectSettings:
+class SelectSettings(MemoryOptions, EncoderOptions, DrawingOptions, ModelChoice):
     """Choose which blocks to skip, by masking attention from image to text (Algorithm 1)."""
 
-    model: str = option("tiny-flux", MODEL)
     method: str = option(
         "probe",
         "generate: Algorithm 1, on generated images; probe: on predicted velocities, without generating; "
@@ -157,51 +190,31 @@ class SelectSettings:
         group=DATA,
     )
     skip_ratio: float = option(0.5, "Largest share of blocks that plans are wanted for.", group=METHOD)
-    stride: int = option(1, "probe: look at every so many-th n and m; what lies between is interpolated.", group=METHOD)
-    noise_levels: int = option(4, "probe: noise levels an image.", group=METHOD)
+    stride: int = option(1, "probe: measure every so many-th n and m; what lies between is interpolated.", group=METHOD)
+    noise_levels: int = option(4, "probe: noise levels per image.", group=METHOD)
     probe_images: int = option(4, "probe: images of the subject.", group=METHOD)
-    resolution: int | None = option(None, "probe: side of the images.", group=METHOD)
+    resolution: int | None = option(
+        None, "probe: side of the images (by default the side of a training patch).", group=METHOD
+    )
     window: int = option(1, "sliding: consecutive blocks that are masked.", group=METHOD)
     distance: str = option("dino", "What images are compared by.", choices=("dino", "clip"), group=METHOD)
-    vision_model: str | None = option(None, "DINO or DINOv2 to compare with.", group=METHOD)
-    clip_model: str | None = option(None, "CLIP to compare with.", group=METHOD)
-    n_images: int = option(1, "Seeds a prompt.")
+    n_images: int = option(1, "Seeds per prompt.")
     seed: int = option(0, "Seed of the first image; the others follow.")
-    cfg_scale: float | None = option(None, "Classifier-free guidance; 1 is none.")
-    guidance: float | None = option(None, "Guidance of a distilled model.")
-    steps: int | None = option(None, "Steps from noise to image.")
-    width: int | None = option(None, "Pixels.")
-    height: int | None = option(None, "Pixels.")
-    max_sequence_length: int | None = option(None, "Text tokens, padding included.")
-    memory_budget: str | None = option("auto", BUDGET, group=RUN)
-    trace_memory: str | None = option(
-        None, "Write a timeline of MLX memory, block by block, as PATH.json and PATH.png.", group=RUN
-    )
     output: str = option("selection.json", "File to write; a picture and the images go beside it.", group=RUN)
 
 
 @dataclass
-class EstimateSettings:
+class EstimateSettings(TrainSize, DrawingOptions):
     """Say what a run would take in memory, disk and time, before anything is downloaded."""
 
     model: str = option(
         "tiny-flux", "Directory of either layout, a preset such as flux1-dev or sana-1.6b, or tiny-flux, tiny-sana."
     )
     memory: str = option("auto", "MLX memory there is, e.g. 8GB; auto: what this machine has.")
-    resolution: int | None = option(None, "Largest crop of training images (s_max).", group=METHOD)
-    train_resolution: int | None = option(None, "Side of a training patch (s_min).", group=METHOD)
-    max_sequence_length: int | None = option(None, "Text tokens, padding included.", group=METHOD)
-    rank: int | None = option(None, "Rank.", group=LORA)
-    iters: int | None = option(None, "Optimizer steps.", group=RUN)
-    batch_size: int | None = option(None, "Images a micro-batch.", group=RUN)
-    cache_limit: str = option("8GB", "Largest residual cache on disk.", group=RUN)
-    width: int | None = option(None, "Pixels of a generated image.")
-    height: int | None = option(None, "Pixels of a generated image.")
-    steps: int | None = option(None, "Steps from noise to image.")
 
 
 @dataclass
-class EvaluateSettings:
+class EvaluateSettings(MemoryOptions, EncoderOptions, DrawingOptions):
     """Measure how like its subject an adapter's images are, how true to prompts, and how far other images drift."""
 
     adapter_path: str = option("adapters", "Adapter directory, or LoRA file of diffusers.")
@@ -221,22 +234,15 @@ class EvaluateSettings:
         choices=("object", "living", "plain"),
         group=DATA,
     )
-    prompts: str | None = option(None, "Text file with a prompt a line, {} where the subject goes.", group=DATA)
+    prompts: str | None = option(None, "Text file with one prompt per line, {} where the subject goes.", group=DATA)
     drift_prompts: str | None = option(None, "Text file of prompts without the subject.", group=DATA)
-    n_images: int = option(4, "Images a prompt.")
+    n_images: int = option(4, "Images per prompt.")
     baseline: bool = option(False, "Also make and measure the base model's images of the subject's prompts.")
-    drift_images: int = option(1, "Images a prompt without the subject, by the base model and the adapted; 0 for none.")
+    drift_images: int = option(
+        1, "Images per prompt without the subject, by the base model and the adapted; 0 for none."
+    )
     seed: int = option(0, "Seed of the first image of every prompt; the others follow.")
     lora_scale: float = option(1.0, "Strength of the adapter.")
-    cfg_scale: float | None = option(None, "Classifier-free guidance; 1 is none.")
-    guidance: float | None = option(None, "Guidance of a distilled model.")
-    steps: int | None = option(None, "Steps from noise to image.")
-    width: int | None = option(None, "Pixels.")
-    height: int | None = option(None, "Pixels.")
-    max_sequence_length: int | None = option(None, "Text tokens, padding included.")
-    vision_model: str | None = option(None, "DINO or DINOv2 to compare with.")
-    clip_model: str | None = option(None, "CLIP to compare with.")
-    memory_budget: str | None = option("auto", BUDGET)
     output: str | None = option(None, "Directory to write (by default `evaluation` in the adapter directory).")
 
 
@@ -266,7 +272,7 @@ def from_mapping(cls: type[S], mapping: Mapping[str, Any]) -> S:
             near = difflib.get_close_matches(name, hints, n=1)
             raise UserError(f"{key}: is not a setting" + (f"; did you mean {near[0]}?" if near else ""))
         values[name] = _checked(name, value, hints[name])
-    for known in fields(cls):  # type: ignore[arg-type]
+    for known in options_of(cls):
         choices = known.metadata["choices"]
         value = values.get(known.name)
         if choices and value is not None and value not in choices:
@@ -324,17 +330,15 @@ def to_mapping(settings: Any) -> dict[str, Any]:
     return asdict(settings)
 
 
+def options_of(cls: type) -> list[Field]:
+    """The fields, with a command's own before those that it shares with others."""
+    own = [f for f in fields(cls) if f.name in cls.__annotations__]
+    return own + [f for f in fields(cls) if f not in own]
+
+
 def defaults_of(cls: type) -> dict[str, Any]:
     """Each field's default."""
     return {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(cls)}  # type: ignore
-
-
-def required(settings: Any, *names: str) -> tuple[int, ...]:
-    """Whole-number settings that must be known by now. Raises UserError for one that neither user nor model gave."""
-    for name in names:
-        if getattr(settings, name) is None:
-            raise UserError(f"--{name.replace('_', '-')}: the model records no default; give it")
-    return tuple(getattr(settings, name) for name in names)
 
 
 UNITS = {"": 1, "B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}

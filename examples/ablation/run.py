@@ -249,7 +249,7 @@ def main() -> None:
         print(json.dumps(one(given.out, name, options, Path(subject), seed, model)))
         return
     opened = load(given.model)
-    chosen = rows(opened.stack.depth, opened.defaults["plans"]["0.5"])
+    chosen = rows(opened.stack.depth, opened.defaults.plans["0.5"])
     subjects = chosen_subjects(given.out, given.full, given.tune)
     seeds = range(3) if given.full else range(1)
     waiting = list(jobs_of(given.out, tuning(chosen) if given.tune else chosen, subjects, seeds, given.model))

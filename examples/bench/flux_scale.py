@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from steps import GIB, MIB, machine
@@ -129,7 +129,6 @@ def hollow(job: dict, encoders: bool = False) -> Path:
     """A hollow model. encoders: text encoders at full depth."""
     from mlx_blockskip.converters.hollow import write_hollow
     from mlx_blockskip.converters.run import Precision
-
     from mlx_blockskip.tasks.checkpoint.resolve import bundled
 
     name, bits, depth = job["model"], job["bits"], job["depth"]
@@ -149,7 +148,6 @@ def make_source(target: Path, name: str) -> None:
     import shutil
 
     from mlx_blockskip.converters.run import load_table
-
     from mlx_blockskip.engine import files
     from mlx_blockskip.tasks.checkpoint.resolve import bundled
 
@@ -278,7 +276,7 @@ def train(job: dict, keep) -> None:  # type: ignore[no-untyped-def]
     from mlx_blockskip.events import listening
 
     if job["phase"] == "train":
-        from mlx_blockskip.tasks.train import loop as task
+        from mlx_blockskip.tasks.train import train as task
 
         with listening(keep):
             task.train(settings_of(job))
@@ -288,28 +286,29 @@ def train(job: dict, keep) -> None:  # type: ignore[no-untyped-def]
     run = prepared({**job, "n": sum(job["depth"]) - 1})
     chunk = run.directory / "chunk.safetensors"
     with listening(keep):
-        compute_chunk(run.recipe, run.layout, range(job["samples"]), chunk, "", {})
+        compute_chunk(run, range(job["samples"]), chunk, "", {})
 
 
 def prepared(job: dict):  # type: ignore[no-untyped-def]
     """The set-up of a training run."""
     from mlx_blockskip.data import load_dataset
     from mlx_blockskip.models.registry import open_model
-    from mlx_blockskip.tasks.skipping.choice import likely_plan
-    from mlx_blockskip.tasks.train.setup import complete, prepare
+    from mlx_blockskip.tasks.defaults import train_config
+    from mlx_blockskip.tasks.skipping.choice import even_plan, known_plan
+    from mlx_blockskip.tasks.train.setup import prepare
 
     settings = settings_of(job)
     model = open_model(Path(settings.model), 0)
-    settings = complete(settings, model)
-    dataset, plan = load_dataset(Path(settings.data), settings.prompt), likely_plan(settings, model)
-    return prepare(settings, Path(settings.adapter_path), model, dataset, plan, ample=False)
+    dataset = load_dataset(Path(settings.data), settings.prompt)
+    plan = known_plan(settings, model) or even_plan(settings, model)
+    return prepare(train_config(settings, model), Path(settings.adapter_path), model, dataset, plan, ample=False)
 
 
 def records(job: dict) -> dict[str, int]:
     """Bytes on disk of one sample's record, and of what is kept once a prompt."""
     run = prepared(job)
-    prompt = run.recipe.model.prompt_record(run.recipe.caption(0))
-    return {"sample": run.layout.nbytes, "prompt": sum(array.nbytes for array in prompt.values())}
+    prompt = run.model.prompt_record(run.samples.caption(0))
+    return {"sample": next(iter(run.layouts.values())).nbytes, "prompt": sum(array.nbytes for array in prompt.values())}
 
 
 def direct(job: dict) -> None:
@@ -322,7 +321,8 @@ def direct(job: dict) -> None:
     model = open_model(hollow(job, encoders), 0)
     side = job.get("side", 0)
     if encoders:
-        model.defaults = {**model.defaults, "instruction": False}  # its tokens are counted in `read`
+        own = {**model.defaults.own, "instruction": False}  # its tokens are counted in `read`
+        model.defaults = replace(model.defaults, own=own)
         mx.eval([list(p.values()) for p in model.encode_prompts(["a photo of sks dog"], job["text"]).prompts])
     elif job["phase"] == "encode images":
         mx.eval(model.encode_images(mx.zeros((1, side, side, 3))))

@@ -48,7 +48,7 @@ TRAINING: dict[str, dict[str, Any]] = {
     **{f"patches: {mode}": {"patch_mode": mode} for mode in ("dynamic", "high-to-low", "random", "resize", "none")},
 }
 DRAWN: dict[str, Any] = {"steps": 3, "width": 128, "height": 96}
-LEFT_OUT = ("model_identity", "identities", "data", "settings", "adapters", "encoder", "seconds", "path", "file")
+LEFT_OUT = ("model_identity", "identities", "data", "settings", "adapters", "encoder", "probe")
 
 
 def of_tensors(path: Path) -> str:
@@ -76,7 +76,9 @@ def of_table(path: Path) -> str:
     def kept(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: kept(item) for key, item in value.items() if key not in LEFT_OUT}
-        return [kept(item) for item in value] if isinstance(value, list) else value
+        if isinstance(value, list):
+            return [kept(item) for item in value]
+        return None if isinstance(value, str) and value.endswith(".png") else value
 
     text = json.dumps(kept(json.loads(path.read_text(encoding="utf-8"))), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

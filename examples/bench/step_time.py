@@ -42,12 +42,12 @@ import mlx_blockskip  # noqa: F401  (OpenBLAS goes before mlx.core)
 
 # isort: split
 import mlx.core as mx
-from mlx_blockskip.converters.hollow import write_hollow
-from mlx_blockskip.converters.run import Precision
 
 from mlx_blockskip import lora
-from mlx_blockskip.blockskip import residuals
+from mlx_blockskip.blockskip import records, residuals
 from mlx_blockskip.blockskip.plan import SkipPlan
+from mlx_blockskip.converters.hollow import write_hollow
+from mlx_blockskip.converters.run import Precision
 from mlx_blockskip.engine import files, kept, limits, sweep
 from mlx_blockskip.engine.stack import Modulation, Stack, Trainable
 from mlx_blockskip.engine.sweep import Sample
@@ -214,24 +214,22 @@ def precompute(model: Model, text: int, reader: BlockReader) -> Record:
     return record
 
 
-def write_record(path: Path, plan: SkipPlan, record: Record) -> residuals.Chunk:
+def write_record(path: Path, plan: SkipPlan, record: Record) -> records.Chunk:
     """What a plan's step reads, as a chunk of one micro-batch."""
-    found = {"0.target": mx.zeros_like(record.tokens[0].image)}
-    for boundary, names in residuals.boundaries(plan, "base").items():
-        for name in names:
-            text = residuals.keeps_text(plan, boundary)
-            found |= residuals.named(f"0.{name}", record.tokens[boundary], text)
+    tensors = {"target": mx.zeros_like(record.tokens[0].image)}
+    for boundary in residuals.boundaries(plan, "base"):
+        tensors |= records.of_boundary(plan, "base", boundary, record.tokens[boundary])
     for block in plan.retained:
-        found |= {f"0.modulation.{block}.{i}": part for i, part in enumerate(record.modulation[block])}
-    files.save_tensors(path, found)
-    return residuals.Chunk(path)
+        tensors |= records.of_modulation(block, record.modulation[block])
+    files.save_tensors(path, {f"0.{name}": value for name, value in tensors.items()})
+    return records.Chunk(path)
 
 
 def our_step(
     model: Model,
     text: int,
     plan: SkipPlan,
-    chunk: residuals.Chunk,
+    chunk: records.Chunk,
     reader: BlockReader,
     backward: Callable[..., list[mx.array]] = sweep.backward,
 ) -> None:
@@ -245,7 +243,7 @@ def our_step(
         trainable={block: model.tree[block] for block in plan.retained},
         loss=lambda _, tokens: error(tokens.image, chunk.target(0)),
         on_grad=grads.__setitem__,
-        bridge=residuals.bridge(chunk, [0], "base"),
+        bridge=residuals.bridge(chunk.tokens, [0], "base"),
     )
     mx.eval(grads)
 
@@ -322,7 +320,7 @@ def setting(model: Model, text: int, work: Path) -> Setting:
     return found
 
 
-def add_plan(found: Setting, model: Model, plan: SkipPlan, share: str, chunk: residuals.Chunk) -> None:
+def add_plan(found: Setting, model: Model, plan: SkipPlan, share: str, chunk: records.Chunk) -> None:
     """The variants that skip so many blocks."""
     small = found.text, image_tokens(S_MIN)
     ahead = precompute_flops(model, *small)

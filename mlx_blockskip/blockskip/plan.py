@@ -164,7 +164,6 @@ def choose(
     last: int | None = None,
     file: str | None = None,
     recorded: Mapping[str, Any] | None = None,
-    default_ratio: float = DEFAULT_RATIO,
 ) -> SkipPlan:
     """The plan that the settings ask for. `recorded`: the model's plans by ratio (its defaults' `plans`).
 
@@ -177,13 +176,13 @@ def choose(
     if file is not None:
         value = files.read_json(Path(file).expanduser())
         if isinstance(value, dict) and "plans" in value:
-            return from_selection(value, default_ratio if ratio is None else ratio, depth, file)
+            return from_selection(value, DEFAULT_RATIO if ratio is None else ratio, depth, file)
         if ratio is not None:
             raise UserError(f"--skip-ratio and --plan: {file} holds a single plan; give only one of them")
         return from_json(value, depth, file)
     if first is not None or last is not None:
         return SkipPlan.ends(first or 0, last or 0, depth)
-    ratio = default_ratio if ratio is None else ratio
+    ratio = DEFAULT_RATIO if ratio is None else ratio
     plan = (recorded or {}).get(f"{ratio:g}")
     return (
         SkipPlan.from_ratio(ratio, depth) if plan is None else from_json(plan, depth, f"the model's plan for {ratio:g}")

@@ -19,7 +19,7 @@ def begin(path: Path, names: Sequence[str], made_from: Mapping[str, Any] | None 
     Raises UserError where the directory holds anything that this tool did not make. Hidden files are passed over.
     """
     marker = path / MARKER
-    record = {**MADE_BY, **(made_from or {})}
+    record = json.loads(json.dumps({**MADE_BY, **(made_from or {})}))
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file, and a directory of this name is needed; move it elsewhere")
     before = _marked(path)

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from mlx_blockskip.engine.stack import Context, Modulation, Stack
 from mlx_blockskip.engine.weights import BlockReader
+from mlx_blockskip.models.defaults import ModelDefaults
 
 Prompt = Mapping[str, mx.array]
 """An encoded prompt: arrays with a leading batch axis, under names that the family chooses."""
@@ -55,7 +56,7 @@ class DiffusionModel(Protocol):
 
     path: Path
     identity: str
-    defaults: Mapping[str, Any]
+    defaults: ModelDefaults
     stack: Stack
     reader: BlockReader
     granularity: int
@@ -82,7 +83,7 @@ class DiffusionModel(Protocol):
 
     def tokens(self, latents: mx.array, prompt: Prompt) -> Tokens: ...
 
-    def context(self, sigma: mx.array, prompt: Prompt, size: Size, guidance: float | None) -> Context: ...
+    def context(self, sigma: mx.array, prompt: Prompt, size: Size, guidance: float) -> Context: ...
 
     def prompt_record(self, prompt: Prompt) -> dict[str, mx.array]: ...
 

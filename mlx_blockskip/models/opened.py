@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.stack import Stack, Weights
 from mlx_blockskip.engine.weights import BlockReader, Shards
+from mlx_blockskip.models.defaults import model_defaults
 
 Defaults = Callable[[Mapping[str, Any]], dict[str, Any]]
 """`(transformer config) -> settings`, as in `Family`."""
@@ -36,7 +37,7 @@ class Opened:
         self.shards = Shards(path / "transformer")
         self.config = self.shards.config
         own = files.read_json(path / "config.json").get("defaults", {})
-        self.defaults: Mapping[str, Any] = defaults(self.config) | own
+        self.defaults = model_defaults({**defaults(self.config), **own}, path / "config.json")
         self.stack = make_stack(self.config)
         self.reader = BlockReader(self.shards, self.stack, budget)
         self.scheduler: Mapping[str, Any] = files.read_json(path / "scheduler" / "scheduler_config.json")

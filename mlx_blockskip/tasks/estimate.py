@@ -22,16 +22,17 @@ from mlx_blockskip.converters.run import Precision, load_table, size_of
 from mlx_blockskip.engine import files, limits
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, Table, emit
+from mlx_blockskip.models.defaults import model_defaults
 from mlx_blockskip.models.family import Configs, DiffusionModel, Family
 from mlx_blockskip.models.registry import families, family_named, open_model, read_config
 from mlx_blockskip.settings import EstimateSettings, parse_size
 from mlx_blockskip.tasks.checkpoint.convert import family_of, is_converted
 from mlx_blockskip.tasks.checkpoint.resolve import BUNDLED, bundled
+from mlx_blockskip.tasks.defaults import known_defaults
 from mlx_blockskip.tasks.memory import predict
 from mlx_blockskip.tasks.memory.check import AUTO, budget_of
 from mlx_blockskip.tasks.memory.predict import Phase, Shape, Tracer
 from mlx_blockskip.tasks.phases import phase
-from mlx_blockskip.tasks.train.setup import FALLBACK
 
 PRECISIONS = {"bf16": 0, "8 bit": 8, "4 bit": 4}
 RATIOS = (0.0, 0.3, 0.4, 0.5)
@@ -140,7 +141,7 @@ def _plain(name: str) -> str:
 
 def complete(settings: EstimateSettings, subject: Subject) -> EstimateSettings:
     """Fill what was left open as training and generation would."""
-    known = {**FALLBACK, **subject.defaults}
+    known = known_defaults(model_defaults(subject.defaults, subject.name))
     names = ("resolution", "train_resolution", "max_sequence_length", "batch_size", "rank", "iters", "width", "height")
     return replace(settings, **{n: known[n] for n in (*names, "steps") if getattr(settings, n) is None})
 
@@ -169,8 +170,9 @@ def disk_speed(directory: Path) -> float:
 
 
 def _patches(settings: EstimateSettings, model: DiffusionModel) -> PatchSettings:
-    mode = str(model.defaults.get("patch_mode", FALLBACK["patch_mode"]))
-    return PatchSettings(mode, settings.train_resolution or 0, settings.resolution or 0, model.granularity)
+    return PatchSettings(
+        model.defaults.patch_mode, settings.train_resolution or 0, settings.resolution or 0, model.granularity
+    )
 
 
 def _hollow(subject: Subject, bits: int, target: Path, shallow: bool = False) -> DiffusionModel:

@@ -1,31 +1,24 @@
 """`generate`: prompts become images."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from PIL import Image as PillowImage
-from PIL import PngImagePlugin
 
-from mlx_blockskip import lora
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.stack import Mask
-from mlx_blockskip.events import Image, Warning, emit
-from mlx_blockskip.models.family import DiffusionModel, Encoded
-from mlx_blockskip.settings import GenerateSettings, defaults_of, from_mapping, required, to_mapping
+from mlx_blockskip.models.family import DiffusionModel
+from mlx_blockskip.settings import GenerateSettings, defaults_of, from_mapping, to_mapping
 from mlx_blockskip.tasks.checkpoint.adapters import load_adapters
 from mlx_blockskip.tasks.checkpoint.resolve import open_named
+from mlx_blockskip.tasks.defaults import DrawConfig, draw_config
 from mlx_blockskip.tasks.memory.check import budget_of, check_generation
 from mlx_blockskip.tasks.memory.trace import trace_paths, traced
-from mlx_blockskip.tasks.phases import phase
-from mlx_blockskip.tasks.sampling.denoise import Request, check_size, noise_shape, sample, seeded_noise, to_image
-
-PNG_KEY = "mlx-blockskip"
-FROM_MODEL = ("steps", "cfg_scale", "guidance", "width", "height", "max_sequence_length")
+from mlx_blockskip.tasks.sampling.denoise import noise_shape, seeded_noise
+from mlx_blockskip.tasks.sampling.pictures import PNG_KEY, Shot, draw
 
 
 @traced
@@ -39,69 +32,16 @@ def generate(settings: GenerateSettings) -> list[Path]:
         if path in targets:
             raise UserError(f"--trace-memory: {path} is an image of this run; choose another name")
     model = open_named(settings.model, budget_of(settings.memory_budget))
-    settings = complete(settings, model)
-    width, height, _ = required(settings, "width", "height", "steps")
-    check_size(model, width, height)
-    check_generation(settings, model, len(targets))
+    config = replace(draw_config(settings, model), n_images=settings.n_images)
+    check_generation(config, model, len(targets))
     tree = load_adapters(model, settings.adapter_path, settings.lora_scale)
-
-    noises = read_noise(settings, model, len(targets))
-    shots = [
-        Shot(prompts[i // settings.n_images], settings.seed + i, noise, target)
-        for i, (noise, target) in enumerate(zip(noises, targets, strict=True))
-    ]
-    draw(model, settings, shots, tree)
+    noises = read_noise(settings, config, model, len(targets))
+    shots = []
+    for i, (noise, target) in enumerate(zip(noises, targets, strict=True)):
+        prompt = prompts[i // settings.n_images]
+        shots.append(Shot(prompt, noise, target, record(settings, config, prompt, settings.seed + i)))
+    draw(model, config, shots, tree)
     return targets
-
-
-@dataclass(frozen=True)
-class Shot:
-    """One image to make: what it shows, the seed that is recorded, its noise (1, h, w, C), the PNG file, and masks by
-    block. With masks the file holds no settings: they would make another image.
-    """
-
-    prompt: str
-    seed: int
-    noise: mx.array
-    target: Path
-    masks: Mapping[int, Mask] = field(default_factory=dict)
-
-
-def draw(
-    model: DiffusionModel,
-    settings: GenerateSettings,
-    shots: Sequence[Shot],
-    tree: lora.Tree,
-    shown: bool = True,
-) -> None:
-    """Make all images in one sweep a step, then decode and write one after the other. settings: `complete`. shown:
-    whether each is told of; not those that are there only to be compared.
-    """
-    count, width, height = required(settings, "steps", "width", "height")
-    prompts = list(dict.fromkeys(shot.prompt for shot in shots))
-    encoded, negative = encode(model, prompts, settings)
-    requests = [Request(encoded.prompts[prompts.index(s.prompt)], negative, s.noise, s.masks) for s in shots]
-    with phase("generate", count, "step", release=model.release) as track:
-        latents = [r.noise for r in requests]
-        steps = sample(
-            model,
-            requests,
-            steps=count,
-            cfg_scale=settings.cfg_scale if settings.cfg_scale is not None else 1.0,
-            guidance=settings.guidance,
-            trainable=tree,
-        )
-        for done, latest in enumerate(steps, 1):
-            latents = latest
-            track.step(done)
-    del steps, latest, encoded, negative, requests
-    with phase("decode", len(latents), "image", release=model.release) as track:
-        for done, (latent, shot) in enumerate(zip(latents, shots, strict=True), 1):
-            image = to_image(model, latent, width, height)
-            write_png(shot.target, image, None if shot.masks else record(settings, shot.prompt, shot.seed))
-            track.step(done)
-            if shown:
-                emit(Image(shot.target, shot.prompt))
 
 
 def read_prompts(settings: GenerateSettings) -> list[str]:
@@ -122,32 +62,9 @@ def read_prompts(settings: GenerateSettings) -> list[str]:
     return prompts
 
 
-def complete(settings: GenerateSettings, model: DiffusionModel) -> GenerateSettings:
-    """Fill what was left open from the model's defaults."""
-    open_fields: dict[str, Any] = {
-        name: model.defaults.get(name) for name in FROM_MODEL if getattr(settings, name) is None
-    }
-    return replace(settings, **open_fields)
-
-
-def encode(model: DiffusionModel, prompts: list[str], settings: GenerateSettings) -> tuple[Encoded, Any]:
-    """Encode all prompts in one sweep; the negative prompt too where CFG is on."""
-    (length,) = required(settings, "max_sequence_length")
-    guided = (settings.cfg_scale or 1.0) > 1
-    negatives = [settings.negative_prompt] if guided else []
-    texts = [*prompts, *negatives]
-    with phase("encode prompts", len(texts), "prompt") as track:
-        encoded = model.encode_prompts(prompts, length, negatives)
-        track.step(len(texts))
-    for text, cut in zip(texts, encoded.truncated, strict=True):
-        if cut:
-            emit(Warning(f"the prompt is longer than {length} tokens and was cut: {text}"))
-    return encoded, encoded.prompts[-1] if guided else None
-
-
-def read_noise(settings: GenerateSettings, model: DiffusionModel, count: int) -> list[mx.array]:
+def read_noise(settings: GenerateSettings, config: DrawConfig, model: DiffusionModel, count: int) -> list[mx.array]:
     """Noise (1, h, w, C) for each image, from the seeds or from the file. Raises UserError where it does not fit."""
-    width, height = required(settings, "width", "height")
+    width, height = config.width, config.height
     if settings.noise is None:
         return [seeded_noise(model, settings.seed + i, width, height) for i in range(count)]
     path = Path(settings.noise).expanduser()
@@ -169,20 +86,11 @@ def output_paths(output: Path, count: int) -> list[Path]:
     return [output.with_name(f"{output.stem}-{i:02d}{output.suffix}") for i in range(1, count + 1)]
 
 
-def record(settings: GenerateSettings, prompt: str, seed: int) -> dict[str, Any]:
+def record(settings: GenerateSettings, config: DrawConfig, prompt: str, seed: int) -> dict[str, Any]:
     """What makes this one image again."""
-    kept = to_mapping(replace(settings, prompt=[prompt], seed=seed, n_images=1, prompt_file=None, from_image=None))
+    kept = to_mapping(replace(settings, prompt=[prompt], seed=seed, n_images=1)) | config.recorded()
     left_out = ("output", "memory_budget", "trace_memory", "from_image", "prompt_file")
     return {k: v for k, v in kept.items() if k not in left_out}
-
-
-def write_png(path: Path, image: PillowImage.Image, record: dict[str, Any] | None) -> None:
-    """Write a PNG whose text chunk holds the settings, where there are any."""
-    info = PngImagePlugin.PngInfo()
-    if record is not None:
-        info.add_itxt(PNG_KEY, json.dumps(record, ensure_ascii=False))
-    with files.atomic_file(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
 
 
 def recall(settings: GenerateSettings) -> GenerateSettings:

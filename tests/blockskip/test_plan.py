@@ -164,7 +164,7 @@ def test_the_plan_is_chosen_from_what_is_given(tmp_path):
     assert choose(8, ratio=0.0).runs == ()
     assert choose(8, first=0, last=0).runs == ()
     assert choose(8) == SkipPlan.from_ratio(0.5, 8)
-    assert choose(8, default_ratio=0.25) == SkipPlan.from_ratio(0.25, 8)
+    assert choose(8) == SkipPlan.from_ratio(0.5, 8)
 
 
 def test_a_plan_that_the_model_records_wins_over_the_even_split_of_its_ratio_only():

@@ -18,12 +18,12 @@ from mlx_blockskip.models.family import Tokens
 
 def start(model, number=0, batch=2):
     """A sample at boundary 0, its head modulation and a target."""
-    side = model.defaults["train_resolution"]
+    side = model.defaults.train_resolution
     shape = (batch, *model.latent_shape(side, side))
     latents, target = (mx.array(philox.normal(5, number, i, shape=shape)) for i in range(2))
-    encoded = model.encode_prompts(["a small cat", "red"][:batch], model.defaults["max_sequence_length"]).prompts
+    encoded = model.encode_prompts(["a small cat", "red"][:batch], model.defaults.max_sequence_length).prompts
     prompt = {key: mx.concatenate([p[key] for p in encoded]) for key in encoded[0]}
-    context = model.context(mx.array(np.linspace(0.3, 0.8, batch, dtype=np.float32)), prompt, shape[1:3], None)
+    context = model.context(mx.array(np.linspace(0.3, 0.8, batch, dtype=np.float32)), prompt, shape[1:3], 1.0)
     return Sample(model.tokens(latents, prompt), context), model.head_modulation(context), target, prompt
 
 
@@ -175,11 +175,11 @@ def test_masking_all_blocks_cuts_the_prompt_off(open_family):
     outputs = []
     for text in ("a cat", "blue"):
         _, _, _, prompt = start(model, batch=1)
-        other = dict(model.encode_prompts([text], model.defaults["max_sequence_length"]).prompts[0])
+        other = dict(model.encode_prompts([text], model.defaults.max_sequence_length).prompts[0])
         if "pooled" in other:
             other["pooled"] = prompt["pooled"]  # not attention: it reaches the image by modulation
         latents = mx.array(philox.normal(8, shape=(1, *model.latent_shape(64, 64))))
-        context = model.context(mx.array([0.5]), other, latents.shape[1:3], None)
+        context = model.context(mx.array([0.5]), other, latents.shape[1:3], 1.0)
         sample = Sample(model.tokens(latents, other), context, masks=image_to_text(range(model.stack.depth)))
         sweep.forward(model.stack, model.reader, [sample])
         outputs.append(model.head(sample.state, context, model.head_modulation(context)))

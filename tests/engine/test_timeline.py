@@ -32,7 +32,7 @@ def there_and_back(model):
     """Losses and gradients of a sweep over PATH, and the state that one over the whole stack ends with."""
     (prompt,) = model.encode_prompts(["a dog"], 6).prompts
     noise = mx.random.normal((1, 6, 6, 4), key=mx.random.key(0))
-    context = model.context(mx.array([0.5]), prompt, (6, 6), None)
+    context = model.context(mx.array([0.5]), prompt, (6, 6), 1.0)
     grads = {}
     losses = sweep.backward(
         attach(model.stack, 1.0),

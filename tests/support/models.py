@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import mlx.core as mx
-from mlx_blockskip.converters import run
 
+from mlx_blockskip.converters import run
 from mlx_blockskip.engine import files, philox
 
 
@@ -43,12 +43,22 @@ def random_tree(model, blocks, rank=3, targets="all", seed=0, b_scale=0.05):
 def prepared(settings):
     """The set-up of a training run, made but not begun."""
     from mlx_blockskip.data import load_dataset
+    from mlx_blockskip.engine import owned
     from mlx_blockskip.models.registry import open_model
-    from mlx_blockskip.tasks.skipping import choice
+    from mlx_blockskip.tasks.defaults import train_config
     from mlx_blockskip.tasks.train import setup
+    from mlx_blockskip.tasks.train.job import CACHE, CACHE_FILES
 
     model = open_model(Path(settings.model))
-    settings = setup.complete(settings, model)
     dataset = load_dataset(Path(settings.data), settings.prompt)
-    plan = choice.likely_plan(settings, model)
-    return setup.prepare(settings, Path(settings.adapter_path), model, dataset, plan, ample=True)
+    config, plan = train_config(settings, model), likely_plan(settings, model)
+    directory = Path(settings.adapter_path)
+    owned.begin(directory / CACHE, CACHE_FILES)
+    return setup.prepare(config, directory, model, dataset, plan, ample=True)
+
+
+def likely_plan(settings, model):
+    """The plan, or one of the same ratio where it has to be probed for."""
+    from mlx_blockskip.tasks.skipping import choice
+
+    return choice.known_plan(settings, model) or choice.even_plan(settings, model)

@@ -12,6 +12,7 @@ from mlx_blockskip.engine.stack import Block, BlockKind, Stack
 from mlx_blockskip.engine.weights import BlockReader, Shards
 from mlx_blockskip.models import registry
 from mlx_blockskip.models.attention import IMAGE_TO_TEXT, attention
+from mlx_blockskip.models.defaults import ModelDefaults
 from mlx_blockskip.models.family import Encoded, Family, Tokens
 from mlx_blockskip.models.layers import by_rows, gelu_tanh, layer_norm, linear, merge_heads, silu, split_heads
 from support.component import save_component
@@ -58,16 +59,9 @@ def stack(depth: int) -> Stack:
 
 class Toy:
     granularity = FACTOR
-    defaults: Mapping = {
-        "max_sequence_length": 6,
-        "resolution": 48,
-        "train_resolution": 32,
-        "width": 48,
-        "height": 48,
-        "steps": 3,
-        "cfg_scale": 2.0,
-        "rank": 2,
-    }
+    defaults = ModelDefaults(
+        max_sequence_length=6, resolution=48, train_resolution=32, width=48, height=48, steps=3, cfg_scale=2.0, rank=2
+    )
     scheduler: Mapping = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.5}
 
     def __init__(self, path: Path, budget: int | None):

@@ -195,15 +195,15 @@ def test_the_budget_changes_no_image(asked, tmp_path):
 
 def test_as_many_images_wait_as_the_budget_takes(tiny_flux):
     from mlx_blockskip.models.registry import open_model
-    from mlx_blockskip.tasks.generate import complete
+    from mlx_blockskip.tasks.defaults import draw_config
 
     model = open_model(tiny_flux)
 
     def at_once(text, most=32):
-        return check.images_at_once(complete(GenerateSettings(memory_budget=text), model), model, most)
+        return check.images_at_once(draw_config(GenerateSettings(memory_budget=text), model), model, most)
 
     assert (at_once("8GB"), at_once("0"), at_once(None)) == (32, 1, 32)
-    settings = complete(GenerateSettings(n_images=1), model)
+    settings = draw_config(GenerateSettings(), model)
     peak = check.generation_phases(settings, model, 8)[0].peak
     assert at_once(str(int(1.1 * peak))) == 8
 

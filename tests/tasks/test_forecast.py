@@ -4,11 +4,13 @@ import gc
 import math
 import re
 import shutil
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 from conftest import QUICK
 from support.compare import assert_same_adapter
+from support.models import likely_plan
 
 from mlx_blockskip import generate, train
 from mlx_blockskip.engine import files, kept, limits
@@ -16,10 +18,8 @@ from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Phase, PhaseEnd
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.settings import GenerateSettings, TrainSettings
-from mlx_blockskip.tasks.generate import complete
+from mlx_blockskip.tasks.defaults import draw_config, train_config
 from mlx_blockskip.tasks.memory import check, predict
-from mlx_blockskip.tasks.skipping import choice
-from mlx_blockskip.tasks.train import setup
 
 SETTINGS = [
     {"skip_first": 1, "skip_last": 0, "batch_size": 1, "rank": 2},
@@ -78,8 +78,8 @@ def test_training_takes_what_is_predicted(request, tmp_path, monkeypatch, name, 
 
     def predict():
         model = open_model(model_path, 0)
-        whole = setup.complete(settings, model)
-        return check.training_phases(whole, model, choice.likely_plan(whole, model))
+        whole = train_config(settings, model)
+        return check.training_phases(whole, model, likely_plan(whole, model))
 
     def measure():
         shutil.rmtree(tmp_path / "a", ignore_errors=True)
@@ -92,7 +92,7 @@ def test_the_adapter_lies_beside_images_that_are_encoded_for_training(tiny_flux,
     without_images(monkeypatch)
     settings = training(tiny_flux, tmp_path, iters=1, skip_first=1, skip_last=2)
     model = open_model(tiny_flux, 0)
-    phases = check.training_phases(setup.complete(settings, model), model, choice.likely_plan(settings, model))
+    phases = check.training_phases(train_config(settings, model), model, likely_plan(settings, model))
     header = files.read_header(train(settings=settings).adapter_path / "adapters.safetensors")
     assert phases[0].peak == 1000 + sum(4 * math.prod(entry.shape) for entry in header.entries.values())
 
@@ -121,7 +121,7 @@ def test_generation_takes_what_is_predicted(request, tmp_path, monkeypatch, name
 
     def predict():
         model = open_model(model_path, 0)
-        return check.generation_phases(complete(settings, model), model, count)
+        return check.generation_phases(replace(draw_config(settings, model), n_images=settings.n_images), model, count)
 
     assert_predicted(predict, lambda: peaks(generate, settings=settings), ("generate",))
 
@@ -163,8 +163,8 @@ def test_training_that_cannot_fit_is_refused_before_it_begins_and_what_it_names_
 def test_what_is_proposed_instead_is_always_possible(tiny_flux, tmp_path):
     settings = training(tiny_flux, tmp_path, batch_size=2, train_resolution=48, patch_mode="resize", iters=1)
     model = open_model(tiny_flux, 0)
-    settings = setup.complete(settings, model)
-    plan = choice.likely_plan(settings, model)
+    settings = train_config(settings, model)
+    plan = likely_plan(settings, model)
     found = list(check._smaller_training(settings, model, plan, 1 << 30))
     assert found == [*["--batch-size 1"] * 2, *["--train-resolution 16 --batch-size 1"] * 2]
     assert list(check._smaller_training(settings, model, plan, 1)) == []
@@ -176,11 +176,11 @@ def test_nothing_of_a_prediction_stays_in_memory(request, tmp_path, name):
     options = {"class_prompt": ["an animal"], "class_images": 2, "steps_per_sample": 1, "iters": 1}
     settings = training(model_path, tmp_path, **options)
     model = open_model(model_path, 0)
-    settings = setup.complete(settings, model)
+    settings = train_config(settings, model)
     gc.collect()
     gc.disable()  # a cycle would be left over
     try:
-        check.training_phases(settings, model, choice.likely_plan(settings, model), once=True)
+        check.training_phases(settings, model, likely_plan(settings, model), once=True)
         left = mx.get_active_memory()
         gc.collect()
         assert mx.get_active_memory() == left
@@ -201,7 +201,7 @@ def test_images_that_cannot_fit_are_refused_and_what_is_named_fits(tiny_flux, tm
 def test_a_budget_of_zero_is_the_least_and_never_refused(tiny_flux, tmp_path):
     settings = training(tiny_flux, tmp_path, iters=1, memory_budget="0", batch_size=4)
     model = open_model(tiny_flux, 0)
-    assert check.check_training(setup.complete(settings, model), model, None) is False
+    assert check.check_training(train_config(settings, model), model, None) is False
 
 
 @pytest.mark.parametrize(("text", "ample"), [(None, True), ("auto", True), ("8GB", True), ("8MB", False)])

@@ -5,7 +5,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,9 +20,9 @@ from mlx_blockskip.events import Note, PhaseEnd, Step
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.settings import TrainSettings, from_mapping
 from mlx_blockskip.tasks.sampling.previews import CLASS_NOISE, class_images
-from mlx_blockskip.tasks.train import loop as train_task
-from mlx_blockskip.tasks.train import precompute
-from mlx_blockskip.tasks.train.recipe import ORDER
+from mlx_blockskip.tasks.train import loop, precompute
+from mlx_blockskip.tasks.train import train as train_task
+from mlx_blockskip.tasks.train.samples import ORDER
 
 CLASSES = {"class_prompt": ["a ghost on a blue background", "a dog on a red background"], "class_images": 3}
 
@@ -125,13 +124,13 @@ def test_a_class_image_is_what_generate_draws(tiny_flux, tmp_path):
 
 
 def test_every_other_sample_is_a_class_image_and_all_take_turns(quick, class_data):
-    recipe = prepared(quick(class_data=class_data("given", 3), prior_weight=0.25)).recipe
-    subjects = len(recipe.dataset.examples)
-    images = [recipe.image_of(k) for k in range(2 * subjects * 3)]
+    samples = prepared(quick(class_data=class_data("given", 3), prior_weight=0.25)).samples
+    subjects = len(samples.dataset.examples)
+    images = [samples.image_of(k) for k in range(2 * subjects * 3)]
     assert all((image < subjects) == (k % 2 == 0) for k, image in enumerate(images))
     assert sorted(images[::2]) == sorted(list(range(subjects)) * 3)
     assert sorted(images[1:6:2]) == [subjects, subjects + 1, subjects + 2]
-    assert recipe.weights(0).tolist() == [1.0, 0.25]
+    assert samples.weights(0).flatten().tolist() == [1.0, 0.25]
 
 
 def test_at_weight_zero_class_images_change_no_bit(quick, class_data):
@@ -147,12 +146,13 @@ def test_at_weight_zero_class_images_change_no_bit(quick, class_data):
 def test_the_loss_is_the_weighted_mean_over_both_kinds(quick, class_data):
     """Against the full model applied to the two samples directly: (subject + w prior) / 2."""
     job = prepared(quick(class_data=class_data("given", 3), prior_weight=0.25))
-    recipe, model = job.recipe, job.model
+    samples, model = job.samples, job.model
     state = train_task.first_state(job)
-    _, chunk = train_task.next_chunk(job, state)
-    loss = train_task.train_step(job, chunk, state)
-    latents = mx.concatenate([precompute._latents(recipe, draw, {}) for draw in recipe.draws(0)])
-    tokens, context, target = recipe.prepare(0, latents)
+    _, chunk = loop.next_chunk(job, state)
+    loss = loop.train_step(job, chunk, state)
+    precompute.encode_images(samples, range(1), job.cache / "latents.safetensors")
+    noisy, target, s = precompute.Noised(job.cache / "latents.safetensors").read(0)
+    tokens, context = samples.embed(0, noisy, s)
     (sample,) = waiting = [Sample(tokens, context)]
     forward(model.stack, model.reader, waiting)
     error = model.head(sample.state, context, model.head_modulation(context)) - target
@@ -163,12 +163,12 @@ def test_the_loss_is_the_weighted_mean_over_both_kinds(quick, class_data):
 
 def test_without_class_prompts_a_run_is_what_it_was(quick):
     """Images in epochs of their own order, each with weight one; class prompts that are turned off change no bit."""
-    recipe = prepared(quick()).recipe
-    count = len(recipe.dataset.examples)
+    samples = prepared(quick()).samples
+    count = len(samples.dataset.examples)
     epochs = [philox.generator(0, ORDER, epoch).permutation(count).tolist() for epoch in range(3)]
-    assert [recipe.image_of(k) for k in range(3 * count)] == [image for epoch in epochs for image in epoch]
-    assert recipe.weights(0).tolist() == [1.0, 1.0]
-    plain = train(quick("plain", class_images=None if recipe.model.defaults.get("class_prompt") is None else 0))
+    assert [samples.image_of(k) for k in range(3 * count)] == [image for epoch in epochs for image in epoch]
+    assert samples.weights(0).flatten().tolist() == [1.0, 1.0]
+    plain = train(quick("plain", class_images=0 if samples.model.defaults.class_prompt else None))
     off = train(quick("off", class_prompt=["a dog"], class_images=0, prior_weight=0.5))
     assert_same_adapter(plain.adapter_path, off.adapter_path)
 
@@ -235,5 +235,5 @@ def test_class_images_of_the_user_need_captions_or_one_class_prompt(quick, tmp_p
     shutil.copyfile(next(HEDGEHOG.glob("*.png")), bare / "1.png")
     with pytest.raises(UserError, match="has no caption.*--class-prompt"):
         train(quick(class_data=str(bare)))
-    recipe = prepared(quick("b", class_data=str(bare), class_prompt=["a dog"])).recipe
-    assert recipe.examples[-1].caption == "a dog"
+    samples = prepared(quick("b", class_data=str(bare), class_prompt=["a dog"])).samples
+    assert samples.examples[-1].caption == "a dog"

@@ -17,7 +17,6 @@ from mlx_blockskip.events import PhaseEnd, Saved, Step
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.settings import GenerateSettings
 from mlx_blockskip.tasks.memory import trace, trace_plot
-from mlx_blockskip.tasks.train import loop as train_task
 
 
 def written(path):
@@ -101,12 +100,15 @@ def test_an_image_and_its_settings_are_the_same(family_model, tmp_path):
 
 def stopped(settings, at):
     """Events of a training run that is told to stop by Ctrl-C at a step."""
-    task, events = train_task.train(settings), []
+    events = []
+
+    def press(event):
+        events.append(event)
+        if isinstance(event, Step) and event.phase == "train" and event.done == at:
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        for event in task:
-            events.append(event)
-            if isinstance(event, Step) and event.phase == "train" and event.done == at:
-                events.append(task.throw(KeyboardInterrupt()))
+        train(settings, on_event=press)
     return events
 
 

@@ -17,15 +17,15 @@ from PIL import Image
 from support.compare import assert_same_adapter, factors, same_bits
 from support.models import HEDGEHOG, prepared
 
-from mlx_blockskip import generate, train
+from mlx_blockskip import flow, generate, train
 from mlx_blockskip.blockskip import patches
 from mlx_blockskip.data import to_pixels
 from mlx_blockskip.engine import files, interrupt
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, PhaseEnd, Step, Warning
 from mlx_blockskip.settings import TrainSettings
-from mlx_blockskip.tasks.train import loop as train_task
 from mlx_blockskip.tasks.train import optimizer, precompute
+from mlx_blockskip.tasks.train import train as train_task
 from mlx_blockskip.tasks.train.checkpoints import State
 from mlx_blockskip.tasks.train.moments import Moments
 
@@ -83,6 +83,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, residuals, budget):
     common += ["--class-images", "0", *budget]
     common += ["--train-resolution", "32", "--resolution", "64", "--patch-mode", "dynamic", "--steps-per-save", "3"]
     common += ["--residuals", residuals, "--cache-limit", "400KB", "--skip-first", "3", "--skip-last", "3"]
+    common += ["--clip", "0.01"]
     command = [sys.executable, "-m", "mlx_blockskip", "train", *common, "--json"]
 
     def start(name, iters, *more):
@@ -108,7 +109,10 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, residuals, budget):
     out, _ = resumed.communicate(timeout=120)
     assert resumed.returncode == 0
     assert "Going on from step-" in out
-    assert_same_adapter(tmp_path / "whole", tmp_path / "stopped")
+    whole_file, resumed_file = (
+        (tmp_path / name / "adapters.safetensors").read_bytes() for name in ("whole", "stopped")
+    )
+    assert whole_file == resumed_file
     chunk = json.loads((tmp_path / "whole/checkpoints/step-000040/state.json").read_text())["settings"]["chunk_length"]
     assert 1 < chunk < 20, "the run should span several chunks"
 
@@ -192,28 +196,31 @@ def record_bytes(quick, **options):
     """Bytes of one record of a short run."""
     job = prepared(quick("probe", **options))
     shutil.rmtree(job.directory)
-    return job.layout.nbytes
+    (layout,) = job.layouts.values()
+    return layout.nbytes
 
 
 @pytest.mark.parametrize(("mode", "once"), [("none", True), ("dynamic", False)])
 def test_an_image_is_encoded_once_where_its_crops_do_not_vary(quick, tmp_path, mode, once):
-    recipe = prepared(quick(patch_mode=mode, train_resolution=32)).recipe
-    encode, seen = recipe.model.encode_images, []
+    samples = prepared(quick(patch_mode=mode, train_resolution=32)).samples
+    encode, seen = samples.model.encode_images, []
 
     def counted(pixels):
         seen.append(pixels.shape[0])
         return encode(pixels)
 
-    recipe.model.encode_images = counted
-    precompute.encode_images(recipe, range(10), tmp_path / "latents.safetensors")
+    samples.model.encode_images = counted
+    precompute.encode_images(samples, range(10), tmp_path / "latents.safetensors")
     assert seen == [1] * len(seen)
-    images = {recipe.image_of(k) for k in range(20)}
+    images = {samples.image_of(k) for k in range(20)}
     assert (len(seen) == len(images)) == once
-    latents = files.load_lazily(tmp_path / "latents.safetensors")["9"]
-    draw = recipe.draw(19)
-    pixels = to_pixels(patches.cut(recipe.image(draw.image), draw.patch, recipe.patch))
-    alone = recipe.model.draw_latents(encode(mx.array(pixels)[None]), mx.array(draw.posterior))
-    assert same_bits(latents[1:2], alone)
+    noisy, target, s = precompute.Noised(tmp_path / "latents.safetensors").read(9)
+    draw = samples.draw(19)
+    pixels = to_pixels(patches.cut(samples.image(draw.image), draw.patch, samples.config.patch))
+    x0 = samples.model.draw_latents(encode(mx.array(pixels)[None]), mx.array(draw.posterior)).astype(mx.float32)
+    assert s.tolist()[1] == np.float32(draw.s)
+    assert same_bits(noisy[1:2], flow.noisy(x0, mx.array(draw.noise), s[1:2]))
+    assert same_bits(target[1:2], mx.array(draw.noise) - x0)
 
 
 def test_a_streamed_run_gives_the_same_adapter_as_a_resident_one(quick):
@@ -374,7 +381,6 @@ def test_a_ctrl_c_never_leaves_a_step_half_done():
         ({"train_resolution": 96}, "must not be above"),
         ({"cache_limit": "1KB"}, "--cache-limit"),
         ({"iters": 0}, "--iters 0"),
-        ({"resume": True}, "no checkpoint"),
         ({"lora_targets": "none"}, "--lora-targets"),
     ],
 )
@@ -401,6 +407,25 @@ def test_generate_takes_the_adapter_and_the_image_changes(tiny_flux, tmp_path):
         images.append(np.asarray(Image.open(path), int))
     assert np.array_equal(images[0], images[1])
     assert np.abs(images[0] - images[2]).max() > 4
+
+
+def test_resume_where_there_is_no_checkpoint_yet_starts_the_run(quick, tmp_path):
+    """A run that was stopped before its first checkpoint: what it left is used, and the adapter is the same."""
+    whole = train(quick("whole", iters=3, class_prompt=["a dog"], class_images=2)).adapter_path
+
+    def stop(event):
+        if isinstance(event, Step) and event.phase == "train":
+            raise RuntimeError
+
+    settings = quick("stopped", iters=3, class_prompt=["a dog"], class_images=2, steps_per_save=0, resume=True)
+    with pytest.raises(RuntimeError):
+        train(settings, on_event=stop)
+    events = []
+    again = train(settings, on_event=events.append).adapter_path
+    phases = {e.phase for e in events if isinstance(e, PhaseEnd)}
+    assert not phases & {"class images", "encode images", "precompute"}
+    assert any(isinstance(e, Note) and "no checkpoint yet" in e.message for e in events)
+    assert_same_adapter(whole, again)
 
 
 def test_two_runs_cannot_write_one_directory(quick, tmp_path):

@@ -80,10 +80,10 @@ class Flux1(Opened):
         image = linear(w, "x_embedder", net.pack(latents).astype(self.dtype))
         return Tokens(image, linear(w, "context_embedder", prompt["prompt_embeds"]))
 
-    def context(self, sigma: mx.array, prompt: Prompt, size: Size, guidance: float | None) -> Context:
+    def context(self, sigma: mx.array, prompt: Prompt, size: Size, guidance: float) -> Context:
         scale = None
         if self.config["guidance_embeds"]:
-            scale = mx.full(sigma.shape, 1.0 if guidance is None else guidance, mx.float32)
+            scale = mx.full(sigma.shape, guidance, mx.float32)
         temb = net.time_text_embedding(self.weights("time_text_embed"), sigma, prompt["pooled"], scale)
         return self._context(prompt["prompt_embeds"].shape[1], size, temb)
 

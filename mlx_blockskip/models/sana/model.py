@@ -39,7 +39,7 @@ class Sana(Opened):
         first. Negatives have no instruction. Source: SanaPipeline.encode_prompt.
         """
         tokenizer = self.path / "tokenizer"
-        instruction = INSTRUCTION if self.defaults.get("instruction", True) else ""
+        instruction = INSTRUCTION if self.defaults.own.get("instruction", True) else ""
         room = max_length
         if instruction:
             longest = len(instruction.encode()) + 1  # no token is shorter than a byte
@@ -87,7 +87,7 @@ class Sana(Opened):
         return dc_ae.decode(weights, self.vae.config, z.astype(dtype)).astype(mx.float32)
 
     def drawn_size(self, width: int, height: int) -> tuple[int, int]:
-        if not self.defaults.get("resolution_binning", True):
+        if not self.defaults.own.get("resolution_binning", True):
             return width, height
         return binned(width, height, self.config["sample_size"])
 
@@ -97,8 +97,8 @@ class Sana(Opened):
     def tokens(self, latents: mx.array, prompt: Prompt) -> Tokens:
         return Tokens(net.embed(self.weights("patch_embed"), self.config, latents))
 
-    def context(self, sigma: mx.array, prompt: Prompt, size: Size, guidance: float | None) -> Context:
-        scale = mx.full(sigma.shape, 1.0 if guidance is None else guidance, mx.float32)
+    def context(self, sigma: mx.array, prompt: Prompt, size: Size, guidance: float) -> Context:
+        scale = mx.full(sigma.shape, guidance, mx.float32)
         temb, embedded = net.time_embedding(self.weights("time_embed"), self.config, sigma, scale)
         return Context(prompt["text"], prompt["bias"], temb, embedded, size)
 

@@ -51,13 +51,13 @@ def load_adapter(model: DiffusionModel, path: Path) -> tuple[lora.Tree, float]:
 
 
 def read_tensors(file: Path) -> dict[str, mx.array]:
-    """Every tensor of a file, checked to be whole."""
+    """Every tensor of a file, checked to be whole, in the file's order: what is written again has the same bytes."""
     if not file.is_file():
         raise UserError(f"{file}: no such adapter; give an adapter directory or a LoRA safetensors file")
-    files.read_header(file)
+    names = files.read_header(file).entries
     tensors = files.load_lazily(file)
     mx.eval(tensors)
-    return tensors
+    return {name: tensors[name] for name in names}
 
 
 def save_adapter(directory: Path, tree: lora.Tree, model: DiffusionModel, config: dict[str, Any]) -> None:

@@ -20,16 +20,18 @@ from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, Saved, Warning, emit
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.vision.encoder import Encoder
-from mlx_blockskip.settings import EvaluateSettings, GenerateSettings, required, to_mapping
+from mlx_blockskip.settings import EvaluateSettings, to_mapping
 from mlx_blockskip.tasks.checkpoint import encoders
 from mlx_blockskip.tasks.checkpoint.adapters import CONFIG, load_adapters
 from mlx_blockskip.tasks.checkpoint.resolve import open_named
+from mlx_blockskip.tasks.defaults import DrawConfig, draw_config
 from mlx_blockskip.tasks.evaluate.scores import Picture, Rows, drift, similarity, tables, write_sheet
 from mlx_blockskip.tasks.evaluate.subject import PLACE, Prompts, Subject, complete_prompts, given_prompts, subject_of
-from mlx_blockskip.tasks.generate import FROM_MODEL, Shot, complete, draw
 from mlx_blockskip.tasks.memory.check import budget_of, check_generation, images_at_once
+from mlx_blockskip.tasks.memory.trace import traced
 from mlx_blockskip.tasks.phases import phase
-from mlx_blockskip.tasks.sampling.denoise import check_size, seeded_noise
+from mlx_blockskip.tasks.sampling.denoise import seeded_noise
+from mlx_blockskip.tasks.sampling.pictures import Shot, draw
 
 REPORT, SHEET = "evaluation.json", "evaluation.png"
 WAITING = 32
@@ -52,6 +54,7 @@ class Evaluation:
     sheet: Path
 
 
+@traced
 def evaluate(settings: EvaluateSettings) -> Evaluation:
     """Generate images with an adapter, compare them, and write what is found beside them. See `EvaluateSettings`."""
     adapter = Path(settings.adapter_path).expanduser()
@@ -69,10 +72,11 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     if recorded.get("base_model_identity", model.identity) != model.identity:
         emit(Warning(f"{adapter}: was trained on another model than {settings.model}, or on another precision of it"))
     settings, prompts = complete_prompts(settings, given, model)
-    how = as_generated(settings, model)
+    how = draw_config(settings, model)
+    check_generation(how, model, 1)
     vision = encoders.vision_encoder(settings.vision_model, model.path)
     clip = encoders.clip_encoder(settings.clip_model, model.path)
-    tree = load_adapters(model, how.adapter_path, how.lora_scale)
+    tree = load_adapters(model, [settings.adapter_path], [settings.lora_scale])
     emit(Note(f'the subject is called "{subject.phrase}", and "{subject.noun}" where texts are compared'))
     identities = {
         "model": model.identity, "adapter": lora.checksum(tree), "data": dataset.identity,
@@ -82,9 +86,10 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     plan = Plan(settings, how, subject, output, identities)
     with files.lock(output / ".lock"):
         by_adapted, by_base = (plan.pictures(prompts, adapted=adapted) for adapted in (True, False))
-        make(model, how, [*by_adapted.subject, *by_adapted.others], tree)
+        kept = {"adapter_path": [settings.adapter_path], "lora_scale": [settings.lora_scale]}
+        make(model, how, [*by_adapted.subject, *by_adapted.others], tree, {"model": settings.model, **kept})
         del tree
-        make(model, replace(how, adapter_path=[], lora_scale=[]), [*by_base.subject, *by_base.others], {})
+        make(model, how, [*by_base.subject, *by_base.others], {}, {"model": settings.model})
         found = compare(dataset, by_adapted, by_base, vision, clip)
         report = {**plan.report(), **found}
         files.write_json(output / REPORT, report)
@@ -147,23 +152,12 @@ def evaluation_directory(adapter: Path) -> Path:
     return adapter / "evaluation" if adapter.is_dir() else adapter.with_name(f"{adapter.stem}-evaluation")
 
 
-def as_generated(settings: EvaluateSettings, model: DiffusionModel) -> GenerateSettings:
-    """The settings that `generate` would make one of these images with. Raises UserError where it cannot."""
-    given: dict[str, Any] = {name: getattr(settings, name) for name in (*FROM_MODEL, "memory_budget")}
-    given |= {"adapter_path": [settings.adapter_path], "lora_scale": [settings.lora_scale]}
-    how = complete(GenerateSettings(model=settings.model or "", **given), model)
-    width, height, _ = required(how, "width", "height", "steps")
-    check_size(model, width, height)
-    check_generation(how, model, 1)
-    return how
-
-
 @dataclass(frozen=True)
 class Plan:
     """What is evaluated, and with what."""
 
     settings: EvaluateSettings
-    how: GenerateSettings
+    how: DrawConfig
     subject: Subject
     output: Path
     identities: Mapping[str, str]
@@ -188,14 +182,14 @@ class Plan:
 
     def key(self, prompt: str, seed: int, adapted: bool) -> str:
         """Of all that an image depends on. An image under its key is whole, and never needs to be made again."""
-        parts: dict[str, Any] = {name: getattr(self.how, name) for name in (*FROM_MODEL, "negative_prompt")}
+        parts: dict[str, Any] = {**self.how.recorded(), "negative_prompt": self.how.negative_prompt}
         parts |= {"model": self.identities["model"], "prompt": prompt, "seed": seed}
         parts["adapter"] = self.identities["adapter"] if adapted else None
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def report(self) -> dict[str, Any]:
         """What the numbers are of."""
-        completed = {**to_mapping(self.settings), **{name: getattr(self.how, name) for name in FROM_MODEL}}
+        completed = {**to_mapping(self.settings), **self.how.recorded()}
         return {
             "format": 1, "subject": asdict(self.subject), "identities": dict(self.identities), "settings": completed,
         }  # fmt: skip
@@ -206,16 +200,28 @@ def slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].rstrip("-")
 
 
-def make(model: DiffusionModel, how: GenerateSettings, pictures: Sequence[Picture], tree: lora.Tree) -> None:
-    """Make the images that are not there yet, as many in one sweep as the memory budget takes."""
-    width, height = required(how, "width", "height")
+def make(
+    model: DiffusionModel,
+    how: DrawConfig,
+    pictures: Sequence[Picture],
+    tree: lora.Tree,
+    settings: Mapping[str, Any],
+) -> None:
+    """Make the images that are not there yet, as many in one sweep as the memory budget takes. settings: to keep in the
+    files, beside how each is drawn.
+    """
     missing = [picture for picture in pictures if not picture.path.is_file()]
     if len(missing) < len(pictures):
         emit(Note(f"{len(pictures) - len(missing)} of {len(pictures)} images are there already"))
     size = images_at_once(how, model, min(WAITING, len(missing))) if missing else 1
     for start in range(0, len(missing), size):
         shots = [
-            Shot(p.prompt, p.seed, seeded_noise(model, p.seed, width, height), p.path)
+            Shot(
+                p.prompt,
+                seeded_noise(model, p.seed, how.width, how.height),
+                p.path,
+                {**settings, **how.recorded(), "prompt": [p.prompt], "seed": p.seed},
+            )
             for p in missing[start : start + size]
         ]
         draw(model, how, shots, tree)

@@ -5,13 +5,13 @@ from dataclasses import replace
 from typing import Any
 
 from mlx_blockskip import lora
-from mlx_blockskip.blockskip.patches import PatchSettings
 from mlx_blockskip.blockskip.plan import SkipPlan
 from mlx_blockskip.engine import limits
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import family_named, read_config
-from mlx_blockskip.settings import GenerateSettings, TrainSettings, parse_size, required
+from mlx_blockskip.settings import parse_size
+from mlx_blockskip.tasks.defaults import ANY, DrawConfig, TrainConfig, model_draws
 from mlx_blockskip.tasks.memory import predict
 from mlx_blockskip.tasks.memory.predict import Phase, Shape, Tracer
 from mlx_blockskip.tasks.sampling.previews import WAITING as CLASS_WAITING
@@ -31,10 +31,12 @@ LEAST = 0
 
 def budget_of(text: str | None) -> int | None:
     """Bytes of a --memory-budget: a size, or "auto" for what this machine has. None: any. Raises UserError."""
+    if text in (None, ANY):
+        return None
     return limits.machine() if text == AUTO else parse_size(text, "--memory-budget")
 
 
-def check_training(settings: TrainSettings, model: DiffusionModel, plan: SkipPlan) -> bool:
+def check_training(settings: TrainConfig, model: DiffusionModel, plan: SkipPlan) -> bool:
     """Whether weights and activations can all stay in memory. Raises UserError where the run cannot fit at all."""
     budget = budget_of(settings.memory_budget)
     if budget is None or budget == LEAST:
@@ -47,7 +49,7 @@ def check_training(settings: TrainSettings, model: DiffusionModel, plan: SkipPla
     return next(phase for phase in phases if phase.name == "train").ample <= budget
 
 
-def check_generation(settings: GenerateSettings, model: DiffusionModel, images: int) -> None:
+def check_generation(settings: DrawConfig, model: DiffusionModel, images: int) -> None:
     """Raise UserError where `images` images cannot be made within the budget."""
     budget = budget_of(settings.memory_budget)
     if budget is None or budget == LEAST:
@@ -59,7 +61,7 @@ def check_generation(settings: GenerateSettings, model: DiffusionModel, images: 
     )  # fmt: skip
 
 
-def images_at_once(settings: GenerateSettings, model: DiffusionModel, most: int) -> int:
+def images_at_once(settings: DrawConfig, model: DiffusionModel, most: int) -> int:
     """How many images, each of a prompt of its own, can be made in one sweep within the budget: `most`, or its halves
     down to one.
     """
@@ -74,45 +76,39 @@ def images_at_once(settings: GenerateSettings, model: DiffusionModel, most: int)
     return most
 
 
-def training_phases(settings: TrainSettings, model: DiffusionModel, plan: SkipPlan, once: bool = False) -> list[Phase]:
+def training_phases(settings: TrainConfig, model: DiffusionModel, plan: SkipPlan, once: bool = False) -> list[Phase]:
     """What the phases of a training run take, but for prompts, whose encoders were not opened. once: see Tracer."""
-    s_max, s_min, length, batch, rank = required(
-        settings, "resolution", "train_resolution", "max_sequence_length", "batch_size", "rank"
-    )
-    side = PatchSettings(settings.patch_mode or "dynamic", s_min, s_max, model.granularity).output_side
+    s_max, length, batch, rank = settings.resolution, settings.max_sequence_length, settings.batch_size, settings.rank
+    side = settings.patch.output_side
     family = family_named(read_config(model.path)["family"])
     modules = lora.targets(family.lora_targets, settings.lora_targets)
     tracer = Tracer(model, Shape(side, side, length, batch, settings.guidance), rank, modules, once=once)
     images = predict.images(model, side, side, decoding=False, once=once)
     phases = [tracer.beside_adapter(images, plan)]
-    (iters,) = required(settings, "iters")
     phases += [
-        tracer.precompute(plan, settings.residuals, tracer.together(iters * settings.grad_accumulation)),
+        tracer.precompute(plan, settings.residuals, tracer.together(settings.batches)),
         tracer.train(plan.retained, settings.grad_accumulation, settings.residuals == "fresh"),
     ]
-    defaults = model.defaults
     if settings.class_prompt and settings.class_images:
         phases += _drawing(model, s_max, s_max, CLASS_WAITING, len(settings.class_prompt), once)
     if settings.steps_per_sample:
         prompts = max(1, len(settings.sample_prompt))
-        phases += _drawing(model, defaults["width"], defaults["height"], prompts, prompts, once)
+        phases += _drawing(model, model.defaults.width, model.defaults.height, prompts, prompts, once)
     return phases
 
 
-def generation_phases(
-    settings: GenerateSettings, model: DiffusionModel, images: int, once: bool = False
-) -> list[Phase]:
+def generation_phases(settings: DrawConfig, model: DiffusionModel, images: int, once: bool = False) -> list[Phase]:
     """What a step of all images takes, and decoding one."""
-    width, height = model.drawn_size(*required(settings, "width", "height"))
+    width, height = model.drawn_size(settings.width, settings.height)
     decoding = predict.images(model, width, height, decoding=True, once=once)
     return [_generating(settings, model, once)(images), decoding]
 
 
-def _generating(settings: GenerateSettings, model: DiffusionModel, once: bool = False) -> Callable[[int], Phase]:
+def _generating(settings: DrawConfig, model: DiffusionModel, once: bool = False) -> Callable[[int], Phase]:
     """Says what a step of so many images takes."""
-    width, height, length, steps = required(settings, "width", "height", "max_sequence_length", "steps")
-    branches = 2 if (settings.cfg_scale or 1.0) > 1 else 1
-    shape = Shape(*model.drawn_size(width, height), length, guidance=settings.guidance)
+    branches, steps = 2 if settings.guided else 1, settings.steps
+    size = model.drawn_size(settings.width, settings.height)
+    shape = Shape(*size, settings.max_sequence_length, guidance=settings.guidance)
     tracer = Tracer(model, shape, once=once)
 
     def step(images: int) -> Phase:
@@ -123,11 +119,7 @@ def _generating(settings: GenerateSettings, model: DiffusionModel, once: bool = 
 
 
 def _drawing(model: DiffusionModel, width: int, height: int, images: int, prompts: int, once: bool) -> list[Phase]:
-    d = model.defaults
-    settings = GenerateSettings(
-        width=width, height=height, max_sequence_length=d["max_sequence_length"], steps=d["steps"],
-        cfg_scale=d.get("cfg_scale"), guidance=d.get("guidance"), n_images=max(1, images // max(1, prompts)),
-    )  # fmt: skip
+    settings = replace(model_draws(model, width, height), n_images=max(1, images // max(1, prompts)))
     return generation_phases(settings, model, images, once)
 
 
@@ -163,10 +155,10 @@ def _refuse(budget: str | None, too_large: Sequence[Phase], fitting: Iterator[st
 
 
 def _smaller_training(
-    settings: TrainSettings, model: DiffusionModel, plan: SkipPlan, budget: int, too_large: Sequence[Phase] = ()
+    settings: TrainConfig, model: DiffusionModel, plan: SkipPlan, budget: int, too_large: Sequence[Phase] = ()
 ) -> Iterator[str]:
     """Changes that make a training run fit, the mildest first."""
-    batch, side, rank = required(settings, "batch_size", "train_resolution", "rank")
+    batch, side, rank = settings.batch_size, settings.train_resolution, settings.rank
     smaller = max(model.granularity, side // 2 // model.granularity * model.granularity)
     single = {"batch_size": 1, "grad_accumulation": 1}
     milder: list[dict[str, Any]] = [
@@ -187,10 +179,10 @@ def _smaller_training(
 
 
 def _smaller_generation(
-    settings: GenerateSettings, model: DiffusionModel, budget: int, too_large: Sequence[Phase]
+    settings: DrawConfig, model: DiffusionModel, budget: int, too_large: Sequence[Phase]
 ) -> Iterator[str]:
     """Changes that make the images fit: one at a time, then smaller ones."""
-    width, height = required(settings, "width", "height")
+    width, height = settings.width, settings.height
     g = model.granularity
     for share, count in ((1, 1), (0.75, 1), (0.5, 1), (0.25, 1)):
         w, h = (max(g, int(side * share) // g * g) for side in (width, height))

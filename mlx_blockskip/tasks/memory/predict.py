@@ -24,7 +24,7 @@ from mlx_blockskip.engine.stack import Modulation
 from mlx_blockskip.engine.sweep import Sample
 from mlx_blockskip.engine.weights import BlockReader
 from mlx_blockskip.models.family import DiffusionModel, Size
-from mlx_blockskip.tasks.train.precompute import together, waiting_bytes
+from mlx_blockskip.tasks.memory.waiting import together, waiting_bytes
 
 TRACED_SIDES = (256, 384)
 """Sides in pixels at which a VAE is traced where larger images are asked for: its strips are full there."""
@@ -54,7 +54,7 @@ class Shape:
     height: int
     length: int
     batch: int = 1
-    guidance: float | None = None
+    guidance: float = 1.0
 
 
 class Tracer:

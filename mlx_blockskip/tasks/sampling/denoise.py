@@ -11,7 +11,6 @@ from PIL import Image as PillowImage
 
 from mlx_blockskip import data, flow
 from mlx_blockskip.engine import philox
-from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.stack import Mask, Trainable
 from mlx_blockskip.engine.sweep import Sample, forward, modulations
 from mlx_blockskip.models.family import DiffusionModel, Prompt, Size
@@ -28,14 +27,6 @@ class Request:
     negative: Prompt | None
     noise: mx.array
     masks: Mapping[int, Mask] = field(default_factory=dict)
-
-
-def check_size(model: DiffusionModel, width: int, height: int) -> None:
-    """Raise UserError, with the nearest size, where the model cannot take this one."""
-    g = model.granularity
-    if width < 1 or height < 1 or any(side % g for side in model.drawn_size(width, height)):
-        near = " x ".join(str(max(g, round(side / g) * g)) for side in (width, height))
-        raise UserError(f"{width} x {height}: the sides must be multiples of {g}; the nearest is {near}")
 
 
 def noise_shape(model: DiffusionModel, width: int, height: int) -> tuple[int, int, int, int]:
@@ -67,7 +58,7 @@ def sample(
     *,
     steps: int,
     cfg_scale: float,
-    guidance: float | None,
+    guidance: float,
     trainable: Mapping[int, Trainable] | None = None,
 ) -> Iterator[list[mx.array]]:
     """Yield the latents of all requests (each (1, h, w, C), float32) after every step.

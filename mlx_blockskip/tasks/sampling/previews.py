@@ -1,6 +1,7 @@
 """Images that training makes by the model's own defaults: samples on the way, and class images before it begins."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from mlx_blockskip import data, lora
 from mlx_blockskip.engine import files, owned, philox
 from mlx_blockskip.events import Image, emit
 from mlx_blockskip.models.family import DiffusionModel, Prompt
+from mlx_blockskip.tasks.defaults import check_size, model_draws
 from mlx_blockskip.tasks.phases import phase
-from mlx_blockskip.tasks.sampling.denoise import Request, check_size, noise_shape, sample, seeded_noise, to_image
+from mlx_blockskip.tasks.sampling.denoise import Request, noise_shape, sample, seeded_noise, to_image
+from mlx_blockskip.tasks.sampling.pictures import write_png
 
 CLASS_NOISE = 0xC1A
 """Keeps the noise of class images apart from other random streams of the same seed."""
@@ -31,8 +34,7 @@ Encodings = tuple[Mapping[str, Prompt], Prompt]
 def encode(model: DiffusionModel, prompts: Sequence[str]) -> Encodings:
     """Each prompt once, and the negative one, in one sweep."""
     distinct = list(dict.fromkeys(prompts))
-    length = model.defaults["max_sequence_length"]
-    *encoded, negative = model.encode_prompts(distinct, length, [""]).prompts
+    *encoded, negative = model.encode_prompts(distinct, model.defaults.max_sequence_length, [""]).prompts
     return dict(zip(distinct, encoded, strict=True)), negative
 
 
@@ -44,16 +46,17 @@ def render(
     size: tuple[int, int],
     tree: lora.Tree | None = None,
 ) -> Iterator[PillowImage.Image]:
-    """One image a prompt, from its noise (1, h, w, C), by the model's own defaults.
+    """One image per prompt, from its noise (1, h, w, C), by the model's own defaults.
 
     encodings: from `encode`. size: width and height in pixels.
     """
-    d = model.defaults
-    cfg = d.get("cfg_scale", 1.0)
+    config = model_draws(model, *size)
     encoded, empty = encodings
-    negative = empty if cfg > 1 else None
+    negative = empty if config.guided else None
     requests = [Request(encoded[prompt], negative, noise) for prompt, noise in zip(prompts, noises, strict=True)]
-    steps = sample(model, requests, steps=d["steps"], cfg_scale=cfg, guidance=d.get("guidance"), trainable=tree)
+    steps = sample(
+        model, requests, steps=config.steps, cfg_scale=config.cfg_scale, guidance=config.guidance, trainable=tree
+    )
     *_, latents = steps
     model.release()
     for latent in latents:
@@ -64,13 +67,13 @@ def render(
 def write_samples(
     model: DiffusionModel, prompts: Sequence[str], tree: lora.Tree, directory: Path, step: int, seed: int
 ) -> None:
-    """One image a prompt, the same noise for all, as samples/step-000100-1.png."""
-    size = model.defaults["width"], model.defaults["height"]
+    """One image per prompt, the same noise for all, as samples/step-000100-1.png."""
+    size = model.defaults.width, model.defaults.height
     noise = seeded_noise(model, seed, *size)
     images = render(model, encode(model, prompts), prompts, [noise] * len(prompts), size, tree)
     for i, (image, prompt) in enumerate(zip(images, prompts, strict=True), 1):
         path = directory / f"step-{step:06d}-{i}.png"
-        save_png(path, image)
+        write_png(path, image)
         emit(Image(path, prompt))
 
 
@@ -84,7 +87,7 @@ def class_images(
     """
     check_size(model, side, side)
     made_from: dict[str, Any] = {
-        "model": model.identity, "defaults": model.defaults, "prompts": list(prompts), "side": side, "seed": seed,
+        "model": model.identity, "defaults": asdict(model.defaults), "prompts": prompts, "side": side, "seed": seed,
     }  # fmt: skip
     owned.begin(directory, CLASS_FILES, made_from)
     names = [f"{i:04d}.png" for i in range(count)]
@@ -109,11 +112,5 @@ def _write_class_images(
             noises = [mx.array(philox.normal(seed, CLASS_NOISE, i, shape=shape)) for i in numbers]
             images = render(model, encodings, [texts[i] for i in numbers], noises, (side, side))
             for done, (i, image) in enumerate(zip(numbers, images, strict=True), start + 1):
-                save_png(paths[i], image)
+                write_png(paths[i], image)
                 track.step(done)
-
-
-def save_png(path: Path, image: PillowImage.Image) -> None:
-    """Write a PNG atomically."""
-    with files.atomic_file(path) as temporary:
-        image.save(temporary, format="PNG")

@@ -10,11 +10,11 @@ from mlx_blockskip.data import load_image
 from mlx_blockskip.engine import owned
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.vision.encoder import Encoder
-from mlx_blockskip.settings import GenerateSettings, required
-from mlx_blockskip.tasks.generate import FROM_MODEL, Shot, draw
+from mlx_blockskip.tasks.defaults import DrawConfig
 from mlx_blockskip.tasks.memory.check import images_at_once
 from mlx_blockskip.tasks.phases import phase
 from mlx_blockskip.tasks.sampling.denoise import seeded_noise
+from mlx_blockskip.tasks.sampling.pictures import Shot, draw
 
 IMAGES = ("prompt*-seed*-*.png",)
 """What a directory of masked images holds."""
@@ -28,12 +28,12 @@ Masks = Mapping[str, Mapping[int, str]]
 
 @dataclass(frozen=True)
 class Series:
-    """For each prompt and seed an image by each of `masks`. how: `complete`. directory: where the images are kept."""
+    """For each prompt and seed an image by each of `masks`. directory: where the images are kept."""
 
     prompts: Sequence[str]
     seeds: Sequence[int]
     masks: Masks
-    how: GenerateSettings
+    how: DrawConfig
     directory: Path
 
     @property
@@ -47,12 +47,12 @@ class Series:
 
 def make(model: DiffusionModel, series: Series, tree: lora.Tree) -> None:
     """Write the images that are not there yet; those made from something else are removed first."""
-    made_from: dict[str, Any] = {name: getattr(series.how, name) for name in FROM_MODEL}
+    made_from: dict[str, Any] = series.how.recorded()
     made_from |= {"model": model.identity, "adapter": lora.checksum(tree), "prompts": list(series.prompts)}
     owned.begin(series.directory, IMAGES, made_from)
-    width, height = required(series.how, "width", "height")
+    width, height = series.how.width, series.how.height
     missing = [
-        Shot(series.prompts[prompt], seed, seeded_noise(model, seed, width, height), path, masks)
+        Shot(series.prompts[prompt], seeded_noise(model, seed, width, height), path, masks=masks)
         for prompt, seed in series.places
         for name, masks in series.masks.items()
         if not (path := series.path(prompt, seed, name)).is_file()

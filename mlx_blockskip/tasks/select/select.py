@@ -15,15 +15,14 @@ from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, Saved, Table, emit
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.vision.encoder import Encoder
-from mlx_blockskip.settings import GenerateSettings, SelectSettings, required, to_mapping
+from mlx_blockskip.settings import SelectSettings, to_mapping
 from mlx_blockskip.tasks.checkpoint.adapters import CONFIG, load_adapters
 from mlx_blockskip.tasks.checkpoint.encoders import clip_encoder, vision_encoder
 from mlx_blockskip.tasks.checkpoint.resolve import open_named
-from mlx_blockskip.tasks.generate import FROM_MODEL, complete
+from mlx_blockskip.tasks.defaults import check_size, draw_config
 from mlx_blockskip.tasks.memory.check import budget_of, check_generation
 from mlx_blockskip.tasks.memory.trace import trace_paths, traced
-from mlx_blockskip.tasks.sampling.denoise import check_size
-from mlx_blockskip.tasks.sampling.previews import save_png
+from mlx_blockskip.tasks.sampling.pictures import write_png
 from mlx_blockskip.tasks.select import plot
 from mlx_blockskip.tasks.select.masked import Masks, Series, distances, make
 from mlx_blockskip.tasks.skipping.probe import ProbeSettings, probe_subject
@@ -85,7 +84,7 @@ def select(settings: SelectSettings) -> Selection:
         **measured,
     }
     files.write_json(target, record)
-    save_png(picture, plot.draw(record, model.stack.kinds))
+    write_png(picture, plot.draw(record, model.stack.kinds))
     emit(summary(record, table, depth))
     emit(Saved(target, "block selection"))
     emit(Saved(picture, "picture of it"))
@@ -164,10 +163,13 @@ def largest(ratio: float, depth: int) -> int:
 
 def probe_settings(settings: SelectSettings, model: DiffusionModel, k: int) -> ProbeSettings:
     """How to probe, with what was left open from the model's defaults."""
-    side = model.defaults["resolution"] if settings.resolution is None else settings.resolution
+    defaults = model.defaults
+    side = settings.resolution
+    if side is None:
+        side = defaults.resolution if defaults.patch_mode == "none" else defaults.train_resolution
     check_size(model, side, side)
-    length = settings.max_sequence_length or model.defaults["max_sequence_length"]
-    guidance = model.defaults.get("guidance") if settings.guidance is None else settings.guidance
+    length = settings.max_sequence_length or defaults.max_sequence_length
+    guidance = defaults.guidance if settings.guidance is None else settings.guidance
     return ProbeSettings(
         k, settings.probe_images, settings.noise_levels, settings.stride, side, length, guidance, settings.seed
     )
@@ -191,23 +193,14 @@ def masked_images(
     found: list[tuple[dict[str, Any], dict[str, float]]] = []
     for number, tree in enumerate(subjects.trees):
         prompts = prompts_of(settings, number, subjects.dataset)
-        how = as_generated(settings, model, prompts)
+        how = draw_config(settings, model)
+        check_generation(how, model, 1)
         series = Series(prompts, seeds, masks, how, subjects.images / f"adapter{number}")
         make(model, series, tree)
         measured = distances(series, encoder, full)
         for (prompt, seed), one in zip(series.places, measured, strict=True):
             found.append(({"adapter": number, "prompt": prompts[prompt], "seed": seed}, one))
     return found, {"distance": settings.distance, "identity": encoder.identity}
-
-
-def as_generated(settings: SelectSettings, model: DiffusionModel, prompts: list[str]) -> GenerateSettings:
-    """How images are made, with what was left open from the model's defaults. Raises UserError."""
-    given = {name: getattr(settings, name) for name in FROM_MODEL}
-    how = complete(GenerateSettings(prompt=prompts, memory_budget=settings.memory_budget, **given), model)
-    width, height = required(how, "width", "height")
-    check_size(model, width, height)
-    check_generation(how, model, 1)
-    return how
 
 
 def prompts_of(settings: SelectSettings, number: int, dataset: Dataset | None) -> list[str]:

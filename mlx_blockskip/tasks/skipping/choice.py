@@ -6,13 +6,13 @@ from pathlib import Path
 
 from mlx_blockskip.blockskip import plan as plans
 from mlx_blockskip.blockskip import selection
-from mlx_blockskip.blockskip.patches import PatchSettings
 from mlx_blockskip.blockskip.plan import SkipPlan
 from mlx_blockskip.data import Dataset
 from mlx_blockskip.engine import files
 from mlx_blockskip.events import Note, emit
 from mlx_blockskip.models.family import DiffusionModel
-from mlx_blockskip.settings import TrainSettings, required
+from mlx_blockskip.settings import TrainSettings
+from mlx_blockskip.tasks.defaults import TrainConfig
 from mlx_blockskip.tasks.skipping.probe import ProbeSettings, probe_subject
 
 AUTO, EVEN = "auto", "even"
@@ -24,9 +24,9 @@ FILE = "selection.json"
 
 def known_plan(settings: TrainSettings, model: DiffusionModel) -> SkipPlan | None:
     """The plan where it is known without a probe. Raises UserError for one that is wrong."""
-    depth, recorded = model.stack.depth, model.defaults.get("plans") or {}
+    depth, recorded = model.stack.depth, model.defaults.plans
     ends = settings.skip_first is not None or settings.skip_last is not None
-    ratio = _ratio(settings)
+    ratio = _ratio(settings, model)
     if ends or settings.plan not in (None, AUTO, EVEN):
         return plans.choose(
             depth, ratio=settings.skip_ratio, first=settings.skip_first, last=settings.skip_last, file=settings.plan
@@ -40,22 +40,19 @@ def known_plan(settings: TrainSettings, model: DiffusionModel) -> SkipPlan | Non
 
 def even_plan(settings: TrainSettings, model: DiffusionModel) -> SkipPlan:
     """As many blocks at the start as at the end."""
-    return SkipPlan.from_ratio(_ratio(settings), model.stack.depth)
+    return SkipPlan.from_ratio(_ratio(settings, model), model.stack.depth)
 
 
-def likely_plan(settings: TrainSettings, model: DiffusionModel) -> SkipPlan:
-    """The plan, or one of the same ratio where it has to be found first: for what a run takes."""
-    return known_plan(settings, model) or even_plan(settings, model)
-
-
-def probed_plan(settings: TrainSettings, model: DiffusionModel, dataset: Dataset, directory: Path) -> SkipPlan:
+def probed_plan(
+    settings: TrainSettings, config: TrainConfig, model: DiffusionModel, dataset: Dataset, directory: Path
+) -> SkipPlan:
     """Probe the base model on the subject's images; what was found is kept in the adapter directory."""
-    s_max, s_min, length = required(settings, "resolution", "train_resolution", "max_sequence_length")
-    ratio, depth = _ratio(settings), model.stack.depth
-    side = PatchSettings(settings.patch_mode or "dynamic", s_min, s_max, model.granularity).output_side
+    ratio, depth = _ratio(settings, model), model.stack.depth
     k = plans.budget(ratio, depth)
-    guidance = model.defaults.get("guidance")
-    probe = ProbeSettings(k, IMAGES, LEVELS, math.ceil(k / LOOKS), side, length, guidance, settings.seed)
+    probe = ProbeSettings(
+        k, IMAGES, LEVELS, math.ceil(k / LOOKS), config.patch.output_side, config.max_sequence_length,
+        model.defaults.guidance, config.seed,
+    )  # fmt: skip
     made_from = {"model_identity": model.identity, "data": dataset.identity, "probe": asdict(probe)}
     path = directory / FILE
     found = files.read_json(path) if path.is_file() else {}
@@ -67,5 +64,5 @@ def probed_plan(settings: TrainSettings, model: DiffusionModel, dataset: Dataset
     return plans.from_selection(found, ratio, depth, path)
 
 
-def _ratio(settings: TrainSettings) -> float:
-    return plans.DEFAULT_RATIO if settings.skip_ratio is None else settings.skip_ratio
+def _ratio(settings: TrainSettings, model: DiffusionModel) -> float:
+    return model.defaults.skip_ratio if settings.skip_ratio is None else settings.skip_ratio

@@ -1,4 +1,8 @@
-"""Choosing blocks without generating an image: how far masked attention carries the velocity on a subject's images."""
+"""Choosing blocks without generating an image: how far masked attention carries the velocity on a subject's images.
+
+Images are as large as a training patch, in `train --plan auto` and in `select` alike: the plan is for steps of that
+size, and how much of its attention an image gives to the text depends on how many image tokens there are.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +21,8 @@ from mlx_blockskip.engine.spill import Spilled
 from mlx_blockskip.engine.stack import Modulation, State, arrays
 from mlx_blockskip.engine.sweep import Sample, modulations
 from mlx_blockskip.models.family import DiffusionModel, Prompt
+from mlx_blockskip.tasks.memory.waiting import WAITING_BYTES
 from mlx_blockskip.tasks.phases import phase
-from mlx_blockskip.tasks.train.precompute import WAITING_BYTES
 
 PROBE = 0x9B0E
 """Keeps the noise of probes apart from other random streams of the same seed."""
@@ -36,7 +40,7 @@ class ProbeSettings:
     stride: int
     side: int
     max_length: int
-    guidance: float | None
+    guidance: float
     seed: int
 
 

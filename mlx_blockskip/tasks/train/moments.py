@@ -1,11 +1,13 @@
 """AdamW's moments, a block at a time: in memory, or in files beside each other where the memory budget is small."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_blockskip.engine import files
+from mlx_blockskip.engine.weights import BlockReader
 
 BlockMoments = dict[str, dict[str, mx.array]]
 """`{"attn.to_q.lora_a": {"m": array, "v": array}, ...}`, float32."""
@@ -55,6 +57,14 @@ class Moments:
         if self.directory is not None:
             shutil.rmtree(self.directory, ignore_errors=True)
         self.directory = None
+
+    def settle(self, reader: BlockReader, tree: Mapping[int, Mapping[str, mx.array]]) -> None:
+        """After the first step it is known what a step takes: where there is room, the moments stay in memory."""
+        size, spare = 2 * sum(v.nbytes for factors in tree.values() for v in factors.values()), reader.spare()
+        if self.directory is None or (spare is not None and ("body" not in reader.overhead or spare < size)):
+            return
+        self.into_memory()
+        reader.reserve(size)
 
     def _file(self, block: int) -> Path:
         assert self.directory is not None

@@ -7,42 +7,40 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 from mlx_blockskip.engine.interrupt import deferred
-from mlx_blockskip.settings import TrainSettings, required
+from mlx_blockskip.tasks.defaults import TrainConfig
 from mlx_blockskip.tasks.train.checkpoints import State
 
 Grads = dict[int, dict[str, mx.array]]
 """Gradients of a LoRA tree, by block."""
 
 
-def learning_rate(settings: TrainSettings, step: int) -> float:
+def learning_rate(config: TrainConfig, step: int) -> float:
     """The rate of step 0, 1, ...: warm-up, then constant, or down to zero along a line or a cosine."""
-    (iters,) = required(settings, "iters")
-    top = settings.learning_rate or 0.0
-    if step < settings.warmup:
-        return top * (step + 1) / settings.warmup
-    share = (step - settings.warmup) / max(1, iters - settings.warmup)
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    share = (step - config.warmup) / max(1, config.iters - config.warmup)
     falling = {"constant": 1.0, "linear": 1 - share, "cosine": 0.5 * (1 + math.cos(math.pi * share))}
-    return top * falling[settings.lr_schedule]
+    return config.learning_rate * falling[config.lr_schedule]
 
 
 def global_norm(grads: Grads) -> float:
     """Euclidean norm over all gradients, in float32."""
-    found = (g.astype(mx.float32) for tree in grads.values() for g in tree.values())
-    return math.sqrt(sum(float(mx.sum(mx.square(g))) for g in found))
+    squares = (mx.sum(mx.square(g.astype(mx.float32))) for tree in grads.values() for g in tree.values())
+    return math.sqrt(sum(float(square) for square in squares))
 
 
-def update(state: State, grads: Grads, settings: TrainSettings, norm: float) -> None:
+def update(state: State, grads: Grads, config: TrainConfig, norm: float) -> None:
     """One AdamW step (bias-corrected), block by block; `grads` is emptied. `state.step` is left to the caller.
 
     The state is never half-updated: a Ctrl-C waits.
     """
-    factor = min(1.0, settings.clip / (norm + 1e-6)) if settings.clip > 0 else 1.0
-    rate = learning_rate(settings, state.step)
+    factor = min(1.0, config.clip / (norm + 1e-6)) if config.clip > 0 else 1.0
+    rate = learning_rate(config, state.step)
     with deferred():
         for block in list(state.tree):
             own = grads.pop(block)
             parameters: dict[str, Any] = dict(state.tree[block])
-            adam = optim.AdamW(learning_rate=rate, weight_decay=settings.weight_decay, bias_correction=True)
+            adam = optim.AdamW(learning_rate=rate, weight_decay=config.weight_decay, bias_correction=True)
             adam.init(parameters)
             adam.state["step"] = mx.array(state.updates, mx.uint64)
             for name, both in state.moments.get(block).items():

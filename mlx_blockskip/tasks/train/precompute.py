@@ -1,180 +1,159 @@
 """Compute the records of a chunk: patches through the VAE, then one sweep a group through the stack."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_blockskip import lora
-from mlx_blockskip.blockskip import patches, residuals
+from mlx_blockskip import flow, lora
+from mlx_blockskip.blockskip import patches, records, residuals
 from mlx_blockskip.blockskip.patches import Patch
-from mlx_blockskip.blockskip.residuals import FINGERPRINT, Chunk, Layout
+from mlx_blockskip.blockskip.records import Chunk, Layout
 from mlx_blockskip.data import to_pixels
 from mlx_blockskip.engine import files
-from mlx_blockskip.engine.stack import arrays
-from mlx_blockskip.engine.sweep import Sample, forward, modulations
-from mlx_blockskip.models.family import DiffusionModel, Posterior, Prompt, Tokens
+from mlx_blockskip.engine.stack import Context, Modulation
+from mlx_blockskip.engine.sweep import Sample, Tap, forward, modulations
+from mlx_blockskip.models.family import DiffusionModel, Posterior
+from mlx_blockskip.tasks.memory.waiting import together, waiting_bytes
 from mlx_blockskip.tasks.phases import phase
-from mlx_blockskip.tasks.train.recipe import Draw, Recipe
+from mlx_blockskip.tasks.train.job import Job
+from mlx_blockskip.tasks.train.samples import Draw, TrainingSamples
 
-KNOWN_BYTES = 16 << 20
-"""What the VAE said of the last crops."""
-
-WAITING_BYTES = 192 << 20
-"""Of micro-batches that wait in one precompute sweep. How many wait changes no result: each is applied by itself."""
+POSTERIOR_BYTES = 16 << 20
+"""Posteriors that stay in memory: where crops do not vary, an image is encoded once."""
 
 
-def encode_images(recipe: Recipe, numbers: range, path: Path) -> None:
-    """Latents x0 of the micro-batches, into a file. The VAE takes one crop at a time; the last few stay in memory."""
-    entries = [files.TensorEntry(str(number), recipe.latent_shape, "F32") for number in numbers]
+def compute_chunk(job: Job, batches: range, path: Path, expected: str, adapter: lora.Tree) -> Chunk:
+    """Make the chunk, or read it where it is already there with this fingerprint. adapter: of fresh residuals (empty
+    for base).
+    """
+    if records.valid(path, expected):
+        return Chunk(path)
+    path.unlink(missing_ok=True)
+    drawn = path.with_name("latents.safetensors")
+    encode_images(job.samples, batches, drawn)
+    noised = Noised(drawn)
+    layouts = {batch: layout_of(job, batch) for batch in batches}
+    prompts = prompt_records(job.samples, batches)
+    with (
+        phase("precompute", len(batches), "batch", release=job.model.release) as track,
+        records.writing(path, layouts, prompts, expected) as write,
+    ):
+        for group in _groups(job, batches):
+            _write_group(job, group, noised, write, adapter)
+            track.step(group[-1] + 1 - batches.start)
+    drawn.unlink()
+    return Chunk(path)
+
+
+class Noised:
+    """The noised latents x_s (B, h, w, C), the target (B, h, w, C) and s (B,) of micro-batches, from a file."""
+
+    def __init__(self, path: Path):
+        self._tensors = files.MappedTensors(path)
+
+    def read(self, batch: int) -> tuple[mx.array, mx.array, mx.array]:
+        noisy, target, s = (self._tensors.read(f"{batch}.{name}") for name in ("noisy", "target", "s"))
+        return noisy, target, s
+
+
+def encode_images(samples: TrainingSamples, batches: range, path: Path) -> None:
+    """Draw every sample of the micro-batches, encode its crop and noise it; into a file. One crop at a time."""
+    shape = samples.latent_shape
+    entries = [
+        files.TensorEntry(f"{batch}.{name}", size, "F32")
+        for batch in batches
+        for name, size in (("noisy", shape), ("target", shape), ("s", shape[:1]))
+    ]
     known: dict[tuple[int, Patch], Posterior] = {}
-    count, release = len(numbers) * recipe.batch_size, recipe.model.release
+    count, release = len(batches) * shape[0], samples.model.release
     with phase("encode images", count, "image", release=release) as track, files.SafetensorsWriter(path, entries) as w:
-        for done, number in enumerate(numbers, 1):
-            latents = [_latents(recipe, draw, known) for draw in recipe.draws(number)]
-            w.write(str(number), mx.concatenate(latents).astype(mx.float32))
-            track.step(done * recipe.batch_size)
+        for done, batch in enumerate(batches, 1):
+            draws = [samples.draw(k) for k in samples.samples(batch)]
+            x0 = mx.concatenate([_latents(samples, draw, known) for draw in draws]).astype(mx.float32)
+            noise = mx.concatenate([mx.array(draw.noise) for draw in draws])
+            s = mx.array([draw.s for draw in draws], mx.float32)
+            w.write(f"{batch}.noisy", flow.noisy(x0, noise, s))
+            w.write(f"{batch}.target", flow.velocity(x0, noise))
+            w.write(f"{batch}.s", s)
+            track.step(done * shape[0])
 
 
-def _latents(recipe: Recipe, draw: Draw, known: dict[tuple[int, Patch], Posterior]) -> mx.array:
-    """(1, h, w, C) of one sample. Where crops do not vary, each image is encoded once."""
-    key = draw.image, draw.patch
+def _latents(samples: TrainingSamples, draw: Draw, known: dict[tuple[int, Patch], Posterior]) -> mx.array:
+    """(1, h, w, C) of one sample."""
+    key, patch = (draw.image, draw.patch), samples.config.patch
     if key not in known:
-        if sum(array.nbytes for posterior in known.values() for array in posterior) > KNOWN_BYTES:
+        if sum(array.nbytes for posterior in known.values() for array in posterior) > POSTERIOR_BYTES:
             known.pop(next(iter(known)))
-        pixels = to_pixels(patches.cut(recipe.image(draw.image), draw.patch, recipe.patch))
-        known[key] = recipe.model.encode_images(mx.array(pixels)[None])
+        pixels = to_pixels(patches.cut(samples.image(draw.image), draw.patch, patch))
+        known[key] = samples.model.encode_images(mx.array(pixels)[None])
         mx.eval(known[key])
-    latents = recipe.model.draw_latents(known[key], mx.array(draw.posterior))
+    latents = samples.model.draw_latents(known[key], mx.array(draw.posterior))
     mx.eval(latents)
     return latents
 
 
-def layout(recipe: Recipe) -> Layout:
-    """Shapes of one record, from micro-batch 0 with empty latents: only embedders are run."""
-    tokens, context, target = recipe.prepare(0, mx.zeros(recipe.latent_shape))
-    found = {"target": target}
-    for boundary, names in residuals.boundaries(recipe.plan, recipe.mode).items():
-        for name in names:
-            found |= residuals.named(name, tokens, residuals.keeps_text(recipe.plan, boundary))
-    found |= {f"context.{key}": value for key, value in recipe.model.record(context).items()}
-    found |= _numbered("head", recipe.model.head_modulation(context))
-    (by_block,) = modulations(recipe.stack, recipe.model.reader, [context], recipe.plan.retained)
-    for block, modulation in by_block.items():
-        found |= _numbered(f"modulation.{block}", modulation)
-    recipe.model.release()
-    return Layout({name: (tuple(a.shape), files.dtype_name(a.dtype)) for name, a in found.items()})
+def layout_of(job: Job, batch: int) -> Layout:
+    """The layout of a micro-batch's record; of prompts of one length it is the same. Only embedders are run."""
+    prompt = job.samples.prompt(batch)
+    key = str({name: value.shape for name, value in prompt.items()})
+    if key not in job.layouts:
+        shape = job.samples.latent_shape
+        tokens, context = job.samples.embed(batch, mx.zeros(shape), mx.full(shape[:1], 0.5))
+        start = _start(job.model, mx.zeros(shape), context)
+        (by_block,) = modulations(job.stack, job.model.reader, [context], job.plan.retained)
+        job.layouts[key] = records.layout(job.plan, job.config.residuals, tokens, start, by_block.get)
+        job.model.release()
+    return job.layouts[key]
 
 
-def _numbered(name: str, modulation: Sequence[mx.array] | None) -> dict[str, mx.array]:
-    return {f"{name}.{i}": part for i, part in enumerate(modulation or ())}
+def _start(model: DiffusionModel, target: mx.array, context: Context) -> records.Tensors:
+    return records.of_start(target, model.record(context), model.head_modulation(context))
 
 
-def compute_chunk(
-    recipe: Recipe, shape: Layout, numbers: range, path: Path, fingerprint: str, tree: lora.Tree
-) -> Chunk:
-    """Make the chunk, or read it where it is already there with this fingerprint. `tree`: the adapter of fresh
-    residuals (empty for base).
-    """
-    if residuals.valid(path, fingerprint):
-        return Chunk(path)
-    path.unlink(missing_ok=True)
-    latents_path = path.with_name("latents.safetensors")
-    encode_images(recipe, numbers, latents_path)
-    latents = files.MappedTensors(latents_path)
-    prompts = _prompt_records(recipe, numbers)
-    entries = [files.TensorEntry(n, tuple(a.shape), files.dtype_name(a.dtype)) for n, a in prompts.items()]
-    entries += [entry for number in numbers for entry in shape.entries(number)]
-    with (
-        phase("precompute", len(numbers), "batch", release=recipe.model.release) as track,
-        files.SafetensorsWriter(path, entries, {FINGERPRINT: fingerprint}) as writer,
-    ):
-        while prompts:
-            writer.write(*prompts.popitem())
-        for group in _groups(recipe, numbers):
-            _write_group(recipe, group, latents, writer, tree)
-            track.step(group[-1] + 1 - numbers.start)
-    latents_path.unlink()
-    return Chunk(path)
-
-
-def _prompt_records(recipe: Recipe, numbers: range) -> dict[str, mx.array]:
+def prompt_records(samples: TrainingSamples, batches: range) -> records.Tensors:
     """What depends on the prompt alone, once a prompt."""
-    used = {recipe.prompt_of[image] for number in numbers for image in recipe.images(number)}
-    found: dict[str, mx.array] = {}
-    for number in sorted(used):
-        record = recipe.model.prompt_record(recipe.caption(number))
-        found |= {f"prompt.{number}.{key}": value for key, value in record.items()}
+    found: records.Tensors = {}
+    for number in sorted({number for batch in batches for number in samples.captions(batch)}):
+        found |= records.of_prompt(number, samples.model.prompt_record(samples.caption(number)))
     return found
 
 
-def together(nbytes: int) -> int:
-    """Micro-batches of so many bytes that wait in one sweep."""
-    return max(1, WAITING_BYTES // nbytes)
-
-
-def waiting_bytes(model: DiffusionModel, tokens: Tokens, prompt: Prompt, context: object) -> int:
-    """Of a micro-batch that waits: its tokens, and what of its context is its own."""
-    own = (*arrays(tokens), *model.prompt_record(prompt).values(), *model.record(context).values())
-    return sum(array.nbytes for array in own)
-
-
-def _groups(recipe: Recipe, numbers: range) -> list[range]:
+def _groups(job: Job, batches: range) -> list[range]:
     """Micro-batches that wait together in one sweep."""
-    tokens, context, _ = recipe.prepare(numbers.start, mx.zeros(recipe.latent_shape))
-    prompt = recipe.prompt(recipe.draws(numbers.start))
-    size = together(waiting_bytes(recipe.model, tokens, prompt, context))
-    return [numbers[i : i + size] for i in range(0, len(numbers), size)]
+    shape, first = job.samples.latent_shape, batches.start
+    tokens, context = job.samples.embed(first, mx.zeros(shape), mx.full(shape[:1], 0.5))
+    size = together(waiting_bytes(job.model, tokens, job.samples.prompt(first), context))
+    return [batches[i : i + size] for i in range(0, len(batches), size)]
 
 
-def _write_group(
-    recipe: Recipe,
-    group: range,
-    latents: files.MappedTensors,
-    writer: files.SafetensorsWriter,
-    tree: lora.Tree,
-) -> None:
-    model, plan = recipe.model, recipe.plan
+def _write_group(job: Job, group: range, noised: Noised, write: records.Write, adapter: lora.Tree) -> None:
+    """The records of micro-batches that wait together: what is known at once, then what the sweep meets."""
+    model, plan, mode = job.model, job.plan, job.config.residuals
     waiting = []
-    for number in group:
-        tokens, context, target = recipe.prepare(number, latents.read(str(number)))
-        writer.write(f"{number}.target", target)
-        for key, value in model.record(context).items():
-            writer.write(f"{number}.context.{key}", value)
-        for name, part in _numbered("head", model.head_modulation(context)).items():
-            writer.write(f"{number}.{name}", part)
+    for batch in group:
+        noisy, target, s = noised.read(batch)
+        tokens, context = job.samples.embed(batch, noisy, s)
+        write(batch, _start(model, target, context))
         mx.eval(tokens)
         waiting.append(Sample(tokens, context))
-        del tokens, context, target  # the sweep replaces what waits
+        del noisy, target, tokens, context  # the sweep replaces what waits
     retained = set(plan.retained)
 
-    def keep_modulation(i: int, block: int, modulation: Sequence[mx.array] | None) -> None:
+    def keep_modulation(i: int, block: int, modulation: Modulation) -> None:
         if block in retained:
-            for name, part in _numbered(f"modulation.{block}", modulation).items():
-                writer.write(f"{group[i]}.{name}", part)
+            write(group[i], records.of_modulation(block, modulation))
 
-    def tap(boundary: int, names: list[str]):  # type: ignore[no-untyped-def]
-        def keep(i: int, tokens: Tokens) -> None:
-            for name in names:
-                for key, value in residuals.named(name, tokens, residuals.keeps_text(plan, boundary)).items():
-                    writer.write(f"{group[i]}.{key}", value)
+    def tap(boundary: int) -> Tap:
+        return lambda i, tokens: write(group[i], records.of_boundary(plan, mode, boundary, tokens))
 
-        return keep
-
-    kept = residuals.boundaries(plan, recipe.mode)
+    kept = residuals.boundaries(plan, mode)
     stop = max(kept)
-    taps = {boundary: tap(boundary, names) for boundary, names in kept.items()}
-    unvisited = [block for block in plan.retained if block >= stop]
     contexts = [sample.context for sample in waiting]
     forward(
-        recipe.stack,
-        model.reader,
-        waiting,
-        range(stop),
-        trainable=tree,
-        taps=taps,
-        on_modulation=keep_modulation,
-    )
-    for i, by_block in enumerate(modulations(recipe.stack, model.reader, contexts, unvisited)):
+        job.stack, model.reader, waiting, range(stop), trainable=adapter,
+        taps={boundary: tap(boundary) for boundary in kept}, on_modulation=keep_modulation,
+    )  # fmt: skip
+    beyond = [block for block in plan.retained if block >= stop]
+    for i, by_block in enumerate(modulations(job.stack, model.reader, contexts, beyond)):
         for block, modulation in by_block.items():
             keep_modulation(i, block, modulation)

@@ -1,0 +1,138 @@
+"""`train`: learn a subject from a few photos."""
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_blockskip import lora
+from mlx_blockskip.blockskip.patches import coverage
+from mlx_blockskip.data import load_dataset
+from mlx_blockskip.engine import files, owned
+from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.events import Event, Note, Saved, Warning, as_record, emit, listening
+from mlx_blockskip.models.registry import family_named, read_config
+from mlx_blockskip.settings import TrainSettings, to_mapping
+from mlx_blockskip.tasks.checkpoint.adapters import TENSORS, save_adapter
+from mlx_blockskip.tasks.checkpoint.resolve import open_named
+from mlx_blockskip.tasks.defaults import train_config
+from mlx_blockskip.tasks.memory.check import budget_of, check_training
+from mlx_blockskip.tasks.memory.trace import traced
+from mlx_blockskip.tasks.skipping.choice import even_plan, known_plan, probed_plan
+from mlx_blockskip.tasks.train import checkpoints
+from mlx_blockskip.tasks.train.checkpoints import State
+from mlx_blockskip.tasks.train.job import CACHE, CACHE_FILES, Job
+from mlx_blockskip.tasks.train.loop import run
+from mlx_blockskip.tasks.train.moments import Moments
+from mlx_blockskip.tasks.train.setup import prepare
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where the adapter is, the steps done, those that were skipped, and the mean loss of the last steps."""
+
+    adapter_path: Path
+    steps: int
+    skipped: int
+    loss: float
+
+
+@traced
+def train(settings: TrainSettings) -> TrainResult:
+    """Train a LoRA on the images in `data` and write the adapter directory. See `TrainSettings` for the options."""
+    if not settings.data:
+        raise UserError("--data: give a directory of images")
+    directory = Path(settings.adapter_path).expanduser()
+    if not settings.resume and (directory / TENSORS).exists():
+        raise UserError(f"{directory}: already holds an adapter; choose another --adapter-path, or go on with --resume")
+    dataset = load_dataset(Path(settings.data).expanduser(), settings.prompt)
+    for text in dataset.warnings:
+        emit(Warning(text))
+    model = open_named(settings.model, budget_of(settings.memory_budget))
+    config = train_config(settings, model, [example.caption for example in dataset.examples])
+    plan = known_plan(settings, model)
+    ample = check_training(config, model, plan or even_plan(settings, model))
+    with files.lock(directory / ".lock"):
+        owned.begin(directory / CACHE, CACHE_FILES)
+        if plan is None:
+            plan = probed_plan(settings, config, model, dataset, directory)
+            ample = check_training(config, model, plan)
+        job = prepare(config, directory, model, dataset, plan, ample)
+        state = first_state(job)
+        describe(job)
+        with logged(directory / "log.jsonl"):
+            loss = run(job, state)
+            finish(job, state, settings)
+        owned.clear(directory / CACHE, CACHE_FILES)
+    (directory / ".lock").unlink(missing_ok=True)
+    return TrainResult(directory, state.step, state.skipped, loss)
+
+
+@contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """Inside, events are written down too, a line of JSON each."""
+    with path.open("a", encoding="utf-8") as log:
+
+        def write(event: Event) -> None:
+            log.write(json.dumps({"time": round(time.time(), 3), **as_record(event)}) + "\n")
+            log.flush()
+
+        with listening(write):
+            yield
+
+
+def first_state(job: Job) -> State:
+    """The last checkpoint where the run goes on, else new factors. A run that was stopped before its first checkpoint
+    starts again; its class images and cache are used.
+    """
+    config, model = job.config, job.model
+    moments = Moments(None if job.ample else job.cache / "moments")
+    if config.resume:
+        if saved := checkpoints.found(job.directory):
+            emit(Note(f"Going on from {saved[-1].name}"))
+            return checkpoints.load(saved[-1], model.stack, job.identity, moments)
+        emit(Note(f"{job.directory} has no checkpoint yet; the run starts at its first step"))
+    modules = lora.targets(family_named(read_config(model.path)["family"]).lora_targets, config.lora_targets)
+    return State(lora.init(model.reader, job.plan.retained, modules, config.rank, config.seed), moments)
+
+
+def describe(job: Job) -> None:
+    """Say what is trained, and how much of the images the crops cover."""
+    samples, plan = job.samples, job.plan
+    count = job.config.batches * job.config.batch_size
+    own = (k for k in range(count) if samples.shows_subject(samples.image_of(k)))
+    draws = [samples.draw(k) for k in itertools.islice(own, 200)]
+    sizes = [samples.image(draw.image).size for draw in draws]
+    share = sum(coverage([d.patch], size) for d, size in zip(draws, sizes, strict=True)) / len(draws)
+    emit(Note(f"{plan}; {plan.source or 'given'}"))
+    emit(Note(f"{len(samples.dataset.examples)} images; a crop covers {share:.0%} of its image on average"))
+    if job.config.residuals == "fresh" and plan.later and job.config.batches <= job.chunk_length:
+        emit(Warning("the run fits into one chunk, so its fresh residuals are those of the base model"))
+    if samples.prior:
+        emit(Note(f"every other sample is one of {len(samples.prior.examples)} class images"))
+
+
+def finish(job: Job, state: State, given: TrainSettings) -> None:
+    """Write the adapter, and say what went wrong on the way. given: the settings before they were filled."""
+    description = {
+        "format": 1,
+        "family": read_config(job.model.path)["family"],
+        "base_model": job.config.model,
+        "base_model_identity": job.model.identity,
+        "rank": job.config.rank,
+        "scale": job.config.scale,
+        "targets": job.config.lora_targets,
+        "captions": sorted({example.caption for example in job.samples.dataset.examples}),
+        "plan": job.plan.to_json(),
+        "steps": state.step,
+        "skipped_steps": state.skipped,
+        "settings": to_mapping(given) | job.config.recorded(),
+    }
+    checkpoints.save(job.directory, state, job.model.stack, job.identity)
+    save_adapter(job.directory, state.tree, job.model, description)
+    if state.skipped:
+        emit(Warning(f"{state.skipped} steps had no finite loss and were skipped"))
+    emit(Saved(job.directory, "adapter"))
