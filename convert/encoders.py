@@ -1,14 +1,16 @@
 """Rows of the networks that families share: CLIP's text tower, T5's and Gemma-2's encoders, AutoencoderKL and DC-AE."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from mlx_blockskip.converters.table import Component, Row, conv, linear, norm
 
-from mlx_blockskip.models.text import gemma2
+from mlx_blockskip.models.text.clip import CLIPTextConfig, Layers
+from mlx_blockskip.models.text.gemma2 import Gemma2Config
+from mlx_blockskip.models.text.t5 import T5Config
 from mlx_blockskip.models.vae import dc_ae
+from mlx_blockskip.models.vae.dc_ae import AutoencoderDCConfig
+from mlx_blockskip.models.vae.kl import AutoencoderKLConfig
 
 NEVER_FLOAT16 = {"float16": "bfloat16"}
 """T5, Gemma-2 and the VAEs overflow in float16."""
@@ -20,11 +22,11 @@ def block_of(pattern: str, name: str) -> str | None:
     return match.group(0) if match else None
 
 
-def clip_layers(config: Mapping[str, Any]) -> list[Row]:
+def clip_layers(config: Layers) -> list[Row]:
     """The layers of either of CLIP's towers."""
-    width, inner = config["hidden_size"], config["intermediate_size"]
+    width, inner = config.hidden_size, config.intermediate_size
     rows: list[Row] = []
-    for i in range(config["num_hidden_layers"]):
+    for i in range(config.num_hidden_layers):
         layer = f"encoder.layers.{i}"
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
             rows += linear(f"{layer}.self_attn.{part}", width, width)
@@ -33,12 +35,12 @@ def clip_layers(config: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def clip_text(folder: str, config: Mapping[str, Any]) -> Component:
+def clip_text(folder: str, config: CLIPTextConfig) -> Component:
     """transformers CLIPTextModel; checkpoints before transformers 5 put `text_model.` before every name."""
-    width = config["hidden_size"]
+    width = config.hidden_size
     rows = [
-        Row("embeddings.token_embedding.weight", (config["vocab_size"], width)),
-        Row("embeddings.position_embedding.weight", (config["max_position_embeddings"], width)),
+        Row("embeddings.token_embedding.weight", (config.vocab_size, width)),
+        Row("embeddings.position_embedding.weight", (config.max_position_embeddings, width)),
         *norm("final_layer_norm", width),
         *clip_layers(config),
     ]
@@ -50,20 +52,20 @@ def clip_text(folder: str, config: Mapping[str, Any]) -> Component:
     )
 
 
-def t5_encoder(folder: str, config: Mapping[str, Any]) -> Component:
+def t5_encoder(folder: str, config: T5Config) -> Component:
     """transformers T5EncoderModel; the embedding may be stored under either of its two names, or both."""
-    width, inner, heads = config["d_model"], config["d_ff"], config["num_heads"]
-    attention = heads * config["d_kv"]
-    gated = config.get("feed_forward_proj", "relu").startswith("gated")
+    width, inner, heads = config.d_model, config.d_ff, config.num_heads
+    attention = heads * config.d_kv
+    gated = config.gated
     rows = [
-        Row("shared.weight", (config["vocab_size"], width), aliases=("encoder.embed_tokens.weight",)),
+        Row("shared.weight", (config.vocab_size, width), aliases=("encoder.embed_tokens.weight",)),
         *norm("encoder.final_layer_norm", width, bias=False),
         Row(
             "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-            (config["relative_attention_num_buckets"], heads),
+            (config.relative_attention_num_buckets, heads),
         ),
     ]
-    for i in range(config["num_layers"]):
+    for i in range(config.num_layers):
         layer = f"encoder.block.{i}.layer"
         for part in "qkv":
             rows += linear(f"{layer}.0.SelfAttention.{part}", attention, width, bias=False)
@@ -81,14 +83,13 @@ def t5_encoder(folder: str, config: Mapping[str, Any]) -> Component:
     )
 
 
-def gemma2_encoder(folder: str, config: Mapping[str, Any]) -> Component:
+def gemma2_encoder(folder: str, config: Gemma2Config) -> Component:
     """transformers Gemma2Model; a Gemma2ForCausalLM puts `model.` before every name, and may have a head."""
-    gemma2.check(config)
-    width, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    queries, keys = head * config["num_attention_heads"], head * config["num_key_value_heads"]
-    bias = bool(config.get("attention_bias"))
-    rows = [Row("embed_tokens.weight", (config["vocab_size"], width)), *norm("norm", width, bias=False)]
-    for i in range(config["num_hidden_layers"]):
+    width, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = head * config.num_attention_heads, head * config.num_key_value_heads
+    bias = config.attention_bias
+    rows = [Row("embed_tokens.weight", (config.vocab_size, width)), *norm("norm", width, bias=False)]
+    for i in range(config.num_hidden_layers):
         layer = f"layers.{i}"
         for part, out in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
             rows += linear(f"{layer}.self_attn.{part}", out, width, bias=bias)
@@ -107,11 +108,11 @@ def gemma2_encoder(folder: str, config: Mapping[str, Any]) -> Component:
     )
 
 
-def autoencoder_kl(folder: str, config: Mapping[str, Any]) -> Component:
+def autoencoder_kl(folder: str, config: AutoencoderKLConfig) -> Component:
     """diffusers AutoencoderKL; older checkpoints name the attention's layers query, key, value, proj_attn."""
-    widths, per_level, latent = config["block_out_channels"], config["layers_per_block"], config["latent_channels"]
-    attends, top = config.get("mid_block_add_attention", True), widths[-1]
-    rows = conv("encoder.conv_in", widths[0], config["in_channels"], 3)
+    widths, per_level, latent = config.block_out_channels, config.layers_per_block, config.latent_channels
+    attends, top = config.mid_block_add_attention, widths[-1]
+    rows = conv("encoder.conv_in", widths[0], config.in_channels, 3)
     before = widths[0]
     for i, width in enumerate(widths):
         for j in range(per_level):
@@ -129,10 +130,10 @@ def autoencoder_kl(folder: str, config: Mapping[str, Any]) -> Component:
         if i < len(widths) - 1:
             rows += conv(f"decoder.up_blocks.{i}.upsamplers.0.conv", width, width, 3)
         before = width
-    rows += norm("decoder.conv_norm_out", widths[0]) + conv("decoder.conv_out", config["out_channels"], widths[0], 3)
-    if config.get("use_quant_conv", True):
+    rows += norm("decoder.conv_norm_out", widths[0]) + conv("decoder.conv_out", config.out_channels, widths[0], 3)
+    if config.use_quant_conv:
         rows += linear("quant_conv", 2 * latent, 2 * latent, role="plain", fix="pointwise")
-    if config.get("use_post_quant_conv", True):
+    if config.use_post_quant_conv:
         rows += linear("post_quant_conv", latent, latent, role="plain", fix="pointwise")
     return Component(folder, tuple(rows), block=lambda name: None, dtypes=NEVER_FLOAT16)
 
@@ -155,13 +156,12 @@ def _middle(name: str, width: int, attends: bool) -> list[Row]:
     return rows
 
 
-def autoencoder_dc(folder: str, config: Mapping[str, Any]) -> Component:
+def autoencoder_dc(folder: str, config: AutoencoderDCConfig) -> Component:
     """diffusers AutoencoderDC; its halves are a shard each, because a phase needs one of them."""
-    config = dc_ae.complete(config)
-    channels, latent, head = config["in_channels"], config["latent_channels"], config["attention_head_dim"]
+    channels, latent, head = config.in_channels, config.latent_channels, config.attention_head_dim
     down, up = dc_ae.levels(config, "encoder"), dc_ae.levels(config, "decoder")
-    unshuffle = 4 if config["downsample_block_type"] == "pixel_unshuffle" else 1
-    shuffle = 4 if config["upsample_block_type"] == "pixel_shuffle" else 1
+    unshuffle = 4 if config.downsample_block_type == "pixel_unshuffle" else 1
+    shuffle = 4 if config.upsample_block_type == "pixel_shuffle" else 1
     if down[0].layers:
         rows = conv("encoder.conv_in", down[0].width, channels, 3)
     else:

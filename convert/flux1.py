@@ -6,6 +6,12 @@ from typing import Any
 from mlx_blockskip.converters.encoders import autoencoder_kl, block_of, clip_text, t5_encoder
 from mlx_blockskip.converters.table import Component, Row, linear, norm
 
+from mlx_blockskip.models.flux1.config import CONFIGS
+from mlx_blockskip.models.flux1.transformer import FluxTransformer2DConfig
+
+FOLDERS = tuple(CONFIGS)
+"""Folders of networks."""
+
 COPIED = ("tokenizer", "tokenizer_2", "scheduler")
 """Folders that are copied as they are."""
 
@@ -13,8 +19,8 @@ ADAPTER_PREFIX = "transformer."
 """What diffusers puts before a module's path in a LoRA file; the paths themselves are ours."""
 
 
-def components(configs: Mapping[str, Mapping[str, Any]]) -> list[Component]:
-    """The components, from their configs by folder."""
+def components(configs: Mapping[str, Any]) -> list[Component]:
+    """The components, from their configs (of CONFIGS) by folder."""
     return [
         transformer("transformer", configs["transformer"]),
         clip_text("text_encoder", configs["text_encoder"]),
@@ -23,29 +29,26 @@ def components(configs: Mapping[str, Mapping[str, Any]]) -> list[Component]:
     ]
 
 
-FOLDERS = ("transformer", "text_encoder", "text_encoder_2", "vae")
-
-
-def transformer(folder: str, config: Mapping[str, Any]) -> Component:
+def transformer(folder: str, config: FluxTransformer2DConfig) -> Component:
     """diffusers FluxTransformer2DModel."""
-    head = config["attention_head_dim"]
-    width = head * config["num_attention_heads"]
-    channels = config["in_channels"]
+    head = config.attention_head_dim
+    width = head * config.num_attention_heads
+    channels = config.in_channels
     rows = linear("x_embedder", width, channels, role="plain")
-    rows += linear("context_embedder", width, config["joint_attention_dim"], role="plain")
-    embedders = [("timestep_embedder", 256), ("text_embedder", config["pooled_projection_dim"])]
-    if config["guidance_embeds"]:
+    rows += linear("context_embedder", width, config.joint_attention_dim, role="plain")
+    embedders = [("timestep_embedder", 256), ("text_embedder", config.pooled_projection_dim)]
+    if config.guidance_embeds:
         embedders.append(("guidance_embedder", 256))
     for name, inputs in embedders:
         rows += linear(f"time_text_embed.{name}.linear_1", width, inputs, role="plain")
         rows += linear(f"time_text_embed.{name}.linear_2", width, width, role="plain")
-    for i in range(config["num_layers"]):
+    for i in range(config.num_layers):
         rows += _double(f"transformer_blocks.{i}", width, head)
-    for i in range(config["num_single_layers"]):
+    for i in range(config.num_single_layers):
         rows += _single(f"single_transformer_blocks.{i}", width, head)
     rows += linear("norm_out.linear", 2 * width, width, role="plain")
-    patch = config.get("patch_size", 1) ** 2
-    rows += linear("proj_out", patch * (config.get("out_channels") or channels), width, role="plain")
+    patch = config.patch_size**2
+    rows += linear("proj_out", patch * (config.out_channels or channels), width, role="plain")
     return Component(folder, tuple(rows), lambda name: block_of(r"(single_)?transformer_blocks\.\d+\.", name))
 
 

@@ -10,7 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_blockskip.converters.run import Precision, index_of, load_table, plan_shards, quantization_of, shard_entries
+from mlx_blockskip.converters.run import (
+    Precision,
+    components_of,
+    index_of,
+    load_table,
+    plan_shards,
+    quantization_of,
+    shard_entries,
+)
 from mlx_blockskip.converters.table import Component
 
 from mlx_blockskip.engine import files
@@ -32,13 +40,12 @@ def write_hollow(
 
     beside: a model directory, of either layout, whose tokenizers (and scheduler, where none is given) are copied.
     """
-    table = load_table(family)
-    components = table.components(configs)
+    components = components_of(family, configs)
     with files.atomic_directory(target) as temporary:
         for component in components:
             files.write_json(temporary / component.folder / "config.json", configs[component.folder])
             _write_component(component, temporary / component.folder, precision)
-        for name in table.COPIED:
+        for name in load_table(family).COPIED:
             shutil.copytree(beside / name, temporary / name)
         if scheduler is not None:
             files.write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx_blockskip.converters.source import FLOATS, Source, open_source
@@ -16,6 +16,8 @@ from mlx_blockskip.converters.table import Component, Row
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.weights import INDEX
+from mlx_blockskip.models import schedulers
+from mlx_blockskip.models.family import Configs
 
 DTYPES = ("float32", "bfloat16", "float16")
 GROUP_SIZES = (128, 64, 32)
@@ -69,23 +71,30 @@ def default_dtype() -> str:
 
 def open_checkpoint(source: Path, family: str) -> list[tuple[Component, Source]]:
     """Every component with its tensors, checked to be complete and of the right shapes. Raises UserError."""
-    table = load_table(family)
-    configs = {folder: files.read_json(source / folder / "config.json") for folder in table.FOLDERS}
-    for folder, config in configs.items():
-        if not isinstance(config, dict):
-            raise UserError(f"{source / folder / 'config.json'}: is not a config; download the checkpoint again")
-    try:
-        components = table.components(configs)
-    except KeyError as error:
-        raise UserError(f"{source}: a config.json lacks {error}; download the checkpoint again") from error
-    except TypeError as error:
-        raise UserError(f"{source}: a config.json has a value of a wrong type ({error}); download it again") from error
     found = []
-    for component in components:
+    for component in read_components(source, family):
         opened = open_source(source / component.folder)
         check_rows(component, opened)
         found.append((component, opened))
     return found
+
+
+def read_components(source: Path, family: str) -> list[Component]:
+    """The components of a checkpoint, by its config files alone. Raises UserError for what is not implemented, by the
+    file, the option and its value: in a network or in the scheduler.
+    """
+    schedulers.read(source)
+    configs = {name: files.read_json(source / name / "config.json") for name in load_table(family).FOLDERS}
+    return components_of(family, configs, source)
+
+
+def components_of(family: str, configs: Configs, source: Path | None = None) -> list[Component]:
+    """The components that the content of config files stands for, by folder. source: the directory that they are in,
+    to be named in errors. Raises UserError.
+    """
+    table, place = load_table(family), source or Path(family)
+    parsed = {name: cls.from_dict(configs[name], place / name / "config.json") for name, cls in table.CONFIGS.items()}
+    return cast(list[Component], table.components(parsed))
 
 
 def check_rows(component: Component, source: Source) -> None:

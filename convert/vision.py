@@ -8,7 +8,7 @@ save it so. Both are read.
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +20,12 @@ from mlx_blockskip.converters.table import Component, Row, conv, linear, norm
 
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.models.text import clip as text_clip
-from mlx_blockskip.models.vision import preprocess, vit
+from mlx_blockskip.models.config import Config
+from mlx_blockskip.models.text.clip import CLIPTextConfig
+from mlx_blockskip.models.vision import preprocess
+from mlx_blockskip.models.vision.clip import CLIPConfig, CLIPVisionConfig
 from mlx_blockskip.models.vision.patches import grid_of, pair
-
-VIT = {
-    "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
-    "hidden_act": "gelu", "layer_norm_eps": 1e-12, "image_size": 224, "patch_size": 16, "num_channels": 3,
-    "qkv_bias": True,
-}  # fmt: skip
-DINOV2 = {
-    "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "mlp_ratio": 4, "hidden_act": "gelu",
-    "layer_norm_eps": 1e-6, "image_size": 224, "patch_size": 14, "num_channels": 3, "qkv_bias": True,
-    "use_swiglu_ffn": False,
-}  # fmt: skip
-CLIP_VISION = {
-    "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
-    "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "image_size": 224, "patch_size": 32, "num_channels": 3,
-}  # fmt: skip
-CLIP_TEXT = {
-    "vocab_size": 49408, "hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8,
-    "intermediate_size": 2048, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
-    "eos_token_id": 49407,
-}  # fmt: skip
-"""What the reference classes take where a config says nothing; what is not named here is not kept."""
+from mlx_blockskip.models.vision.vit import Dinov2Config, ViTConfig
 
 PROCESSORS = {"vit": "ViTImageProcessor", "dinov2": "BitImageProcessor", "clip": "CLIPImageProcessor"}
 """The class that reads a preprocessor_config.json which names none."""
@@ -59,7 +41,7 @@ class Part:
     """A component to write: its rows, its whole config, and the tensors that are its own."""
 
     component: Component
-    config: Mapping[str, Any]
+    config: Config
     source: Source
 
 
@@ -83,49 +65,52 @@ def open_checkpoint(source: Path) -> list[Part]:
     if kind is None:
         raise UserError(f"{source}: has no config.json with a model_type, so it is not an image encoder")
     _preprocessing(source, kind)
-    config, weights = files.read_json(source / "config.json"), open_source(source)
-    try:
-        parts = [Part(c, own, _own(weights, c)) for c, own in components(kind, config)]
-    except KeyError as error:
-        raise UserError(f"{source / 'config.json'}: lacks {error}; download the checkpoint again") from error
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(f"{source / 'config.json'}: has a wrong value ({error}); download it again") from error
+    found, weights = read_components(source), open_source(source)
+    parts = [Part(component, config, _own(weights, component)) for component, config in found]
     if kind == "clip":
         _check_tokenizer(source)
     for part in parts:
-        (text_clip if kind == "clip" else vit).stack(part.config)  # refuses an activation that is not implemented
         run.check_rows(part.component, part.source)
     return parts
 
 
-def components(kind: str, config: Mapping[str, Any]) -> list[tuple[Component, dict[str, Any]]]:
-    """The components of a checkpoint, each with its whole config."""
+def read_components(source: Path) -> list[tuple[Component, Config]]:
+    """The components of a checkpoint by its config.json alone, each with its config. Raises UserError."""
+    path, kind = source / "config.json", kind_of(source)
+    if kind is None:
+        raise UserError(f"{source}: has no config.json with a model_type, so it is not an image encoder")
+    return components(kind, files.read_json(path), path)
+
+
+def components(kind: str, given: Mapping[str, Any], where: Path | None = None) -> list[tuple[Component, Config]]:
+    """The components of a checkpoint, each with its config. given: the content of the file `where`.
+
+    Raises UserError for what is not implemented.
+    """
     if kind != "clip":
-        whole = _complete(VIT if kind == "vit" else DINOV2, config)
-        return [(transformer("vision", kind, whole), whole)]
-    width = config.get("projection_dim", 512)
-    vision, text = (
-        _complete(defaults, {**(config.get(f"{part}_config") or {}), **(config.get(f"{part}_config_dict") or {})})
-        for part, defaults in (("vision", CLIP_VISION), ("text", CLIP_TEXT))
-    )
+        config = (ViTConfig if kind == "vit" else Dinov2Config).from_dict(given, where)
+        return [(transformer("vision", config), config)]
+    width = CLIPConfig.from_dict(given, where).projection_dim
+    vision = CLIPVisionConfig.from_dict(_tower(given, "vision"), where)
+    text = CLIPTextConfig.from_dict(_tower(given, "text"), where)
     return [(clip_vision("vision", vision, width), vision), (clip_text_projected("text", text, width), text)]
 
 
-def _complete(defaults: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    found = {key: config.get(key, default) for key, default in defaults.items()}
-    if found["hidden_size"] % found["num_attention_heads"]:
-        raise ValueError(f"num_attention_heads {found['num_attention_heads']} does not divide hidden_size")
-    return found
+def _tower(given: Mapping[str, Any], name: str) -> Any:
+    """A tower's config; before version 5 of transformers another dictionary went over it."""
+    own, over = (given.get(key) or {} for key in (f"{name}_config", f"{name}_config_dict"))
+    return {**own, **over} if isinstance(own, dict) and isinstance(over, dict) else None
 
 
-def transformer(folder: str, kind: str, config: Mapping[str, Any]) -> Component:
-    """transformers ViTModel (`kind` "vit") and Dinov2Model, whose names of today are ours."""
-    width, patch = config["hidden_size"], pair(config["patch_size"])
+def transformer(folder: str, config: ViTConfig | Dinov2Config) -> Component:
+    """transformers ViTModel and Dinov2Model, whose names of today are ours."""
+    kind = "vit" if isinstance(config, ViTConfig) else "dinov2"
+    width, patch = config.hidden_size, pair(config.patch_size)
     count = 1 + grid_of(config)[0] * grid_of(config)[1]
     rows = [Row("embeddings.cls_token", (1, 1, width)), Row("embeddings.position_embeddings", (1, count, width))]
-    rows += conv("embeddings.patch_embeddings.projection", width, config["num_channels"], patch)
+    rows += conv("embeddings.patch_embeddings.projection", width, config.num_channels, patch)
     rows += norm("layernorm", width)
-    for i in range(config["num_hidden_layers"]):
+    for i in range(config.num_hidden_layers):
         rows += _layer(f"encoder.layer.{i}", config)
     return Component(
         folder,
@@ -135,16 +120,16 @@ def transformer(folder: str, kind: str, config: Mapping[str, Any]) -> Component:
     )
 
 
-def _layer(name: str, config: Mapping[str, Any]) -> list[Row]:
-    width = config["hidden_size"]
+def _layer(name: str, config: ViTConfig | Dinov2Config) -> list[Row]:
+    width = config.hidden_size
     rows = norm(f"{name}.norm1", width) + norm(f"{name}.norm2", width)
     for part in "qkv":
-        rows += linear(f"{name}.attention.{part}_proj", width, width, bias=config["qkv_bias"])
+        rows += linear(f"{name}.attention.{part}_proj", width, width, bias=config.qkv_bias)
     rows += linear(f"{name}.attention.o_proj", width, width)
-    inner = config["intermediate_size"] if "intermediate_size" in config else int(width * config["mlp_ratio"])
-    if "mlp_ratio" in config:
+    inner = config.intermediate_size
+    if isinstance(config, Dinov2Config):
         rows += [Row(f"{name}.layer_scale{i}.lambda1", (width,)) for i in (1, 2)]
-    if not config.get("use_swiglu_ffn", False):
+    if not (isinstance(config, Dinov2Config) and config.use_swiglu_ffn):
         return rows + linear(f"{name}.mlp.fc1", inner, width) + linear(f"{name}.mlp.fc2", width, inner)
     inner = (int(inner * 2 / 3) + 7) // 8 * 8
     rows += linear(f"{name}.mlp.gate_proj", inner, width, fix="first")
@@ -190,12 +175,12 @@ def _renamed(name: str, modules: Mapping[str, str], layers: str) -> str:
     return name if match is None else f"{layers}.{match[1]}.{modules.get(match[2], match[2])}.{match[3]}"
 
 
-def clip_vision(folder: str, config: Mapping[str, Any], projection: int) -> Component:
+def clip_vision(folder: str, config: CLIPVisionConfig, projection: int) -> Component:
     """transformers CLIPModel's vision tower and its projection. `pre_layrnorm` is what it is called."""
-    width = config["hidden_size"]
+    width = config.hidden_size
     rows = [
         Row("embeddings.class_embedding", (width,)),
-        *conv("embeddings.patch_embedding", width, config["num_channels"], pair(config["patch_size"]), bias=False),
+        *conv("embeddings.patch_embedding", width, config.num_channels, pair(config.patch_size), bias=False),
         Row("embeddings.position_embedding.weight", (1 + grid_of(config)[0] * grid_of(config)[1], width)),
         *norm("pre_layrnorm", width),
         *norm("post_layernorm", width),
@@ -210,10 +195,10 @@ def clip_vision(folder: str, config: Mapping[str, Any], projection: int) -> Comp
     )
 
 
-def clip_text_projected(folder: str, config: Mapping[str, Any], projection: int) -> Component:
+def clip_text_projected(folder: str, config: CLIPTextConfig, projection: int) -> Component:
     """transformers CLIPModel's text tower and its projection."""
     tower = clip_text(folder, config)
-    projected = linear("text_projection", projection, config["hidden_size"], bias=False)
+    projected = linear("text_projection", projection, config.hidden_size, bias=False)
     return replace(tower, rows=(*tower.rows, *projected), ignored=lambda name: re.match(UNUSED, name) is not None)
 
 
@@ -257,7 +242,7 @@ def write_encoder(
         folder.mkdir()
         for shard in run.write_component(part.component, part.source, folder, precision):
             yield part.component.folder, shard
-        files.write_json(folder / "config.json", part.config)
+        files.write_json(folder / "config.json", asdict(part.config))
     files.write_json(target / preprocess.FILE, _preprocessing(source, kind))
     if kind == "clip":
         (target / "tokenizer").mkdir()

@@ -8,28 +8,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.models import schedulers
 from mlx_blockskip.models.family import OWN_SPACING
+from mlx_blockskip.models.schedulers import DPMSolverMultistepConfig, FlowMatchEulerDiscreteConfig
 
-EULER = "FlowMatchEulerDiscreteScheduler"
-REFUSED = (
-    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
-    *("invert_sigmas", "stochastic_sampling", "shift_terminal"),
-)
-
-DPM = "DPMSolverMultistepScheduler"
-DPM_OPTIONS: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
-    "use_flow_sigmas": (False, (True,)),
-    "prediction_type": ("epsilon", ("flow_prediction",)),
-    "algorithm_type": ("dpmsolver++", ("dpmsolver++",)),
-    "solver_order": (2, (1, 2)),
-    "solver_type": ("midpoint", ("midpoint", "heun")),
-    "final_sigmas_type": ("zero", ("zero",)),
-    **dict.fromkeys(("thresholding", "use_lu_lambdas", "use_dynamic_shifting", *REFUSED[:3]), (False, (False, None))),
-}
-"""Of each option the reference's default, and the values that are implemented."""
-
-CONSISTENCY = "SCMScheduler"
-CONSISTENCY_OPTIONS = {"prediction_type": ("trigflow", ("trigflow",))}
 LATEST, BETWEEN = 1.5708, 1.3
 """The first angle, and the second where there are two steps: what SanaSprintPipeline asks of the scheduler."""
 
@@ -71,43 +53,28 @@ def _shifted(sigma: Any, shift: float) -> Any:
 
 
 def training_shift(scheduler: Mapping[str, Any]) -> float:
-    """The scheduler's static shift; 1 where shifting is dynamic."""
-    if scheduler.get("use_dynamic_shifting"):
-        return 1.0
-    return float(scheduler.get("flow_shift" if scheduler.get("_class_name") == DPM else "shift", 1.0))
+    """The static shift of a scheduler_config.json's content; 1 where shifting is dynamic. Raises as `sampler` does."""
+    config = schedulers.parse(scheduler)
+    if isinstance(config, DPMSolverMultistepConfig):
+        return float(config.flow_shift)
+    if isinstance(config, FlowMatchEulerDiscreteConfig) and not config.use_dynamic_shifting:
+        return float(config.shift)
+    return 1.0
 
 
 def sampler(scheduler: Mapping[str, Any], steps: int, image_tokens: int, fresh: Fresh | None = None) -> Sampler:
-    """The sampler that a scheduler_config.json names. Raises UserError for what is not implemented, by its name.
+    """The sampler that a scheduler_config.json's content names. Raises UserError for what is not implemented, by name.
 
     fresh: what a sampler draws noise from that adds some on the way.
     """
-    name = scheduler.get("_class_name", EULER)
-    if name not in (EULER, DPM, CONSISTENCY):
-        raise UserError(f"scheduler {name} is not implemented; use a checkpoint with {EULER}, {DPM} or {CONSISTENCY}")
-    _refuse(scheduler, name)
+    config = schedulers.parse(scheduler)
     if steps < 1:
         raise UserError(f"--steps {steps}: at least one step is needed")
-    if name == DPM:
-        return Multistep(*dpm_sigmas(scheduler, steps), scheduler.get("solver_order", 2), scheduler.get("solver_type"))
-    if name == CONSISTENCY:
-        return Consistency(consistency_sigmas(steps), fresh)
-    return Euler(euler_sigmas(scheduler, steps, image_tokens))
-
-
-def _refuse(scheduler: Mapping[str, Any], name: str) -> None:
-    """Raise UserError for an option of this scheduler that is not implemented."""
-    if name == EULER:
-        for option in REFUSED:
-            if scheduler.get(option):
-                raise UserError(
-                    f"scheduler option {option}={scheduler[option]} is not implemented; set it to false or null"
-                )
-        return
-    for option, (default, known) in (DPM_OPTIONS if name == DPM else CONSISTENCY_OPTIONS).items():
-        if (value := scheduler.get(option, default)) not in known:
-            use = " or ".join(repr(k) for k in known if k is not None)
-            raise UserError(f"scheduler option {option}={value!r} is not implemented; use {use}")
+    if isinstance(config, DPMSolverMultistepConfig):
+        return Multistep(*dpm_sigmas(config, steps), config.solver_order, config.solver_type)
+    if isinstance(config, FlowMatchEulerDiscreteConfig):
+        return Euler(euler_sigmas(config, steps, image_tokens, bool(scheduler.get(OWN_SPACING))))
+    return Consistency(consistency_sigmas(steps), fresh)
 
 
 class Euler:
@@ -131,7 +98,7 @@ class Multistep:
     where lambda is infinite, are of first order. Source: diffusers DPMSolverMultistepScheduler.
     """
 
-    def __init__(self, sigmas: np.ndarray, times: np.ndarray, order: int = 2, kind: str | None = "midpoint"):
+    def __init__(self, sigmas: np.ndarray, times: np.ndarray, order: int = 2, kind: str = "midpoint"):
         self.sigmas = sigmas
         self.times = times
         self.order = order
@@ -178,12 +145,11 @@ class Consistency:
         return x0.astype(latents.dtype)
 
 
-def dpm_sigmas(scheduler: Mapping[str, Any], steps: int) -> tuple[np.ndarray, np.ndarray]:
+def dpm_sigmas(config: DPMSolverMultistepConfig, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """(steps + 1,) and (steps,) float32: sigmas to 0, and the times, which the reference cuts to whole timesteps."""
-    count = int(scheduler.get("num_train_timesteps", 1000))
-    shift = float(scheduler.get("flow_shift", 1.0))
+    count = config.num_train_timesteps
     sigmas = 1 - np.linspace(1, 1 / count, steps + 1)
-    sigmas = _shifted(sigmas, shift)[:0:-1]
+    sigmas = _shifted(sigmas, float(config.flow_shift))[:0:-1]
     times = np.trunc(sigmas * count) / count
     return np.append(sigmas, 0.0).astype(np.float32), times.astype(np.float32)
 
@@ -194,28 +160,23 @@ def consistency_sigmas(steps: int) -> np.ndarray:
     return np.minimum(np.sin(angles) / (np.cos(angles) + np.sin(angles)), 1.0).astype(np.float32)
 
 
-def euler_sigmas(scheduler: Mapping[str, Any], steps: int, image_tokens: int) -> np.ndarray:
-    """(steps + 1,) float32: 1 ... 1/steps, shifted, then 0; with OWN_SPACING down to the least training sigma instead,
-    which is shifted twice. Source: FluxPipeline, FlowMatchEulerDiscreteScheduler.
+def euler_sigmas(
+    config: FlowMatchEulerDiscreteConfig, steps: int, image_tokens: int, own_spacing: bool = False
+) -> np.ndarray:
+    """(steps + 1,) float32: 1 ... 1/steps, shifted, then 0; with `own_spacing` (see OWN_SPACING) down to the least
+    training sigma instead, which is shifted twice. Source: FluxPipeline, FlowMatchEulerDiscreteScheduler.
     """
-    least = 1 / steps
-    if scheduler.get(OWN_SPACING) and not scheduler.get("use_dynamic_shifting"):
-        least = _shifted(1 / scheduler.get("num_train_timesteps", 1000), float(scheduler.get("shift", 1.0)))
+    least, shift = 1 / steps, float(config.shift)
+    if own_spacing and not config.use_dynamic_shifting:
+        least = _shifted(1 / config.num_train_timesteps, shift)
     sigmas = np.linspace(1.0, least, steps)
-    if scheduler.get("use_dynamic_shifting"):
-        sigmas = _dynamic(scheduler, sigmas, image_tokens)
-    else:
-        sigmas = _shifted(sigmas, float(scheduler.get("shift", 1.0)))
+    sigmas = _dynamic(config, sigmas, image_tokens) if config.use_dynamic_shifting else _shifted(sigmas, shift)
     return np.append(sigmas, 0.0).astype(np.float32)
 
 
-def _dynamic(scheduler: Mapping[str, Any], sigmas: np.ndarray, image_tokens: int) -> np.ndarray:
+def _dynamic(config: FlowMatchEulerDiscreteConfig, sigmas: np.ndarray, image_tokens: int) -> np.ndarray:
     """mu grows linearly with the number of image tokens; then s = e^mu / (e^mu + 1/s - 1), or mu for e^mu."""
-    low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
-    base, top = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
-    mu = base + (top - base) * (image_tokens - low) / (high - low)
-    kind = scheduler.get("time_shift_type", "exponential")
-    if kind not in ("exponential", "linear"):
-        raise UserError(f"scheduler option time_shift_type={kind!r} is not implemented; use exponential or linear")
-    factor = math.exp(mu) if kind == "exponential" else mu
+    low, high = config.base_image_seq_len, config.max_image_seq_len
+    mu = config.base_shift + (config.max_shift - config.base_shift) * (image_tokens - low) / (high - low)
+    factor = math.exp(mu) if config.time_shift_type == "exponential" else mu
     return factor / (factor + (1 / sigmas - 1))

@@ -8,14 +8,18 @@ from support.compare import assert_parity, relative_error, same_bits
 from mlx_blockskip import flow
 from mlx_blockskip.engine import philox
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.models import schedulers
 from mlx_blockskip.tasks.sampling.denoise import fresh_noise
 
 SHAPE = (1, 4, 6, 8)
 DPM = {
-    **{"_class_name": flow.DPM, "use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"},
+    **{"_class_name": schedulers.DPM, "use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"},
     **{"solver_order": 2, "num_train_timesteps": 1000},
 }
-SCM = {"_class_name": flow.CONSISTENCY, "prediction_type": "trigflow", "sigma_data": 0.5, "num_train_timesteps": 1000}
+SCM = {
+    **{"_class_name": schedulers.CONSISTENCY, "prediction_type": "trigflow", "sigma_data": 0.5},
+    "num_train_timesteps": 1000,
+}
 
 
 def velocity(x, s):
@@ -99,7 +103,8 @@ def test_consistency_sampling_equals_diffusers(monkeypatch, steps):
 
 def test_euler_tells_the_network_its_own_sigmas():
     sampler = flow.sampler({"shift": 3.0}, 5, 24)
-    assert np.array_equal(sampler.times, flow.euler_sigmas({"shift": 3.0}, 5, 24)[:-1])
+    config = schedulers.FlowMatchEulerDiscreteConfig(shift=3.0)
+    assert np.array_equal(sampler.times, flow.euler_sigmas(config, 5, 24)[:-1])
 
 
 def test_fresh_noise_is_a_function_of_the_first_noise_and_the_step():
@@ -128,17 +133,19 @@ def test_training_takes_the_schedulers_static_shift(scheduler, shift):
     ("scheduler", "match"),
     [
         ({"_class_name": "DDIMScheduler"}, "DDIMScheduler"),
-        (DPM | {"use_flow_sigmas": False}, "use_flow_sigmas=False is not implemented; use True"),
-        ({"_class_name": flow.DPM, "prediction_type": "flow_prediction"}, "use_flow_sigmas"),
-        ({"_class_name": flow.DPM, "use_flow_sigmas": True}, "prediction_type='epsilon'"),
-        (DPM | {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type='sde-dpmsolver\\+\\+'"),
+        (DPM | {"use_flow_sigmas": False}, "use_flow_sigmas=false is not implemented; use true"),
+        ({"_class_name": schedulers.DPM, "prediction_type": "flow_prediction"}, "use_flow_sigmas"),
+        ({"_class_name": schedulers.DPM, "use_flow_sigmas": True}, "prediction_type=.epsilon."),
+        (DPM | {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type=.sde-dpmsolver\\+\\+."),
         (DPM | {"solver_order": 3}, "solver_order=3 is not implemented; use 1 or 2"),
-        (DPM | {"solver_type": "bh2"}, "solver_type='bh2' is not implemented; use 'midpoint' or 'heun'"),
+        (DPM | {"solver_type": "bh2"}, "solver_type=.bh2. is not implemented; use .midpoint. or .heun."),
         (DPM | {"final_sigmas_type": "sigma_min"}, "final_sigmas_type"),
         (DPM | {"use_karras_sigmas": True}, "use_karras_sigmas"),
         (DPM | {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
         (DPM | {"thresholding": True}, "thresholding"),
-        (SCM | {"prediction_type": "epsilon"}, "prediction_type='epsilon' is not implemented; use 'trigflow'"),
+        ({"time_shift_type": "cosine"}, "time_shift_type"),
+        ({"shift": "3"}, 'shift is "3", where a number above 0 is needed'),
+        (SCM | {"prediction_type": "epsilon"}, "prediction_type=.epsilon. is not implemented; use .trigflow."),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(scheduler, match):

@@ -13,6 +13,7 @@ from support.golden import GOLDEN, PROMPTS, STEPS
 from mlx_blockskip import flow, generate
 from mlx_blockskip.engine import files, philox
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.models import schedulers
 
 
 @pytest.mark.parametrize("size", ["128x128", "96x64"])
@@ -145,7 +146,13 @@ def test_bad_input_is_one_clear_error(tmp_path, options, match):
     assert not list(tmp_path.glob("*.png"))
 
 
-@pytest.mark.parametrize("option", flow.REFUSED)
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
+        *("invert_sigmas", "stochastic_sampling", "shift_terminal"),
+    ],
+)
 def test_scheduler_options_that_are_not_implemented_are_refused_by_name(option):
     with pytest.raises(UserError, match=option):
         flow.sampler({option: True}, 4, 16)
@@ -170,4 +177,5 @@ def test_sigmas_equal_diffusers(config, tokens):
     c = reference.config
     mu = calculate_shift(tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
     reference.set_timesteps(sigmas=np.linspace(1.0, 1 / 7, 7), mu=mu if c.use_dynamic_shifting else None)
-    assert relative_error(flow.euler_sigmas(dict(c), 7, tokens), reference.sigmas.numpy()) <= 1e-6
+    ours = flow.euler_sigmas(schedulers.FlowMatchEulerDiscreteConfig.from_dict(dict(c)), 7, tokens)
+    assert relative_error(ours, reference.sigmas.numpy()) <= 1e-6

@@ -114,15 +114,19 @@ MODELS = {
 
 def configs_of(name: str, depth: Sequence[int]) -> dict:
     """The preset's configs with so many blocks of each kind."""
-    preset = family_of(name).presets[name]
+    from mlx_blockskip.models import presets
+
+    preset = presets.configs(presets.folders()[name])
     depths = dict(zip(MODELS[name].depths, depth, strict=True))
     return {**preset, "transformer": {**preset["transformer"], **depths}}
 
 
 def family_of(name: str):  # type: ignore[no-untyped-def]
-    from mlx_blockskip.models.registry import families
+    from mlx_blockskip.engine import files
+    from mlx_blockskip.models import presets
+    from mlx_blockskip.models.registry import find_family
 
-    return next(family for family in families().values() if name in family.presets)
+    return find_family(files.read_json(presets.folders()[name] / "model_index.json"))
 
 
 def hollow(job: dict, encoders: bool = False) -> Path:
@@ -147,20 +151,21 @@ def make_source(target: Path, name: str) -> None:
     """A checkpoint of zeros in Hugging Face layout, two blocks of each kind, for conversion."""
     import shutil
 
-    from mlx_blockskip.converters.run import load_table
+    from mlx_blockskip.converters.run import components_of, load_table
+
     from mlx_blockskip.engine import files
     from mlx_blockskip.tasks.checkpoint.resolve import bundled
 
-    tiny, table = bundled(MODELS[name].bundled), load_table(family_of(name).name)
+    tiny, family = bundled(MODELS[name].bundled), family_of(name).name
     configs = configs_of(name, [2] * len(MODELS[name].depths))
     for folder, key in (("text_encoder", "num_hidden_layers"), ("text_encoder_2", "num_layers")):
         if folder in configs:
             configs[folder] = {**configs[folder], key: 2}
     with files.atomic_directory(target) as out:
-        for folder in table.COPIED:
+        for folder in load_table(family).COPIED:
             shutil.copytree(tiny / folder, out / folder)
         shutil.copyfile(tiny / "model_index.json", out / "model_index.json")
-        for component in table.components(configs):
+        for component in components_of(family, configs):
             folder = out / component.folder
             files.write_json(folder / "config.json", configs[component.folder])
             file = "model" if component.folder.startswith("text") else "diffusion_pytorch_model"

@@ -52,9 +52,10 @@ from mlx_blockskip.engine import files, kept, limits, sweep
 from mlx_blockskip.engine.stack import Modulation, Stack, Trainable
 from mlx_blockskip.engine.sweep import Sample
 from mlx_blockskip.engine.weights import BlockReader, Part, Shards
+from mlx_blockskip.models import presets
 from mlx_blockskip.models.family import Size, Tokens
 from mlx_blockskip.models.flux1 import FAMILY
-from mlx_blockskip.models.flux1.transformer import Context, rope_tables, stack
+from mlx_blockskip.models.flux1.transformer import Context, FluxTransformer2DConfig, rope_tables, stack
 
 DEPTH = (4, 8)
 HEADS, HEAD_DIM, RANK = 6, 128, 16
@@ -83,7 +84,11 @@ class Model:
 
     @property
     def width(self) -> int:
-        return self.shards.config["attention_head_dim"] * self.shards.config["num_attention_heads"]
+        return self.config.attention_head_dim * self.config.num_attention_heads
+
+    @property
+    def config(self) -> FluxTransformer2DConfig:
+        return FluxTransformer2DConfig.from_dict(self.shards.config)
 
     @property
     def blocks(self) -> range:
@@ -123,7 +128,7 @@ class Setting:
 
 def write_model(target: Path, heads: int) -> Model:
     """A hollow model whose blocks are then filled with random values: holes are read faster than data."""
-    preset = FAMILY.presets["flux1-dev"]
+    preset = presets.configs(presets.folders()["flux1-dev"])
     transformer = {
         **preset["transformer"], "num_layers": DEPTH[0], "num_single_layers": DEPTH[1],
         "num_attention_heads": heads, "attention_head_dim": HEAD_DIM,
@@ -132,7 +137,7 @@ def write_model(target: Path, heads: int) -> Model:
     configs = {**preset, "transformer": transformer}
     write_hollow(target, "flux1", configs, Precision("float32"), tiny, scheduler=preset["scheduler"])
     shards = Shards(target / "transformer")
-    blocks = stack(transformer)
+    blocks = stack(FluxTransformer2DConfig.from_dict(transformer))
     for file in sorted({shards.weight_map[name] for block in blocks.blocks for name in shards.under(block.prefix)}):
         fill(shards.path / file)
     reader = BlockReader(shards, blocks)
@@ -160,7 +165,7 @@ def random_tokens(model: Model, text: int, size: Size) -> Tokens:
 
 
 def context_of(model: Model, text: int, size: Size, temb: mx.array | None = None) -> Context:
-    cos, sin = rope_tables(tuple(model.shards.config["axes_dims_rope"]), text, size)
+    cos, sin = rope_tables(model.config.axes_dims_rope, text, size)
     return Context(mx.array(cos), mx.array(sin), temb, size)
 
 

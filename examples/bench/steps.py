@@ -65,11 +65,12 @@ def _status(field: str) -> int:
 
 
 def transformer_config(width: int, doubles: int, singles: int) -> dict[str, Any]:
-    """FLUX.1-dev's, in another size."""
-    from mlx_blockskip.models.flux1.presets import PRESETS
+    """FLUX.1-dev's, in another size; its class takes them all as arguments."""
+    from mlx_blockskip.models import presets
 
+    published = presets.configs(presets.folders()["flux1-dev"])["transformer"]
     size = {"num_layers": doubles, "num_single_layers": singles, "num_attention_heads": width // HEAD_DIM}
-    return {**PRESETS["flux1-dev"]["transformer"], **size}
+    return {key: value for key, value in published.items() if not key.startswith("_")} | size
 
 
 def hollow_model(target: Path, transformer: dict[str, Any], dtype: str) -> None:
@@ -123,10 +124,10 @@ class Trainer:
         import mlx.core as mx
 
         model, config = self.model, self.model.config
-        latents = mx.zeros((1, *size, config["in_channels"] // 4))
+        latents = mx.zeros((1, *size, config.in_channels // 4))
         prompt = {
-            "prompt_embeds": mx.zeros((1, text, config["joint_attention_dim"]), model.dtype),
-            "pooled": mx.zeros((1, config["pooled_projection_dim"]), model.dtype),
+            "prompt_embeds": mx.zeros((1, text, config.joint_attention_dim), model.dtype),
+            "pooled": mx.zeros((1, config.pooled_projection_dim), model.dtype),
         }
         tokens, context = model.tokens(latents, prompt), model.context(mx.array([0.5]), prompt, size, 1.0)
         mx.eval(tokens, context.temb)
@@ -143,7 +144,7 @@ class Trainer:
         mx.eval(head)
         (found,) = modulations(self.model.stack, self.model.reader, [context], self.retained)
         self.model.release()
-        target = mx.zeros((1, *size, self.model.config["in_channels"] // 4))
+        target = mx.zeros((1, *size, self.model.config.in_channels // 4))
         return Record(tokens, context._replace(temb=None), found, head, target)
 
     def step(self, record: Record, bridge: Any = None) -> float:

@@ -45,6 +45,7 @@ PREPROCESSING = {
     "size": {"height": SIDE, "width": SIDE},
 }  # fmt: skip
 
+VIT = vit.ViTConfig.from_dict(CONFIG)
 RANGES = (range(0x2600, 0x27C0), range(0x1F300, 0x1FB00))
 SIGNS = (
     "CLOCK FACE",
@@ -133,7 +134,7 @@ def batch(cells: list[Image.Image], rng: np.random.Generator) -> np.ndarray:
     return np.stack([picture(cell, behind[b], rng) for row in (first, second) for cell, b in zip(cells, row)])
 
 
-def begin(teacher: dict[str, mx.array], teacher_config: dict, pixels: mx.array) -> dict[str, mx.array]:
+def begin(teacher: dict[str, mx.array], tower: clip.CLIPVisionConfig, pixels: mx.array) -> dict[str, mx.array]:
     """tiny-clip's image tower as a ViT. The norm before its layers, which a ViT lacks, becomes part of the embeddings,
     with the deviation that patches have on average.
     """
@@ -173,13 +174,13 @@ def unit(x: mx.array) -> mx.array:
 
 def distillation(weights: dict[str, mx.array], pixels: mx.array, target: mx.array) -> mx.array:
     """1 - cos between what a linear head makes of the class token and what tiny-clip says."""
-    x = vit.features(weights, CONFIG, pixels)
+    x = vit.features(weights, VIT, pixels)
     return (1 - (unit(linear(weights, "head", x)) * target).sum(axis=-1)).mean()
 
 
 def contrast(weights: dict[str, mx.array], pixels: mx.array) -> mx.array:
     """Cross entropy of which of the other pictures shows the same emoji."""
-    z = unit(vit.features(weights, CONFIG, pixels))
+    z = unit(vit.features(weights, VIT, pixels))
     count = z.shape[0]
     near = z @ z.T / TEMPERATURE - 1e9 * mx.eye(count)
     partner = mx.array((np.arange(count) + count // 2) % count)
@@ -193,7 +194,7 @@ def score(weights: dict[str, mx.array], cells: list[Image.Image], seed: int, pic
     rng = np.random.default_rng(seed)
     behind = [background(rng) for _ in range(pictures)]
     shown = np.stack([picture(cell, ground, rng) for cell in cells for ground in behind])
-    z = np.concatenate([np.array(unit(vit.features(weights, CONFIG, mx.array(part)))) for part in np.split(shown, 4)])
+    z = np.concatenate([np.array(unit(vit.features(weights, VIT, mx.array(part)))) for part in np.split(shown, 4)])
     near = (z @ z.T).reshape(len(cells), pictures, len(cells), pictures)
     anywhere, there = [], []
     for i in range(len(cells)):
@@ -208,7 +209,7 @@ def score(weights: dict[str, mx.array], cells: list[Image.Image], seed: int, pic
 def save(weights: dict[str, mx.array], target: Path) -> None:
     """Write the checkpoint in Hugging Face layout, in float16 and with the names that DINO has there."""
     tensors = {}
-    for row in vision.transformer("vision", "vit", CONFIG).rows:
+    for row in vision.transformer("vision", VIT).rows:
         tensor = weights[row.name].astype(mx.float16)
         tensors[vision.hub_name(row.name, "vit")] = tensor.transpose(0, 3, 1, 2) if row.fix == "conv" else tensor
     target.mkdir(parents=True, exist_ok=True)
@@ -230,18 +231,19 @@ def main() -> None:
     learned, held = split(list(cells))
     print(f"{len(learned)} emoji to learn from, {len(held)} held out", flush=True)
 
-    tower = open_encoder(resolve("tiny-clip", ENCODER)).shards
-    teacher = tower.load(tower.names)
-    weights = begin(teacher, tower.config, mx.array(batch([cells[n] for n in learned[:EMOJI]], rng)))
+    encoder = open_encoder(resolve("tiny-clip", ENCODER))
+    tower = clip.CLIPVisionConfig.from_dict(encoder.shards.config)
+    teacher = encoder.shards.load(encoder.shards.names)
+    weights = begin(teacher, tower, mx.array(batch([cells[n] for n in learned[:EMOJI]], rng)))
     weights["head.weight"] = teacher["visual_projection.weight"]
-    stack = clip.stack(tower.config)
+    stack = clip.stack(tower)
 
     def say(pixels: mx.array) -> mx.array:
-        state = clip.tokens(teacher, tower.config, pixels)
+        state = clip.tokens(teacher, tower, pixels)
         for block in stack.blocks:
             inside = {k[len(block.prefix) :]: v for k, v in teacher.items() if k.startswith(block.prefix)}
             state = block.kind.apply(inside, {}, state, None, None, None)
-        return unit(linear(teacher, "visual_projection", clip.class_token(teacher, tower.config, state)))
+        return unit(linear(teacher, "visual_projection", clip.class_token(teacher, tower, state)))
 
     total = options.distil + options.steps
     warmup = optim.linear_schedule(0, options.rate, 20)

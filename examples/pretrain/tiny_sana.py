@@ -136,6 +136,7 @@ PARTS = {
     "text_encoder": (encoders.gemma2_encoder, TEXT, "model.safetensors"),
     "vae": (encoders.autoencoder_dc, AUTOENCODER, "diffusion_pytorch_model.safetensors"),
 }
+SANA, GEMMA, DC_AE = (sana.CONFIGS[part].from_dict(config) for part, (_, config, _) in PARTS.items())
 
 TEMPLATES = (
     "a {thing} on a {colour} background",
@@ -224,7 +225,7 @@ def write_tokenizer(target: Path, texts: Sequence[str]) -> None:
 def component(part: str) -> Component:
     """Names, shapes and layouts of one folder's tensors."""
     table, config, _ = PARTS[part]
-    return table(part, config)
+    return table(part, sana.CONFIGS[part].from_dict(config))
 
 
 def random(part: str, seed: int) -> dict[str, mx.array]:
@@ -301,20 +302,20 @@ def through(stack: Stack, weights: Weights, state: Any, context: Any) -> Any:
 def encode_text(w: Weights, ids: mx.array) -> mx.array:
     """(B, L) ids -> (B, L, D)."""
     length = ids.shape[1]
-    cos, sin = (mx.array(table) for table in gemma2.rope_tables(TEXT, length))
+    cos, sin = (mx.array(table) for table in gemma2.rope_tables(GEMMA, length))
     seen = mx.tril(mx.ones((length, length))).astype(mx.bool_) & (ids != 0)[:, None, None]
     hidden = gemma2.Hidden(w["embed_tokens.weight"][ids] * math.sqrt(WIDTH))
-    state = through(gemma2.stack(TEXT), w, hidden, gemma2.Context(cos, sin, seen))
-    return gemma2.norm(w, "norm", state.hidden, TEXT["rms_norm_eps"])
+    state = through(gemma2.stack(GEMMA), w, hidden, gemma2.Context(cos, sin, seen))
+    return gemma2.norm(w, "norm", state.hidden, GEMMA.rms_norm_eps)
 
 
 def velocity(w: Weights, latents: mx.array, sigma: mx.array, text: mx.array, mask: mx.array) -> mx.array:
     """The transformer's. latents: (B, h, w, C); sigma: (B,); text: (B, L, D); mask: (B, L)."""
     size = latents.shape[1:3]
-    temb, embedded = net.time_embedding(w, TRANSFORMER, sigma, None)
+    temb, embedded = net.time_embedding(w, SANA, sigma, None)
     context = net.Context(net.caption(w, text), net.text_bias(mask, mx.float32), temb, embedded, size)
-    tokens = through(net.stack(TRANSFORMER), w, Tokens(net.embed(w, TRANSFORMER, latents)), context)
-    return net.output(w, TRANSFORMER, tokens.image, embedded, size)
+    tokens = through(net.stack(SANA), w, Tokens(net.embed(w, SANA, latents)), context)
+    return net.output(w, SANA, tokens.image, embedded, size)
 
 
 def matching(w: Weights, latents: mx.array, noise: mx.array, sigma: mx.array, ids: mx.array) -> mx.array:
@@ -326,8 +327,8 @@ def matching(w: Weights, latents: mx.array, noise: mx.array, sigma: mx.array, id
 
 def likeness(w: Weights, pixels: mx.array, noise: mx.array) -> mx.array:
     """The loss of the autoencoder: pixels, edges, and latents that are small and bear noise."""
-    z = dc_ae.encode(w, AUTOENCODER, pixels, pixels.shape[1])
-    off = dc_ae.decode(w, AUTOENCODER, z + NOISE * noise, pixels.shape[1]) - pixels
+    z = dc_ae.encode(w, DC_AE, pixels, pixels.shape[1])
+    off = dc_ae.decode(w, DC_AE, z + NOISE * noise, pixels.shape[1]) - pixels
     edges = mx.abs(off[:, 1:] - off[:, :-1]).mean() + mx.abs(off[:, :, 1:] - off[:, :, :-1]).mean()
     return mx.abs(off).mean() + EDGES * edges + PENALTY * (z * z).mean()
 
@@ -580,7 +581,7 @@ def encode_all(
     ids = ids.reshape(len(looks), len(TEMPLATES), LENGTH)
     short = (ids[..., LONGEST:] == 0).all(axis=(1, 2))
     looks, ids = [look for look, kept in zip(looks, short) if kept], ids[short, :, :LONGEST]
-    encode = mx.compile(lambda pixels: dc_ae.encode(vae, AUTOENCODER, pixels, pixels.shape[1]))
+    encode = mx.compile(lambda pixels: dc_ae.encode(vae, DC_AE, pixels, pixels.shape[1]))
     latents = {}
     for side in BATCHES:
         found = []
@@ -628,7 +629,7 @@ def draw(
     """A picture of each prompt."""
     ids = mx.array(gemma_ids(tokenizer, [*prompts, ""], LENGTH)[0])
     text, mask = encode_text(models["text_encoder"], ids), ids != 0
-    width = side // dc_ae.factor(AUTOENCODER)
+    width = side // dc_ae.factor(DC_AE)
     noise = np.random.default_rng(seed).standard_normal((len(prompts), width, width, CHANNELS), np.float32)
     count, parts = len(prompts), []
     for start in range(0, count, 8):
@@ -642,7 +643,7 @@ def draw(
             prompted, unprompted = mx.split(both, 2)
             latents = sampler.step(i, unprompted + GUIDANCE * (prompted - unprompted), latents)
             mx.eval(latents)
-        parts.append(dc_ae.decode(models["vae"], AUTOENCODER, latents / scaling))
+        parts.append(dc_ae.decode(models["vae"], DC_AE, latents / scaling))
     pixels = np.clip(np.concatenate([np.array(part) for part in parts]) * 127.5 + 127.5, 0, 255).round()
     return [Image.fromarray(one) for one in pixels.astype(np.uint8)]
 

@@ -1,7 +1,7 @@
 """What a model family offers to the rest of the project. Tasks use this and never name a family."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -15,7 +15,7 @@ Prompt = Mapping[str, mx.array]
 """An encoded prompt: arrays with a leading batch axis, under names that the family chooses."""
 
 Configs = Mapping[str, Mapping[str, Any]]
-"""The config.json of each component, by folder."""
+"""The content of each component's config.json, by folder."""
 
 Size = tuple[int, int]
 """Height and width of the latents."""
@@ -104,9 +104,8 @@ class Family:
 
     detect: whether a Hugging Face `model_index.json` is of this family.
     open: `(model directory, budget in bytes of MLX memory or None) -> DiffusionModel`.
-    defaults: `(transformer config) -> settings` that a model directory's own `defaults` override.
+    defaults: `(the transformer's Config) -> settings` that a model directory's own `defaults` override.
     lora_targets: modules by the name of a choice ("attention", "all") and by block kind.
-    presets: the configs (by folder, scheduler included) of checkpoints that users may ask about before downloading.
     shallow: `(configs) -> configs` of the same model with one block of each kind in every stack.
     bundled: the model in the package whose tokenizers stand in for those of a preset.
     """
@@ -114,8 +113,7 @@ class Family:
     name: str
     detect: Callable[[Mapping[str, Any]], bool]
     open: Callable[[Path, int | None], DiffusionModel]
-    defaults: Callable[[Mapping[str, Any]], dict[str, Any]]
+    defaults: Callable[[Any], dict[str, Any]]
     lora_targets: Mapping[str, Mapping[str, tuple[str, ...]]]
     shallow: Callable[[Configs], Configs]
-    presets: Mapping[str, Configs] = field(default_factory=dict)
     bundled: str | None = None

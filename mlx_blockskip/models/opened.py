@@ -1,6 +1,6 @@
 """What opened model directories of all families share: the transformer's stack, the VAE, and what stays of them."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,20 @@ import mlx.core as mx
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.stack import Stack, Weights
 from mlx_blockskip.engine.weights import BlockReader, Shards
+from mlx_blockskip.models import schedulers
+from mlx_blockskip.models.config import Config
 from mlx_blockskip.models.defaults import model_defaults
 
-Defaults = Callable[[Mapping[str, Any]], dict[str, Any]]
-"""`(transformer config) -> settings`, as in `Family`."""
+Defaults = Callable[[Any], dict[str, Any]]
+"""`(the transformer's Config) -> settings`, as in `Family`."""
 
 
 class Opened:
-    """A directory with a `transformer`, a `vae` and a `scheduler`. components: the folders that make its identity.
+    """A directory with a `transformer`, a `vae` and a `scheduler`. Every component's config is read when it is opened.
 
-    defaults: the family's; what the directory's config.json records goes over them. make_stack: the transformer's
-    config -> its blocks. factor: the VAE's config -> pixels a side of one latent.
+    configs: the components, by folder, that make its identity. defaults: the family's; what the directory's config.json
+    records goes over them. make_stack: the transformer's config -> its blocks. factor: the VAE's config -> pixels a
+    side of one latent. Raises UserError for an option of a network or of the scheduler that is not implemented.
     """
 
     def __init__(
@@ -28,22 +31,25 @@ class Opened:
         path: Path,
         budget: int | None,
         defaults: Defaults,
-        components: Sequence[str],
-        make_stack: Callable[[Mapping[str, Any]], Stack],
-        factor: Callable[[Mapping[str, Any]], int],
+        configs: Mapping[str, type[Config]],
+        make_stack: Callable[[Any], Stack],
+        factor: Callable[[Any], int],
     ):
         self.path = path
         self.budget = budget
+        self.configs: Mapping[str, Any] = {
+            folder: config.read(path / folder / "config.json") for folder, config in configs.items()
+        }
         self.shards = Shards(path / "transformer")
-        self.config = self.shards.config
         own = files.read_json(path / "config.json").get("defaults", {})
-        self.defaults = model_defaults({**defaults(self.config), **own}, path / "config.json")
-        self.stack = make_stack(self.config)
+        self.defaults = model_defaults({**defaults(self.configs["transformer"]), **own}, path / "config.json")
+        self.stack = make_stack(self.configs["transformer"])
         self.reader = BlockReader(self.shards, self.stack, budget)
-        self.scheduler: Mapping[str, Any] = files.read_json(path / "scheduler" / "scheduler_config.json")
+        schedulers.read(path)
+        self.scheduler: Mapping[str, Any] = files.read_json(path / "scheduler" / schedulers.FILE)
         self.vae = Shards(path / "vae")
-        self.vae_factor = factor(self.vae.config)
-        self.identity = sha256("".join(Shards(path / name).identity for name in components).encode()).hexdigest()
+        self.vae_factor = factor(self.configs["vae"])
+        self.identity = sha256("".join(Shards(path / name).identity for name in configs).encode()).hexdigest()
         self._rest: dict[str, Weights] = {}
 
     @property
@@ -65,7 +71,7 @@ class Opened:
         self.reader.release()
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        return height // self.vae_factor, width // self.vae_factor, self.vae.config["latent_channels"]
+        return height // self.vae_factor, width // self.vae_factor, self.configs["vae"].latent_channels
 
     def vae_weights(self, prefixes: Iterable[str]) -> tuple[Weights, mx.Dtype]:
         """What is under these prefixes, and the type of its first convolution."""

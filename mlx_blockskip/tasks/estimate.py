@@ -5,7 +5,6 @@ the shapes of the run, in bfloat16. What a block takes beside its weights is the
 """
 
 import os
-import re
 import sys
 import tempfile
 import time
@@ -17,14 +16,15 @@ from mlx_blockskip import lora
 from mlx_blockskip.blockskip import plan as plans
 from mlx_blockskip.blockskip.patches import PatchSettings
 from mlx_blockskip.blockskip.plan import SkipPlan
-from mlx_blockskip.converters import hollow
+from mlx_blockskip.converters import hollow, run
 from mlx_blockskip.converters.run import Precision, load_table, size_of
 from mlx_blockskip.engine import files, limits
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, Table, emit
+from mlx_blockskip.models import presets
 from mlx_blockskip.models.defaults import model_defaults
 from mlx_blockskip.models.family import Configs, DiffusionModel, Family
-from mlx_blockskip.models.registry import families, family_named, open_model, read_config
+from mlx_blockskip.models.registry import family_named, open_model, read_config
 from mlx_blockskip.settings import EstimateSettings, parse_size
 from mlx_blockskip.tasks.checkpoint.convert import family_of, is_converted
 from mlx_blockskip.tasks.checkpoint.resolve import BUNDLED, bundled
@@ -120,23 +120,22 @@ def find(model: str) -> Subject:
     if path.is_dir():
         converted = is_converted(path)
         family = family_named(read_config(path)["family"]) if converted else family_of(path)
-        folders = load_table(family.name).FOLDERS
-        configs = {folder: files.read_json(path / folder / "config.json") for folder in folders}
         own = path / "defaults.json"
         given = read_config(path).get("defaults", {}) if converted else files.read_json(own) if own.is_file() else {}
-        return Subject(model, family, configs, path, family.defaults(configs["transformer"]) | given)
-    for family in families().values():
-        for name, preset in family.presets.items():
-            if _plain(name) == _plain(model.rsplit("/", 1)[-1]):
-                return Subject(
-                    name, family, preset, bundled(family.bundled or ""), family.defaults(preset["transformer"])
-                )
-    known = sorted([*BUNDLED, *(name for family in families().values() for name in family.presets)])
-    raise UserError(f"--model {model}: no such directory, and not one of {', '.join(known)}")
+        return _subject(model, family, path, path, given)
+    preset = presets.folder(model)
+    if preset is None:
+        known = sorted([*BUNDLED, *presets.folders()])
+        raise UserError(f"--model {model}: no such directory, and not one of {', '.join(known)}")
+    family = family_of(preset)
+    return _subject(preset.name, family, preset, bundled(family.bundled or ""), {})
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
+def _subject(name: str, family: Family, path: Path, beside: Path, given: dict[str, Any]) -> Subject:
+    run.read_components(path, family.name)  # refuses what is not implemented, naming the file
+    configs = presets.configs(path)
+    transformer = load_table(family.name).CONFIGS["transformer"].from_dict(configs["transformer"])
+    return Subject(name, family, configs, beside, family.defaults(transformer) | given)
 
 
 def complete(settings: EstimateSettings, subject: Subject) -> EstimateSettings:
@@ -179,7 +178,7 @@ def _hollow(subject: Subject, bits: int, target: Path, shallow: bool = False) ->
     configs = subject.family.shallow(subject.configs) if shallow else subject.configs
     hollow.write_hollow(
         target, subject.family.name, configs, Precision("bfloat16", bits), subject.beside,
-        scheduler=configs.get("scheduler"), defaults=subject.defaults,
+        scheduler=configs["scheduler"], defaults=subject.defaults,
     )  # fmt: skip
     return open_model(target, 0)
 
@@ -212,8 +211,7 @@ def _row(
     ahead = max(precompute.seconds / waiting * iters, groups * precompute.read / speed)
     if _patches(settings, model).mode not in ("resize", "none"):  # there each image is encoded once
         ahead += encoding.seconds * iters * batch
-    table = load_table(subject.family.name)
-    components = table.components({folder: subject.configs[folder] for folder in table.FOLDERS})
+    components = run.components_of(subject.family.name, subject.configs)
     limit = parse_size(settings.cache_limit, "--cache-limit") or 0
     return Estimate(
         precision, ratio, plan, (prompt, encoding, precompute, train, drawing, decoding),

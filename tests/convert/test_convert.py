@@ -19,6 +19,7 @@ from mlx_blockskip.engine import files, philox
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.weights import Shards
 from mlx_blockskip.models.registry import open_model, read_config
+from mlx_blockskip.models.vae.kl import AutoencoderKLConfig
 from mlx_blockskip.tasks.checkpoint.convert import notes as convert_notes
 
 SOURCE = assets() / "tiny-flux"
@@ -120,7 +121,7 @@ def test_old_attention_names_and_shapes_of_the_vae_are_read(tmp_path):
     (tmp_path / "old").mkdir()
     files.save_tensors(tmp_path / "old" / WEIGHTS, old)
     shutil.copy(tmp_path / "new" / "config.json", tmp_path / "old")
-    made = autoencoder_kl("vae", files.read_json(tmp_path / "new" / "config.json"))
+    made = autoencoder_kl("vae", AutoencoderKLConfig.read(tmp_path / "new" / "config.json"))
     found = []
     for name in ("new", "old"):
         source = open_source(tmp_path / name)
@@ -320,7 +321,7 @@ def no_tokenizer(source):
         (reshaped, r"wrongly shaped context_embedder.weight \(F16 .* instead of floats \[128, 64\]\)"),
         (integers, r"wrongly shaped proj_out.bias \(I32"),
         (config_is_a_list, "vae/config.json: is not a config"),
-        (value_is_null, "value of a wrong type"),
+        (value_is_null, "transformer/config.json: num_layers is null, where a whole number of at least 0 is needed"),
         (index_is_a_list, "model_index.json: is not a pipeline's index"),
         (truncated, "cut off"),
         (no_shard, "gone.safetensors"),

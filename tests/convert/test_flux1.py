@@ -5,6 +5,10 @@ from mlx_blockskip.converters import flux1
 from mlx_blockskip.converters.encoders import autoencoder_kl, clip_text, t5_encoder
 from mlx_blockskip.converters.run import Precision, plan_shards
 
+from mlx_blockskip.models.flux1.transformer import FluxTransformer2DConfig
+from mlx_blockskip.models.text import clip, t5
+from mlx_blockskip.models.vae.kl import AutoencoderKLConfig
+
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
@@ -48,11 +52,11 @@ def test_transformer(change):
 
     config = DEV | change
     expected = reference(lambda: FluxTransformer2DModel(**config))
-    assert ours(flux1.transformer("transformer", config)) == expected
+    assert ours(flux1.transformer("transformer", FluxTransformer2DConfig(**config))) == expected
 
 
 def test_flux_dev_has_a_shard_for_each_of_its_57_blocks():
-    component = flux1.transformer("transformer", DEV)
+    component = flux1.transformer("transformer", FluxTransformer2DConfig(**DEV))
     shards = {shard.file: shard for shard in plan_shards(component, Precision("bfloat16", 4))}
     assert set(shards) == {f"block-{i:03d}.safetensors" for i in range(57)} | {"rest.safetensors"}
     for number, prefix in (
@@ -72,7 +76,7 @@ def test_clip():
     expected = reference(lambda: CLIPTextModel(CLIPTextConfig(**CLIP_L)))
     expected = {name.removeprefix("text_model."): shape for name, shape in expected.items()}
     expected.pop("embeddings.position_ids", None)
-    assert ours(clip_text("text_encoder", CLIP_L)) == expected
+    assert ours(clip_text("text_encoder", clip.CLIPTextConfig.from_dict(CLIP_L))) == expected
 
 
 @pytest.mark.parametrize("change", [{}, {"feed_forward_proj": "relu", "is_gated_act": False}])
@@ -82,7 +86,7 @@ def test_t5(change):
     config = T5_XXL | change
     expected = reference(lambda: T5EncoderModel(T5Config(**config)))
     expected.pop("encoder.embed_tokens.weight", None)
-    assert ours(t5_encoder("text_encoder_2", config)) == expected
+    assert ours(t5_encoder("text_encoder_2", t5.T5Config(**config))) == expected
 
 
 @pytest.mark.parametrize(
@@ -92,7 +96,7 @@ def test_vae(change):
     from diffusers import AutoencoderKL
 
     config = VAE | change
-    component = autoencoder_kl("vae", config)
+    component = autoencoder_kl("vae", AutoencoderKLConfig(**config))
     expected = reference(lambda: AutoencoderKL(**config))
     assert set(ours(component)) == set(expected)
     assert [row.name for row in component.rows if not row.fits(expected[row.name])] == []

@@ -8,11 +8,15 @@ from support.models import assets, convert
 
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.models import presets
 from mlx_blockskip.models.flux1 import FAMILY
-from mlx_blockskip.models.flux1.presets import PRESETS
 from mlx_blockskip.models.registry import open_model
 
 FOLDERS = ("transformer", "text_encoder", "text_encoder_2", "vae")
+
+
+def preset(name):
+    return presets.configs(presets.folders()[name])
 
 
 @pytest.mark.parametrize("bits", [0, 4])
@@ -35,10 +39,8 @@ def test_a_hollow_model_has_every_tensor_of_a_real_one(bits, tmp_path):
 
 
 def test_flux_dev_is_there_in_full_and_takes_no_disk(tmp_path):
-    preset = PRESETS["flux1-dev"]
-    configs = {folder: preset[folder] for folder in FOLDERS}
-    tiny = assets() / "tiny-flux"
-    write_hollow(tmp_path / "m", "flux1", configs, Precision("bfloat16"), tiny, scheduler=preset["scheduler"])
+    configs, tiny = preset("flux1-dev"), assets() / "tiny-flux"
+    write_hollow(tmp_path / "m", "flux1", configs, Precision("bfloat16"), tiny, scheduler=configs["scheduler"])
     model = open_model(tmp_path / "m", 0)
     assert model.stack.kinds == ("double",) * 19 + ("single",) * 38
     body = {kind: model.reader.nbytes(i, "body") / 2**20 for i, kind in ((0, "double"), (19, "single"))}
@@ -51,11 +53,11 @@ def test_flux_dev_is_there_in_full_and_takes_no_disk(tmp_path):
 
 
 def test_shallow_keeps_one_block_of_each_kind(tmp_path):
-    configs = FAMILY.shallow({folder: PRESETS["flux1-schnell"][folder] for folder in FOLDERS})
+    configs = FAMILY.shallow(preset("flux1-schnell"))
     write_hollow(tmp_path / "m", "flux1", configs, Precision("bfloat16"), assets() / "tiny-flux")
     assert open_model(tmp_path / "m").stack.kinds == ("double", "single")
 
 
 def test_it_replaces_nothing(tmp_path):
     with pytest.raises(UserError, match="already exists"):
-        write_hollow(tmp_path, "flux1", PRESETS["flux1-dev"], Precision("bfloat16"), assets() / "tiny-flux")
+        write_hollow(tmp_path, "flux1", preset("flux1-dev"), Precision("bfloat16"), assets() / "tiny-flux")

@@ -10,6 +10,7 @@ from support.compare import assert_parity, relative_error
 from support.sana import MODULES, Network, converted, random_transformer
 
 from mlx_blockskip.engine import philox
+from mlx_blockskip.models.sana.transformer import SanaTransformer2DConfig
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -43,14 +44,14 @@ def test_the_table_names_every_tensor_of_the_reference(config):
 
     with torch.device("meta"):
         expected = {name: tuple(t.shape) for name, t in SanaTransformer2DModel(**config).state_dict().items()}
-    rows = sana.transformer("transformer", config).rows
+    rows = sana.transformer("transformer", SanaTransformer2DConfig(**config)).rows
     assert len({row.name for row in rows}) == len(rows)
     assert {row.name for row in rows} == set(expected)
     assert [row.name for row in rows if not row.fits(expected[row.name])] == []
 
 
 def test_a_shard_a_block_and_smaller_groups_where_64_does_not_divide():
-    component = sana.transformer("transformer", SANA_1600M)
+    component = sana.transformer("transformer", SanaTransformer2DConfig(**SANA_1600M))
     shards = {shard.file: shard for shard in plan_shards(component, Precision("bfloat16", 4))}
     assert set(shards) == {f"block-{i:03d}.safetensors" for i in range(20)} | {"rest.safetensors"}
     assert not shards["rest.safetensors"].groups

@@ -6,8 +6,8 @@ import pytest
 from support.compare import PIPELINE, assert_parity
 from support.sana import Network, converted, random_transformer
 
-from mlx_blockskip import flow
 from mlx_blockskip.engine import philox
+from mlx_blockskip.models import schedulers
 from mlx_blockskip.models.family import Tokens
 from mlx_blockskip.models.sana import transformer as net
 from mlx_blockskip.tasks.sampling.denoise import Request, fresh_noise, sample
@@ -76,7 +76,7 @@ def test_sampling_with_cfg_equals_sana_pipeline(tmp_path, change):
         **{"num_inference_steps": 6, "guidance_scale": 4.5},
         **{"use_resolution_binning": False, "output_type": "latent"},
     ).images
-    model = Model(converted(tmp_path, reference), {"_class_name": flow.DPM, **scheduler.config})
+    model = Model(converted(tmp_path, reference), {"_class_name": schedulers.DPM, **scheduler.config})
     *_, (ours,) = sample(model, [Request(asked, negative, noise)], steps=6, cfg_scale=4.5, guidance=None)
     assert_parity("SanaPipeline latents", ours, theirs.permute(0, 2, 3, 1).numpy(), PIPELINE)
 
@@ -102,6 +102,6 @@ def test_sampling_equals_sana_sprint_pipeline(tmp_path, monkeypatch, steps):
         **{"num_inference_steps": steps, "intermediate_timesteps": 1.3 if steps == 2 else None},
         **{"use_resolution_binning": False, "output_type": "latent"},
     ).images
-    model = Model(converted(tmp_path, reference), {"_class_name": flow.CONSISTENCY, **scheduler.config})
+    model = Model(converted(tmp_path, reference), {"_class_name": schedulers.CONSISTENCY, **scheduler.config})
     *_, (ours,) = sample(model, [Request(asked, None, noise)], steps=steps, cfg_scale=1.0, guidance=4.5)
     assert_parity("SanaSprintPipeline latents", ours, theirs.permute(0, 2, 3, 1).numpy(), PIPELINE)

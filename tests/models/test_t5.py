@@ -42,7 +42,7 @@ def test_float16_weights_are_computed_with_in_float32(tmp_path, projection, stor
             kept[name] = mx.array(parameter.numpy()).astype(stored)
         ids = np.random.default_rng(0).integers(0, 99, (2, 33)).astype(np.int32)
         theirs = reference(torch.from_numpy(ids.astype(np.int64))).last_hidden_state.numpy()
-    shards = Shards(save_component(tmp_path / "t5", config, kept, t5.stack(config)))
+    shards = Shards(save_component(tmp_path / "t5", config, kept, t5.stack(t5.T5Config.from_dict(config))))
     (ours,) = t5.hidden(shards, [ids])
     assert ours.dtype == (mx.float32 if stored == mx.float16 else mx.bfloat16)
     assert relative_error(ours.astype(mx.float32), theirs) <= (1e-4 if stored == mx.float16 else 0.1)

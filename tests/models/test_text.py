@@ -10,7 +10,6 @@ from support.compare import assert_parity
 from support.golden import GOLDEN, PROMPTS
 from support.models import assets
 
-from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.weights import Shards
 from mlx_blockskip.models.text import clip, t5, tokenize
@@ -21,7 +20,8 @@ T5 = {"vocab_size": 99, "d_model": 32, "d_ff": 48, "d_kv": 6, "num_heads": 4, "n
 
 def component(model, make, tmp_path, dtype="float32") -> Shards:
     model.save_pretrained(tmp_path / "hf")
-    made = make("hf", files.read_json(tmp_path / "hf" / "config.json"))
+    config = (clip.CLIPTextConfig if make is clip_text else t5.T5Config).read(tmp_path / "hf" / "config.json")
+    made = make("hf", config)
     source = open_source(tmp_path / "hf")
     run.check_rows(made, source)
     (tmp_path / "mlx").mkdir()
@@ -76,9 +76,13 @@ def test_t5_is_never_stored_in_float16(tmp_path):
 
 def test_an_unknown_activation_is_refused_by_name():
     with pytest.raises(UserError, match="swish"):
-        clip.stack({**CLIP, "hidden_act": "swish", "layer_norm_eps": 1e-5})
+        clip.CLIPTextConfig(**CLIP, hidden_act="swish")
     with pytest.raises(UserError, match="gated-silu"):
-        t5.stack({**T5, "layer_norm_epsilon": 1e-6, "feed_forward_proj": "gated-silu"})
+        t5.T5Config(**T5, feed_forward_proj="gated-silu")
+    with pytest.raises(UserError, match="dense_act_fn 'gelu'"):
+        t5.T5Config(**T5, feed_forward_proj="gated-gelu", dense_act_fn="gelu")
+    with pytest.raises(UserError, match="is_gated_act True"):
+        t5.T5Config(**T5, is_gated_act=True)
 
 
 TEXTS = [*PROMPTS, "", "UPPER case", "ünïcødé 🦔 日本", "word " * 200, "a  b\tc\n d"]

@@ -11,6 +11,7 @@ from support.golden import GOLDEN
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.models.vae import kl
+from mlx_blockskip.models.vae.kl import AutoencoderKLConfig
 
 SMALL = {
     "block_out_channels": (8, 16),
@@ -26,7 +27,8 @@ def small(tmp_path, **changes):
     torch = pytest.importorskip("torch")
     from diffusers import AutoencoderKL
 
-    return torch, *random_autoencoder(tmp_path, AutoencoderKL, {**SMALL, **changes}, autoencoder_kl)
+    changed = {**SMALL, **changes}
+    return torch, *random_autoencoder(tmp_path, AutoencoderKL, changed, autoencoder_kl, AutoencoderKLConfig)
 
 
 @pytest.mark.parametrize(
@@ -95,15 +97,21 @@ def test_attention_over_a_large_map_never_holds_all_its_scores():
 def test_tiny_flux_gives_the_stored_values(tiny_flux):
     model = open_model(tiny_flux)
     weights = model.vae.load(model.vae.names)
-    mean, _ = kl.encode(weights, model.vae.config, GOLDEN["vae.pixels"].transpose(0, 2, 3, 1))
+    mean, _ = kl.encode(weights, model.vae_config, GOLDEN["vae.pixels"].transpose(0, 2, 3, 1))
     assert_parity("AutoencoderKL encode, tiny-flux", mean.transpose(0, 3, 1, 2), GOLDEN["vae.mean"])
-    decoded = kl.decode(weights, model.vae.config, GOLDEN["vae.z"].transpose(0, 2, 3, 1))
+    decoded = kl.decode(weights, model.vae_config, GOLDEN["vae.z"].transpose(0, 2, 3, 1))
     assert_parity("AutoencoderKL decode, tiny-flux", decoded.transpose(0, 3, 1, 2), GOLDEN["vae.decoded"])
 
 
 @pytest.mark.parametrize(
-    "change", [{"act_fn": "relu"}, {"latents_mean": [0.0]}, {"down_block_types": ["AttnDownEncoderBlock2D"]}]
+    "change",
+    [
+        {"act_fn": "relu"},
+        {"latents_mean": [0.0]},
+        {"down_block_types": ["AttnDownEncoderBlock2D"]},
+        {"up_block_types": ["UpDecoderBlock2D"]},
+    ],
 )
 def test_options_that_are_not_implemented_are_refused_by_name(change):
     with pytest.raises(UserError, match=next(iter(change))):
-        kl.check({**SMALL, **change})
+        AutoencoderKLConfig(**{**SMALL, **change})

@@ -237,13 +237,13 @@ def test_features_for_training_equal_the_encoders(tmp_path):
     images = pictures()
     batch = mx.array(np.stack([preprocess.pixels(image, encoder.how) for image in images]))
     weights = encoder.shards.load(encoder.shards.names)
-    ours = unit(np.array(vit.features(weights, encoder.shards.config, batch)))
+    ours = unit(np.array(vit.features(weights, encoder.config, batch)))
     assert relative_error(ours, encoder.embed_images(images)) < 1e-5
 
 
 def test_an_unknown_activation_is_refused_by_name():
     with pytest.raises(UserError, match="swish"):
-        vit.stack({**CLIP_VISION, "hidden_act": "swish", "layer_norm_eps": 1e-5})
+        vit.ViTConfig(**CLIP_VISION, hidden_act="swish")
 
 
 def test_what_is_no_encoder_directory_is_refused(tmp_path, tiny_flux):

@@ -3,12 +3,14 @@
 from mlx_blockskip.converters import run
 from mlx_blockskip.converters.source import open_source
 
-from mlx_blockskip.engine import files
 from mlx_blockskip.engine.weights import Shards
 
 
-def random_autoencoder(path, cls, config, component):
-    """(the reference, whose norms and biases are random too; our weights; its config). component: its table of rows."""
+def random_autoencoder(path, cls, config, component, config_class):
+    """(the reference, whose norms and biases are random too; our weights; its config). component: its table of rows.
+
+    config_class: ours.
+    """
     import torch
 
     torch.manual_seed(0)
@@ -18,7 +20,7 @@ def random_autoencoder(path, cls, config, component):
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(path / "hf")
-    config = files.read_json(path / "hf" / "config.json")
+    config = config_class.read(path / "hf" / "config.json")
     made, source = component("hf", config), open_source(path / "hf")
     run.check_rows(made, source)
     (path / "mlx").mkdir()

@@ -45,7 +45,7 @@ def random_transformer(**changes):
 def converted(path: Path, reference, **precision) -> Shards:
     """The same weights in a component directory of ours."""
     reference.save_pretrained(path / "hf")
-    component = sana.transformer("hf", files.read_json(path / "hf" / "config.json"))
+    component = sana.transformer("hf", net.SanaTransformer2DConfig.read(path / "hf" / "config.json"))
     source = open_source(path / "hf")
     run.check_rows(component, source)
     (path / "mlx").mkdir()
@@ -58,8 +58,8 @@ class Network:
 
     def __init__(self, shards: Shards, budget: int | None = None):
         self.shards = shards
-        self.config = shards.config
-        self.stack = net.stack(shards.config)
+        self.config = net.SanaTransformer2DConfig.from_dict(shards.config)
+        self.stack = net.stack(self.config)
         self.reader = BlockReader(shards, self.stack, budget)
         self.rest = shards.load([name for name in shards.names if not name.startswith("transformer_blocks.")])
 

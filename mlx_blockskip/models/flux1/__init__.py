@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_blockskip.models.family import DiffusionModel, Family
-from mlx_blockskip.models.flux1.presets import PRESETS, shallow
+from mlx_blockskip.models.flux1.config import shallow
+from mlx_blockskip.models.flux1.transformer import FluxTransformer2DConfig
 
 ATTENTION = {
     "double": tuple(
@@ -25,10 +26,10 @@ def detect(model_index: Mapping[str, Any]) -> bool:
     return model_index.get("_class_name") == "FluxPipeline"
 
 
-def defaults(transformer: Mapping[str, Any]) -> dict[str, Any]:
+def defaults(transformer: FluxTransformer2DConfig) -> dict[str, Any]:
     """What a user of FLUX.1-dev (guidance-distilled) or FLUX.1-schnell should want; patches as in the paper."""
     common = {"resolution": 512, "train_resolution": 256, "width": 1024, "height": 1024, "cfg_scale": 1.0}
-    if transformer["guidance_embeds"]:
+    if transformer.guidance_embeds:
         return common | {"max_sequence_length": 512, "steps": 28, "guidance": 3.5, "train_guidance": 1.0}
     return common | {"max_sequence_length": 256, "steps": 4}
 
@@ -49,7 +50,6 @@ FAMILY = Family(
         "attention": ATTENTION,
         "all": {kind: ATTENTION[kind] + FEED_FORWARD[kind] for kind in ATTENTION},
     },
-    presets=PRESETS,
     shallow=shallow,
     bundled="tiny-flux",
 )

@@ -9,21 +9,24 @@ import mlx.core as mx
 from mlx_blockskip.engine.weights import Shards
 from mlx_blockskip.models.family import Encoded, Posterior, Prompt, Size, Tokens
 from mlx_blockskip.models.flux1 import transformer as net
-from mlx_blockskip.models.flux1.transformer import Context
+from mlx_blockskip.models.flux1.config import CONFIGS
+from mlx_blockskip.models.flux1.transformer import Context, FluxTransformer2DConfig
 from mlx_blockskip.models.layers import linear
 from mlx_blockskip.models.opened import Defaults, Opened
 from mlx_blockskip.models.text import clip, t5, tokenize
 from mlx_blockskip.models.vae import kl
+from mlx_blockskip.models.vae.kl import AutoencoderKLConfig
 
 CLIP_LENGTH = 77
-COMPONENTS = ("transformer", "text_encoder", "text_encoder_2", "vae")
 
 
 class Flux1(Opened):
     """See `mlx_blockskip.models.family.DiffusionModel` for the methods' contract."""
 
     def __init__(self, path: Path, budget: int | None, defaults: Defaults):
-        super().__init__(path, budget, defaults, COMPONENTS, net.stack, kl.factor)
+        super().__init__(path, budget, defaults, CONFIGS, net.stack, kl.factor)
+        self.config: FluxTransformer2DConfig = self.configs["transformer"]
+        self.vae_config: AutoencoderKLConfig = self.configs["vae"]
         self.granularity = 2 * self.vae_factor
         self._rope: dict[tuple[int, Size], tuple[mx.array, mx.array]] = {}
 
@@ -44,8 +47,8 @@ class Flux1(Opened):
 
     def blank_prompt(self, max_length: int) -> Prompt:
         return {
-            "prompt_embeds": mx.zeros((1, max_length, self.config["joint_attention_dim"]), self.dtype),
-            "pooled": mx.zeros((1, self.config["pooled_projection_dim"]), self.dtype),
+            "prompt_embeds": mx.zeros((1, max_length, self.config.joint_attention_dim), self.dtype),
+            "pooled": mx.zeros((1, self.config.pooled_projection_dim), self.dtype),
         }
 
     def _sweep_text(self, encode: Any, component: str, ids: Any) -> list[mx.array]:
@@ -55,19 +58,19 @@ class Flux1(Opened):
     def encode_images(self, pixels: mx.array) -> Posterior:
         """Mean and log variance of the posterior, each (B, h, w, C): (B, H, W, 3) in [-1, 1]."""
         weights, dtype = self.vae_weights(("encoder.", "quant_conv."))
-        return kl.encode(weights, self.vae.config, pixels.astype(dtype))
+        return kl.encode(weights, self.vae_config, pixels.astype(dtype))
 
     def draw_latents(self, posterior: Posterior, noise: mx.array) -> mx.array:
         """A sample of the posterior, scaled: noise (B, h, w, C) -> (B, h, w, C)."""
         mean, logvar = posterior
         z = mean.astype(mx.float32) + mx.exp(0.5 * logvar.astype(mx.float32)) * noise.astype(mx.float32)
-        return kl.scale(z, self.vae.config)
+        return kl.scale(z, self.vae_config)
 
     def decode(self, latents: mx.array) -> mx.array:
         """(B, h, w, C) -> pixels (B, H, W, 3) in about [-1, 1], float32."""
         weights, dtype = self.vae_weights(("decoder.", "post_quant_conv."))
-        z = kl.unscale(latents.astype(mx.float32), self.vae.config)
-        return kl.decode(weights, self.vae.config, z.astype(dtype)).astype(mx.float32)
+        z = kl.unscale(latents.astype(mx.float32), self.vae_config)
+        return kl.decode(weights, self.vae_config, z.astype(dtype)).astype(mx.float32)
 
     def drawn_size(self, width: int, height: int) -> tuple[int, int]:
         return width, height
@@ -82,7 +85,7 @@ class Flux1(Opened):
 
     def context(self, sigma: mx.array, prompt: Prompt, size: Size, guidance: float) -> Context:
         scale = None
-        if self.config["guidance_embeds"]:
+        if self.config.guidance_embeds:
             scale = mx.full(sigma.shape, guidance, mx.float32)
         temb = net.time_text_embedding(self.weights("time_text_embed"), sigma, prompt["pooled"], scale)
         return self._context(prompt["prompt_embeds"].shape[1], size, temb)
@@ -90,7 +93,7 @@ class Flux1(Opened):
     def _context(self, text_length: int, size: Size, temb: mx.array | None) -> Context:
         key = text_length, (size[0], size[1])
         if key not in self._rope:
-            cos, sin = net.rope_tables(tuple(self.config["axes_dims_rope"]), text_length, key[1])
+            cos, sin = net.rope_tables(self.config.axes_dims_rope, text_length, key[1])
             self._rope = {key: (mx.array(cos), mx.array(sin))}
         return Context(*self._rope[key], temb, size)
 

@@ -1,14 +1,15 @@
 """The FLUX.1 transformer: 19 double and 38 single blocks, as functions. Source: diffusers FluxTransformer2DModel."""
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_blockskip.engine.stack import Block, BlockKind, Stack, Trainable, Weights
 from mlx_blockskip.models.attention import apply_rope, attention
+from mlx_blockskip.models.config import Config, NonNegativeInt, OneOf, PositiveInt
 from mlx_blockskip.models.family import Size, Tokens
 from mlx_blockskip.models.layers import (
     by_rows,
@@ -26,6 +27,29 @@ EPS = 1e-6
 TIME_FACTOR = 1000.0
 
 
+@dataclass(frozen=True)
+class FluxTransformer2DConfig(Config):
+    """Source: diffusers FluxTransformer2DModel. Its files of 2024 leave out `axes_dims_rope` and `out_channels`."""
+
+    patch_size: Annotated[int, OneOf(1)] = 1
+    in_channels: PositiveInt = 64
+    out_channels: PositiveInt | None = None
+    num_layers: NonNegativeInt = 19
+    num_single_layers: NonNegativeInt = 38
+    attention_head_dim: PositiveInt = 128
+    num_attention_heads: PositiveInt = 24
+    joint_attention_dim: PositiveInt = 4096
+    pooled_projection_dim: PositiveInt = 768
+    guidance_embeds: bool = False
+    axes_dims_rope: tuple[PositiveInt, ...] = (16, 56, 56)
+
+    def contradiction(self) -> str | None:
+        if sum(self.axes_dims_rope) != self.attention_head_dim:
+            axes = " + ".join(str(axis) for axis in self.axes_dims_rope)
+            return f"axes_dims_rope {axes} is not attention_head_dim {self.attention_head_dim}"
+        return None
+
+
 class Context(NamedTuple):
     """cos, sin: (text + image tokens, head_dim / 2), float32; temb: (B, D), None where modulation is from a record."""
 
@@ -35,9 +59,9 @@ class Context(NamedTuple):
     size: Size
 
 
-def stack(config: Mapping[str, Any]) -> Stack:
-    """The blocks of a FLUX.1 transformer config."""
-    head_dim = config["attention_head_dim"]
+def stack(config: FluxTransformer2DConfig) -> Stack:
+    """The blocks of a FLUX.1 transformer."""
+    head_dim = config.attention_head_dim
 
     def double(w: Weights, t: Trainable, x: Tokens, c: Context, mod: Any, mask: str | None) -> Tokens:
         return double_block(w, t, x, c, mod, mask, head_dim)
@@ -49,8 +73,8 @@ def stack(config: Mapping[str, Any]) -> Stack:
     single_kind = BlockKind("single", single, single_modulation, ("norm.linear",))
     return Stack(
         (
-            *(Block(f"transformer_blocks.{i}.", double_kind) for i in range(config["num_layers"])),
-            *(Block(f"single_transformer_blocks.{i}.", single_kind) for i in range(config["num_single_layers"])),
+            *(Block(f"transformer_blocks.{i}.", double_kind) for i in range(config.num_layers)),
+            *(Block(f"single_transformer_blocks.{i}.", single_kind) for i in range(config.num_single_layers)),
         )
     )
 

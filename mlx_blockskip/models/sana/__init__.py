@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_blockskip.models.family import DiffusionModel, Family
-from mlx_blockskip.models.sana.presets import PRESETS, shallow
+from mlx_blockskip.models.sana.config import shallow
+from mlx_blockskip.models.sana.transformer import SanaTransformer2DConfig
 
 ATTENTION = {
     "sana": tuple(
@@ -22,14 +23,14 @@ def detect(model_index: Mapping[str, Any]) -> bool:
     return model_index.get("_class_name") in ("SanaPipeline", "SanaSprintPipeline")
 
 
-def defaults(transformer: Mapping[str, Any]) -> dict[str, Any]:
+def defaults(transformer: SanaTransformer2DConfig) -> dict[str, Any]:
     """What a user of SANA or of SANA-Sprint (few steps, distilled guidance) should want; patches as in the paper."""
-    side = PIXELS * transformer["sample_size"]
+    side = PIXELS * transformer.sample_size
     common = {
         "resolution": min(side, 1024), "train_resolution": min(side, 1024) // 2, "width": side, "height": side,
         "max_sequence_length": 300,
     }  # fmt: skip
-    if transformer.get("guidance_embeds"):
+    if transformer.guidance_embeds:
         return common | {"steps": 2, "cfg_scale": 1.0, "guidance": 4.5, "train_guidance": 1.0}
     return common | {"steps": 20, "cfg_scale": 4.5}
 
@@ -47,7 +48,6 @@ FAMILY = Family(
     open=open_directory,
     defaults=defaults,
     lora_targets={"attention": ATTENTION, "all": {"sana": ATTENTION["sana"] + FEED_FORWARD["sana"]}},
-    presets=PRESETS,
     shallow=shallow,
     bundled="tiny-sana",
 )

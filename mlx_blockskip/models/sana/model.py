@@ -11,13 +11,13 @@ from mlx_blockskip.engine.weights import Shards
 from mlx_blockskip.models.family import OWN_SPACING, Encoded, Posterior, Prompt, Size, Tokens
 from mlx_blockskip.models.opened import Defaults, Opened
 from mlx_blockskip.models.sana import transformer as net
+from mlx_blockskip.models.sana.config import CONFIGS
 from mlx_blockskip.models.sana.prompting import INSTRUCTION, cleaned
 from mlx_blockskip.models.sana.sizes import binned
-from mlx_blockskip.models.sana.transformer import Context
+from mlx_blockskip.models.sana.transformer import Context, SanaTransformer2DConfig
 from mlx_blockskip.models.text import gemma2, tokenize
 from mlx_blockskip.models.vae import dc_ae
-
-COMPONENTS = ("transformer", "text_encoder", "vae")
+from mlx_blockskip.models.vae.dc_ae import AutoencoderDCConfig
 
 
 class Sana(Opened):
@@ -28,9 +28,11 @@ class Sana(Opened):
     """
 
     def __init__(self, path: Path, budget: int | None, defaults: Defaults):
-        super().__init__(path, budget, defaults, COMPONENTS, net.stack, dc_ae.factor)
+        super().__init__(path, budget, defaults, CONFIGS, net.stack, dc_ae.factor)
+        self.config: SanaTransformer2DConfig = self.configs["transformer"]
+        self.vae_config: AutoencoderDCConfig = self.configs["vae"]
         self.scheduler = {**self.scheduler, OWN_SPACING: True}
-        self.granularity = self.config["patch_size"] * self.vae_factor
+        self.granularity = self.config.patch_size * self.vae_factor
 
     def encode_prompts(self, prompts: Sequence[str], max_length: int, negatives: Sequence[str] = ()) -> Encoded:
         """`text` (1, max_length, D) and `bias` (1, 1, 1, max_length) for each prompt, as every block takes them.
@@ -65,7 +67,7 @@ class Sana(Opened):
         return prompt
 
     def blank_prompt(self, max_length: int) -> Prompt:
-        width = self.config["num_attention_heads"] * self.config["attention_head_dim"]
+        width = self.config.num_attention_heads * self.config.attention_head_dim
         return {
             "text": mx.zeros((1, max_length, width), self.dtype),
             "bias": mx.zeros((1, 1, 1, max_length), self.dtype),
@@ -74,25 +76,25 @@ class Sana(Opened):
     def encode_images(self, pixels: mx.array) -> Posterior:
         """The latents themselves, (B, h, w, C), of (B, H, W, 3) in [-1, 1]: a DC-AE has no posterior."""
         weights, dtype = self.vae_weights(("encoder.",))
-        return (dc_ae.encode(weights, self.vae.config, pixels.astype(dtype)),)
+        return (dc_ae.encode(weights, self.vae_config, pixels.astype(dtype)),)
 
     def draw_latents(self, posterior: Posterior, noise: mx.array) -> mx.array:
         """The latents, scaled: (B, h, w, C). There is nothing to draw."""
-        return dc_ae.scale(posterior[0].astype(mx.float32), self.vae.config)
+        return dc_ae.scale(posterior[0].astype(mx.float32), self.vae_config)
 
     def decode(self, latents: mx.array) -> mx.array:
         """(B, h, w, C) -> pixels (B, H, W, 3) in about [-1, 1], float32."""
         weights, dtype = self.vae_weights(("decoder.",))
-        z = dc_ae.unscale(latents.astype(mx.float32), self.vae.config)
-        return dc_ae.decode(weights, self.vae.config, z.astype(dtype)).astype(mx.float32)
+        z = dc_ae.unscale(latents.astype(mx.float32), self.vae_config)
+        return dc_ae.decode(weights, self.vae_config, z.astype(dtype)).astype(mx.float32)
 
     def drawn_size(self, width: int, height: int) -> tuple[int, int]:
         if not self.defaults.own.get("resolution_binning", True):
             return width, height
-        return binned(width, height, self.config["sample_size"])
+        return binned(width, height, self.config.sample_size)
 
     def token_count(self, size: Size) -> int:
-        return size[0] * size[1] // self.config["patch_size"] ** 2
+        return size[0] * size[1] // self.config.patch_size**2
 
     def tokens(self, latents: mx.array, prompt: Prompt) -> Tokens:
         return Tokens(net.embed(self.weights("patch_embed"), self.config, latents))
@@ -119,5 +121,5 @@ class Sana(Opened):
         """The velocity (B, h, w, C); what a transformer of twice the channels says of the variance is left out."""
         weights = self.weights("scale_shift_table", "proj_out")
         found = net.output(weights, self.config, tokens.image, modulation[0], context.size)
-        channels = self.config["in_channels"]
+        channels = self.config.in_channels
         return found[..., :channels] if found.shape[-1] == 2 * channels else found

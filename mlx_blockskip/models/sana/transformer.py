@@ -6,15 +6,15 @@ modulation of its own to be computed ahead: the embedding is part of the context
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.stack import Block, BlockKind, Stack, Trainable, Weights
 from mlx_blockskip.models.attention import IMAGE_TO_TEXT, attention
+from mlx_blockskip.models.config import Config, NonNegativeInt, OneOf, PositiveFloat, PositiveInt
 from mlx_blockskip.models.family import Size, Tokens
 from mlx_blockskip.models.layers import (
     TOKEN_ROWS,
@@ -39,6 +39,32 @@ MASKED = -10000.0
 FLOAT16_MAX = 65504
 
 
+@dataclass(frozen=True)
+class SanaTransformer2DConfig(Config):
+    """Source: diffusers SanaTransformer2DModel. sample_size: a side of the latents that it was trained on."""
+
+    in_channels: PositiveInt = 32
+    out_channels: PositiveInt | None = 32
+    num_attention_heads: PositiveInt = 70
+    attention_head_dim: PositiveInt = 32
+    num_layers: NonNegativeInt = 20
+    num_cross_attention_heads: PositiveInt = 20
+    cross_attention_head_dim: PositiveInt = 112
+    cross_attention_dim: PositiveInt = 2240
+    caption_channels: PositiveInt = 2304
+    mlp_ratio: PositiveFloat = 2.5
+    attention_bias: bool = False
+    sample_size: PositiveInt = 32
+    patch_size: PositiveInt = 1
+    norm_elementwise_affine: bool = False
+    norm_eps: PositiveFloat = 1e-6
+    interpolation_scale: PositiveFloat | None = None
+    guidance_embeds: bool | None = False
+    guidance_embeds_scale: float = 0.1
+    qk_norm: Annotated[str | None, OneOf(None, "rms_norm_across_heads")] = None
+    timestep_scale: float = 1.0
+
+
 class Context(NamedTuple):
     """What the blocks and the head take beside the tokens.
 
@@ -54,22 +80,16 @@ class Context(NamedTuple):
     size: Size
 
 
-def stack(config: Mapping[str, Any]) -> Stack:
-    """The blocks of a SANA transformer config. Raises UserError for what is not implemented."""
-    if config.get("qk_norm") not in (None, "rms_norm_across_heads"):
-        raise UserError(
-            f"SANA with qk_norm={config['qk_norm']!r} is not implemented; use null or rms_norm_across_heads"
-        )
-    if config["cross_attention_dim"] is None:
-        raise UserError("SANA without cross-attention is not implemented; its config needs a cross_attention_dim")
-    heads, cross_heads = config["num_attention_heads"], config["num_cross_attention_heads"]
-    patch, eps = config["patch_size"], config["norm_eps"]
+def stack(config: SanaTransformer2DConfig) -> Stack:
+    """The blocks of a SANA transformer."""
+    heads, cross_heads = config.num_attention_heads, config.num_cross_attention_heads
+    patch, eps = config.patch_size, config.norm_eps
 
     def apply(w: Weights, t: Trainable, x: Tokens, c: Context, mod: None, mask: str | None) -> Tokens:
         return block(w, t, x, c, mask, heads, cross_heads, patch, eps)
 
     kind = BlockKind("sana", apply)
-    return Stack(tuple(Block(f"transformer_blocks.{i}.", kind) for i in range(config["num_layers"])))
+    return Stack(tuple(Block(f"transformer_blocks.{i}.", kind) for i in range(config.num_layers)))
 
 
 def block(
@@ -186,21 +206,21 @@ def depthwise(w: Weights, name: str, x: mx.array) -> mx.array:
     return mx.conv2d(x, w[f"{name}.weight"], groups=x.shape[-1]) + w[f"{name}.bias"]
 
 
-def embed(w: Weights, config: Mapping[str, Any], latents: mx.array) -> mx.array:
+def embed(w: Weights, config: SanaTransformer2DConfig, latents: mx.array) -> mx.array:
     """Image tokens (B, h/p * w/p, D) of latents (B, h, w, C), with positions where the config has them.
 
     Reads `patch_embed`. Source: PatchEmbed.
     """
-    p = config["patch_size"]
+    p = config.patch_size
     b, h, width, c = latents.shape
     patches = latents.reshape(b, h // p, p, width // p, p, c).swapaxes(2, 3).reshape(b, h * width // p**2, p * p * c)
     weight = w["patch_embed.proj.weight"]
     flat = {"proj.weight": weight.reshape(weight.shape[0], -1), "proj.bias": w["patch_embed.proj.bias"]}
     tokens = linear(flat, "proj", patches.astype(weight.dtype))
-    if config.get("interpolation_scale") is None:
+    if config.interpolation_scale is None:
         return tokens
-    base = config["sample_size"] // p
-    table = positions(tokens.shape[-1], (h // p, width // p), base, config["interpolation_scale"])
+    base = config.sample_size // p
+    table = positions(tokens.shape[-1], (h // p, width // p), base, config.interpolation_scale)
     return (tokens + mx.array(table)).astype(tokens.dtype)
 
 
@@ -234,13 +254,13 @@ def text_bias(mask: mx.array, dtype: mx.Dtype) -> mx.array:
 
 
 def time_embedding(
-    w: Weights, config: Mapping[str, Any], sigma: mx.array, guidance: mx.array | None
+    w: Weights, config: SanaTransformer2DConfig, sigma: mx.array, guidance: mx.array | None
 ) -> tuple[mx.array, mx.array]:
     """temb (B, 6, 1, D) and embedded (B, 1, D) from sigma (B,) and, where the config has it, guidance (B,).
 
     Reads `time_embed`. Source: AdaLayerNormSingle, SanaCombinedTimestepGuidanceEmbeddings.
     """
-    guided = config.get("guidance_embeds", False)
+    guided = config.guidance_embeds
 
     def mlp(name: str, x: mx.array) -> mx.array:
         x = sinusoid(x).astype(w[f"{name}.linear_1.weight"].dtype)
@@ -250,22 +270,22 @@ def time_embedding(
     embedded = mlp(embedder, sigma * time_factor(config))
     if guided:
         assert guidance is not None
-        embedded = embedded + mlp("time_embed.guidance_embedder", guidance * config.get("guidance_embeds_scale", 0.1))
+        embedded = embedded + mlp("time_embed.guidance_embedder", guidance * config.guidance_embeds_scale)
     temb = linear(w, "time_embed.linear", silu(embedded))
     return temb.reshape(sigma.shape[0], 6, 1, -1), embedded[:, None]
 
 
-def time_factor(config: Mapping[str, Any]) -> float:
+def time_factor(config: SanaTransformer2DConfig) -> float:
     """What sigma is multiplied by: SanaPipeline scales the scheduler's timesteps, SanaSprintPipeline does not."""
-    return 1.0 if config.get("guidance_embeds") else TIMESTEPS * config.get("timestep_scale", 1.0)
+    return 1.0 if config.guidance_embeds else TIMESTEPS * config.timestep_scale
 
 
-def output(w: Weights, config: Mapping[str, Any], image: mx.array, embedded: mx.array, size: Size) -> mx.array:
+def output(w: Weights, config: SanaTransformer2DConfig, image: mx.array, embedded: mx.array, size: Size) -> mx.array:
     """The predicted velocity (B, h, w, C) from image tokens and embedded (B, 1, D).
 
     Reads `scale_shift_table` and `proj_out`. Source: SanaModulatedNorm and the end of SanaTransformer2DModel.
     """
     shift, scale = (w["scale_shift_table"][None, i, None] + embedded for i in range(2))
     y = linear(w, "proj_out", layer_norm(image, OUTPUT_EPS) * (1 + scale) + shift)
-    p, (h, width) = config["patch_size"], size
+    p, (h, width) = config.patch_size, size
     return y.reshape(y.shape[0], h // p, width // p, p, p, -1).swapaxes(2, 3).reshape(y.shape[0], h, width, -1)

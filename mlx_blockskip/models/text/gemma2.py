@@ -5,7 +5,8 @@ The layers' sliding window is not implemented: sequences that do not fit into it
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -14,9 +15,52 @@ from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.stack import Block, BlockKind, Stack, Trainable, Weights
 from mlx_blockskip.engine.sweep import Sample, forward
 from mlx_blockskip.engine.weights import BlockReader, Shards
+from mlx_blockskip.models.config import Config, NonNegativeInt, OneOf, PositiveFloat, PositiveInt
 from mlx_blockskip.models.layers import gelu_tanh, linear, merge_heads, split_heads
 
-ROPE_THETA = 10000.0
+
+@dataclass(frozen=True)
+class RopeParameters(Config):
+    """Rotary positions. Source: transformers RopeParameters."""
+
+    rope_theta: PositiveFloat = 10000.0
+    rope_type: Annotated[str, OneOf("default")] = "default"
+
+
+@dataclass(frozen=True)
+class Gemma2Config(Config):
+    """Source: transformers Gemma2Config. Before version 5 `rope_theta` and `rope_scaling` lay beside the others."""
+
+    model_type: Annotated[str, OneOf("gemma2")] = "gemma2"
+    vocab_size: PositiveInt = 256000
+    hidden_size: PositiveInt = 2304
+    intermediate_size: PositiveInt = 9216
+    num_hidden_layers: NonNegativeInt = 26
+    num_attention_heads: PositiveInt = 8
+    num_key_value_heads: PositiveInt = 4
+    head_dim: PositiveInt = 256
+    hidden_activation: Annotated[str | None, OneOf("gelu_pytorch_tanh", None)] = "gelu_pytorch_tanh"
+    rms_norm_eps: PositiveFloat = 1e-6
+    rope_parameters: RopeParameters = RopeParameters()
+    attention_bias: bool = False
+    query_pre_attn_scalar: PositiveFloat = 256
+    sliding_window: PositiveInt | None = 4096
+    attn_logit_softcapping: PositiveFloat | None = 50.0
+    use_bidirectional_attention: Annotated[bool | None, OneOf(None, False)] = None
+
+    def contradiction(self) -> str | None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            return f"num_key_value_heads {self.num_key_value_heads} does not divide {self.num_attention_heads} heads"
+        return None
+
+    @classmethod
+    def modernised(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
+        if not isinstance(rope, Mapping):
+            return given
+        old = {"rope_theta": given["rope_theta"]} if "rope_theta" in given else {}
+        named = {"rope_type": rope["type"]} if "type" in rope else {}
+        return {**given, "rope_parameters": {**old, **named, **rope}}
 
 
 class Hidden(NamedTuple):
@@ -33,24 +77,10 @@ class Context(NamedTuple):
     seen: mx.array
 
 
-def check(config: Mapping[str, Any]) -> None:
-    """Raise UserError for options of Gemma-2 that are not implemented, by name."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    for key, value, wanted in (
-        ("model_type", config.get("model_type", "gemma2"), "gemma2"),
-        ("hidden_activation", config.get("hidden_activation") or "gelu_pytorch_tanh", "gelu_pytorch_tanh"),
-        ("use_bidirectional_attention", config.get("use_bidirectional_attention") or False, False),
-        ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),
-    ):
-        if value != wanted:
-            raise UserError(f"Gemma-2: {key} {value!r} is not implemented; only {wanted!r} is")
-
-
-def stack(config: Mapping[str, Any]) -> Stack:
-    """The layers of a Gemma2Config. Context: see `Context`. Raises UserError for what is not implemented."""
-    check(config)
-    heads, groups, eps = config["num_attention_heads"], config["num_key_value_heads"], config["rms_norm_eps"]
-    scale, cap = config["query_pre_attn_scalar"] ** -0.5, config.get("attn_logit_softcapping")
+def stack(config: Gemma2Config) -> Stack:
+    """The layers of Gemma-2. Context: see `Context`."""
+    heads, groups, eps = config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps
+    scale, cap = config.query_pre_attn_scalar**-0.5, config.attn_logit_softcapping
 
     def attention(w: Weights, t: Trainable, x: mx.array, context: Context) -> mx.array:
         q = split_heads(linear(w, "self_attn.q_proj", x, t), heads)
@@ -69,7 +99,7 @@ def stack(config: Mapping[str, Any]) -> Stack:
         return Hidden(hidden + norm(w, "post_feedforward_layernorm", fed, eps))
 
     kind = BlockKind("gemma2", layer)
-    return Stack(tuple(Block(f"layers.{i}.", kind) for i in range(config["num_hidden_layers"])))
+    return Stack(tuple(Block(f"layers.{i}.", kind) for i in range(config.num_hidden_layers)))
 
 
 def encode(
@@ -80,37 +110,37 @@ def encode(
     masks: (B, L) each, 1 for a token and 0 for padding, which is on the right. What is at padding is not to be used.
     Never in float16: it overflows. Raises UserError for sequences that are longer than the sliding window.
     """
-    config = shards.config
+    config = Gemma2Config.from_dict(shards.config, shards.path / "config.json")
     layers = stack(config)
-    window = config.get("sliding_window")
+    window = config.sliding_window
     samples = []
     for row, mask in zip(ids, masks, strict=True):
         if window is not None and row.shape[1] > window:
             raise UserError(f"Gemma-2: {row.shape[1]} tokens are more than its sliding window of {window}; use fewer")
         cos, sin = rope_tables(config, row.shape[1])
         context = Context(mx.array(cos), mx.array(sin), mx.array(causal(mask)))
-        samples.append(Sample(Hidden(embedded(shards, row)), context))
+        samples.append(Sample(Hidden(embedded(shards, row, config.hidden_size)), context))
     forward(layers, BlockReader(shards, layers, budget), samples)
     final = shards.load(["norm.weight"])
     found = [
-        (norm(final, "norm", sample.state.hidden, config["rms_norm_eps"]), mx.array(mask.astype(np.int32)))
+        (norm(final, "norm", sample.state.hidden, config.rms_norm_eps), mx.array(mask.astype(np.int32)))
         for sample, mask in zip(samples, masks)
     ]
     mx.eval(found)
     return found
 
 
-def embedded(shards: Shards, ids: np.ndarray) -> mx.array:
+def embedded(shards: Shards, ids: np.ndarray, width: int) -> mx.array:
     """The ids' rows of the table times sqrt(hidden size), which is rounded to the table's dtype: (*ids.shape, D)."""
     rows = shards.rows("embed_tokens.weight", ids)
     rows = rows.astype(mx.float32) if rows.dtype == mx.float16 else rows
-    return rows * mx.array(math.sqrt(shards.config["hidden_size"]), rows.dtype)
+    return rows * mx.array(math.sqrt(width), rows.dtype)
 
 
-def rope_tables(config: Mapping[str, Any], length: int) -> tuple[np.ndarray, np.ndarray]:
+def rope_tables(config: Gemma2Config, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines of each position's angles, (length, head_dim / 2), in float32 as the reference has them."""
-    theta = (config.get("rope_parameters") or config).get("rope_theta", ROPE_THETA)
-    exponents = np.arange(0, config["head_dim"], 2, dtype=np.float32) / np.float32(config["head_dim"])
+    theta, width = config.rope_parameters.rope_theta, config.head_dim
+    exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     inverse = np.float32(1.0) / np.float32(theta) ** exponents
     angles = np.arange(length, dtype=np.float32)[:, None] * inverse
     return np.cos(angles), np.sin(angles)

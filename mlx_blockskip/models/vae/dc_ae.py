@@ -5,12 +5,14 @@ grouped ones of one pixel (groups x out, in). Only linear attention needs whole 
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.models.config import Config, NonNegativeInt, OneOf, PositiveInt
 from mlx_blockskip.models.layers import Weights, linear, rms_norm, silu
 from mlx_blockskip.models.vae.streams import Stream, add, conv2d, each, source, whole, windows
 from mlx_blockskip.models.vae.strips import Rows, strip_rows
@@ -23,28 +25,47 @@ ACTIVATIONS: Mapping[str, Rows] = {
     "gelu": nn.gelu,
     "mish": nn.mish,
 }
-DEFAULTS: Mapping[str, Any] = {
-    "in_channels": 3,
-    "latent_channels": 32,
-    "attention_head_dim": 32,
-    "encoder_block_types": "ResBlock",
-    "decoder_block_types": "ResBlock",
-    "encoder_block_out_channels": (128, 256, 512, 512, 1024, 1024),
-    "decoder_block_out_channels": (128, 256, 512, 512, 1024, 1024),
-    "encoder_layers_per_block": (2, 2, 2, 3, 3, 3),
-    "decoder_layers_per_block": (3, 3, 3, 3, 3, 3),
-    "encoder_qkv_multiscales": ((), (), (), (5,), (5,), (5,)),
-    "decoder_qkv_multiscales": ((), (), (), (5,), (5,), (5,)),
-    "upsample_block_type": "pixel_shuffle",
-    "downsample_block_type": "pixel_unshuffle",
-    "decoder_norm_types": "rms_norm",
-    "decoder_act_fns": "silu",
-    "encoder_out_shortcut": True,
-    "decoder_in_shortcut": True,
-    "decoder_conv_act_fn": "relu",
-    "scaling_factor": 1.0,
-}
-"""What a config that leaves an option out means."""
+Block = Annotated[str, OneOf("ResBlock", "EfficientViTBlock")]
+Activation = Annotated[str, OneOf(*ACTIVATIONS)]
+Norm = Annotated[str, OneOf("rms_norm")]
+
+
+@dataclass(frozen=True)
+class AutoencoderDCConfig(Config):
+    """Source: diffusers AutoencoderDC. What is one for every level there may be one value or a list."""
+
+    in_channels: PositiveInt = 3
+    latent_channels: PositiveInt = 32
+    attention_head_dim: PositiveInt = 32
+    encoder_block_types: Block | tuple[Block, ...] = "ResBlock"
+    decoder_block_types: Block | tuple[Block, ...] = "ResBlock"
+    encoder_block_out_channels: tuple[PositiveInt, ...] = (128, 256, 512, 512, 1024, 1024)
+    decoder_block_out_channels: tuple[PositiveInt, ...] = (128, 256, 512, 512, 1024, 1024)
+    encoder_layers_per_block: tuple[NonNegativeInt, ...] = (2, 2, 2, 3, 3, 3)
+    decoder_layers_per_block: tuple[NonNegativeInt, ...] = (3, 3, 3, 3, 3, 3)
+    encoder_qkv_multiscales: tuple[tuple[PositiveInt, ...], ...] = ((), (), (), (5,), (5,), (5,))
+    decoder_qkv_multiscales: tuple[tuple[PositiveInt, ...], ...] = ((), (), (), (5,), (5,), (5,))
+    upsample_block_type: Annotated[str, OneOf("pixel_shuffle", "interpolate")] = "pixel_shuffle"
+    downsample_block_type: Annotated[str, OneOf("pixel_unshuffle", "conv", "Conv")] = "pixel_unshuffle"
+    decoder_norm_types: Norm | tuple[Norm, ...] = "rms_norm"
+    decoder_act_fns: Activation | tuple[Activation, ...] = "silu"
+    encoder_out_shortcut: bool = True
+    decoder_in_shortcut: bool = True
+    decoder_conv_act_fn: Activation = "relu"
+    scaling_factor: float = 1.0
+
+    def contradiction(self) -> str | None:
+        for half in ("encoder", "decoder"):
+            kernels = getattr(self, f"{half}_qkv_multiscales")
+            if any(kernel % 2 == 0 for level in kernels for kernel in level):
+                return f"{half}_qkv_multiscales {kernels} has an even kernel, and only odd ones keep a map's size"
+            count = len(getattr(self, f"{half}_block_out_channels"))
+            names = [f"{half}_{name}" for name in ("block_types", "layers_per_block", "qkv_multiscales")]
+            for name in [*names, "decoder_act_fns"] if half == "decoder" else names:
+                option = getattr(self, name)
+                if not isinstance(option, str) and len(option) != count:
+                    return f"{name} is of {len(option)} levels, and {half}_block_out_channels of {count}"
+        return None
 
 
 class Level(NamedTuple):
@@ -57,72 +78,44 @@ class Level(NamedTuple):
     activation: str
 
 
-def complete(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with every option. Raises UserError for what is not implemented, by name."""
-    full = {**DEFAULTS, **config}
-    for key, known in (
-        ("encoder_block_types", ("ResBlock", "EfficientViTBlock")),
-        ("decoder_block_types", ("ResBlock", "EfficientViTBlock")),
-        ("decoder_norm_types", ("rms_norm",)),
-        ("decoder_act_fns", tuple(ACTIVATIONS)),
-        ("decoder_conv_act_fn", tuple(ACTIVATIONS)),
-        ("downsample_block_type", ("pixel_unshuffle", "conv", "Conv")),
-        ("upsample_block_type", ("pixel_shuffle", "interpolate")),
-    ):
-        for name in [full[key]] if isinstance(full[key], str) else full[key]:
-            if name not in known:
-                raise UserError(f"AutoencoderDC: {key} {name!r} is not implemented; only {', '.join(known)} are")
-    for key in ("encoder_qkv_multiscales", "decoder_qkv_multiscales"):
-        if any(kernel % 2 == 0 for kernels in full[key] for kernel in kernels):
-            raise UserError(f"AutoencoderDC: {key} {full[key]!r} has an even kernel; only odd ones keep a map's size")
-    return full
+def levels(config: AutoencoderDCConfig, half: str) -> list[Level]:
+    """The levels of the "encoder" or "decoder", the largest map first."""
+    widths = getattr(config, f"{half}_block_out_channels")
+    options = (
+        getattr(config, f"{half}_block_types"),
+        widths,
+        getattr(config, f"{half}_layers_per_block"),
+        getattr(config, f"{half}_qkv_multiscales"),
+        config.decoder_act_fns if half == "decoder" else "silu",
+    )
+    return [Level(*of) for of in zip(*([o] * len(widths) if isinstance(o, str) else o for o in options))]
 
 
-def levels(config: Mapping[str, Any], half: str) -> list[Level]:
-    """The levels of the "encoder" or "decoder" of a complete config, the largest map first.
-
-    Raises UserError for options of different lengths.
-    """
-    count = len(config[f"{half}_block_out_channels"])
-    options = {
-        "block_types": config[f"{half}_block_types"],
-        "block_out_channels": config[f"{half}_block_out_channels"],
-        "layers_per_block": config[f"{half}_layers_per_block"],
-        "qkv_multiscales": config[f"{half}_qkv_multiscales"],
-        "act_fns": config["decoder_act_fns"] if half == "decoder" else "silu",
-    }
-    for name, option in options.items():
-        if not isinstance(option, str) and len(option) != count:
-            raise UserError(f"AutoencoderDC: {half}_{name} is of {len(option)} levels, and its widths of {count}")
-    each_level = ([option] * count if isinstance(option, str) else option for option in options.values())
-    return [Level(block, width, layers, tuple(kernels), act) for block, width, layers, kernels, act in zip(*each_level)]
-
-
-def factor(config: Mapping[str, Any]) -> int:
+def factor(config: AutoencoderDCConfig) -> int:
     """Pixels a side of one latent."""
-    return int(2 ** (len(complete(config)["encoder_block_out_channels"]) - 1))
+    return int(2 ** (len(config.encoder_block_out_channels) - 1))
 
 
-def scale(z: mx.array, config: Mapping[str, Any]) -> mx.array:
+def scale(z: mx.array, config: AutoencoderDCConfig) -> mx.array:
     """Latents as the transformer sees them."""
-    return z * complete(config)["scaling_factor"]
+    return z * config.scaling_factor
 
 
-def unscale(latents: mx.array, config: Mapping[str, Any]) -> mx.array:
+def unscale(latents: mx.array, config: AutoencoderDCConfig) -> mx.array:
     """The inverse of `scale`."""
-    return latents / complete(config)["scaling_factor"]
+    return latents / config.scaling_factor
 
 
-def encode(w: Weights, config: Mapping[str, Any], pixels: mx.array, rows: int | None = None) -> mx.array:
+def encode(w: Weights, config: AutoencoderDCConfig, pixels: mx.array, rows: int | None = None) -> mx.array:
     """Pixels (B, H, W, 3) in [-1, 1] -> latents (B, h, w, C), not scaled; there is no posterior. rows: see streams.
 
     Raises UserError for sides that are no multiples of `factor`.
     """
-    config, side = complete(config), factor(config)
+    side = factor(config)
     if pixels.shape[1] % side or pixels.shape[2] % side:
         raise UserError(f"AutoencoderDC: {pixels.shape[2]} x {pixels.shape[1]} pixels; sides are multiples of {side}")
     found = levels(config, "encoder")
-    unshuffle = config["downsample_block_type"] == "pixel_unshuffle"
+    unshuffle = config.downsample_block_type == "pixel_unshuffle"
     x = source(pixels, rows)
     if found[0].layers:
         x = conv2d(w, "encoder.conv_in", x, rows=rows)
@@ -130,21 +123,20 @@ def encode(w: Weights, config: Mapping[str, Any], pixels: mx.array, rows: int | 
         x = _down(w, "encoder.conv_in", x, unshuffle, rows)
     for i, level in enumerate(found):
         for j in range(level.layers):
-            x = _block(w, f"encoder.down_blocks.{i}.{j}", x, level, config["attention_head_dim"], rows)
+            x = _block(w, f"encoder.down_blocks.{i}.{j}", x, level, config.attention_head_dim, rows)
         if i < len(found) - 1 and level.layers:
             x = _down(w, f"encoder.down_blocks.{i}.{level.layers}", x, unshuffle, rows, shortcut=True)
     top = whole(x)
     z = whole(conv2d(w, "encoder.conv_out", source(top, rows), rows=rows))
-    return z + _averaged(top, z.shape[-1]) if config["encoder_out_shortcut"] else z
+    return z + _averaged(top, z.shape[-1]) if config.encoder_out_shortcut else z
 
 
-def decode(w: Weights, config: Mapping[str, Any], z: mx.array, rows: int | None = None) -> mx.array:
+def decode(w: Weights, config: AutoencoderDCConfig, z: mx.array, rows: int | None = None) -> mx.array:
     """Latents (B, h, w, C), not scaled -> pixels (B, H, W, 3)."""
-    config = complete(config)
     found = levels(config, "decoder")
-    shuffle = config["upsample_block_type"] == "pixel_shuffle"
+    shuffle = config.upsample_block_type == "pixel_shuffle"
     top = whole(conv2d(w, "decoder.conv_in", source(z, rows), rows=rows))
-    if config["decoder_in_shortcut"]:
+    if config.decoder_in_shortcut:
         top = top + mx.repeat(z, top.shape[-1] // z.shape[-1], axis=-1)
     x = source(top, rows)
     for i, level in reversed(list(enumerate(found))):
@@ -153,8 +145,8 @@ def decode(w: Weights, config: Mapping[str, Any], z: mx.array, rows: int | None 
             x = _up(w, f"decoder.up_blocks.{i}.0", x, shuffle, rows, shortcut=True)
             first = 1
         for j in range(level.layers):
-            x = _block(w, f"decoder.up_blocks.{i}.{first + j}", x, level, config["attention_head_dim"], rows)
-    activation = ACTIVATIONS[config["decoder_conv_act_fn"]]
+            x = _block(w, f"decoder.up_blocks.{i}.{first + j}", x, level, config.attention_head_dim, rows)
+    activation = ACTIVATIONS[config.decoder_conv_act_fn]
     x = each(x, lambda part: activation(_norm(w, "decoder.norm_out", part)))
     if found[0].layers:
         return whole(conv2d(w, "decoder.conv_out", x, rows=rows))

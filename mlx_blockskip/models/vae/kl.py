@@ -4,55 +4,72 @@ Weights are a flat dictionary with diffusers' names; convolutions are OHWI, the 
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated
 
 import mlx.core as mx
 
-from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.attention import SCORE_BYTES, attention
+from mlx_blockskip.models.config import Config, NonNegativeInt, OneOf, PositiveInt, Unset
 from mlx_blockskip.models.layers import Weights, linear, silu
 from mlx_blockskip.models.vae.strips import Rows, conv2d, group_norm
 
 EPS = 1e-6
 
 
-def check(config: Mapping[str, Any]) -> None:
-    """Raise UserError for options of AutoencoderKL that are not implemented, by name."""
-    for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        for name in config.get(key, ()):
-            if name != kind:
-                raise UserError(f"AutoencoderKL: {key} {name!r} is not implemented; only {kind} is")
-    for key, wanted in (("act_fn", "silu"), ("latents_mean", None), ("latents_std", None)):
-        if config.get(key, wanted) != wanted:
-            raise UserError(f"AutoencoderKL: {key}={config[key]!r} is not implemented; only {wanted} is")
+@dataclass(frozen=True)
+class AutoencoderKLConfig(Config):
+    """Source: diffusers AutoencoderKL."""
+
+    in_channels: PositiveInt = 3
+    out_channels: PositiveInt = 3
+    down_block_types: tuple[Annotated[str, OneOf("DownEncoderBlock2D")], ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[Annotated[str, OneOf("UpDecoderBlock2D")], ...] = ("UpDecoderBlock2D",)
+    block_out_channels: tuple[PositiveInt, ...] = (64,)
+    layers_per_block: NonNegativeInt = 1
+    act_fn: Annotated[str, OneOf("silu")] = "silu"
+    latent_channels: PositiveInt = 4
+    norm_num_groups: PositiveInt = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    latents_mean: Unset = None
+    latents_std: Unset = None
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    def contradiction(self) -> str | None:
+        levels = len(self.block_out_channels)
+        for name in ("down_block_types", "up_block_types"):
+            if len(getattr(self, name)) != levels:
+                return f"{name} is of {len(getattr(self, name))} levels, and block_out_channels of {levels}"
+        return None
 
 
-def factor(config: Mapping[str, Any]) -> int:
+def factor(config: AutoencoderKLConfig) -> int:
     """Pixels a side of one latent."""
-    return int(2 ** (len(config["block_out_channels"]) - 1))
+    return int(2 ** (len(config.block_out_channels) - 1))
 
 
-def scale(z: mx.array, config: Mapping[str, Any]) -> mx.array:
+def scale(z: mx.array, config: AutoencoderKLConfig) -> mx.array:
     """Latents as the transformer sees them: (z - shift) x scale."""
-    return (z - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
+    return (z - (config.shift_factor or 0.0)) * config.scaling_factor
 
 
-def unscale(latents: mx.array, config: Mapping[str, Any]) -> mx.array:
+def unscale(latents: mx.array, config: AutoencoderKLConfig) -> mx.array:
     """The inverse of `scale`."""
-    return latents / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
+    return latents / config.scaling_factor + (config.shift_factor or 0.0)
 
 
 def encode(
-    w: Weights, config: Mapping[str, Any], pixels: mx.array, rows: int | None = None
+    w: Weights, config: AutoencoderKLConfig, pixels: mx.array, rows: int | None = None
 ) -> tuple[mx.array, mx.array]:
     """Pixels (B, H, W, 3) in [-1, 1] -> mean and log variance, each (B, h, w, C), not scaled. rows: see strips."""
-    check(config)
-    groups = config["norm_num_groups"]
+    groups = config.norm_num_groups
     x = _done(conv2d(w, "encoder.conv_in", pixels, rows=rows))
-    levels = len(config["block_out_channels"])
+    levels = len(config.block_out_channels)
     for i in range(levels):
-        for j in range(config["layers_per_block"]):
+        for j in range(config.layers_per_block):
             x = _resnet(w, f"encoder.down_blocks.{i}.resnets.{j}", x, groups, rows)
         if i < levels - 1:
             name = f"encoder.down_blocks.{i}.downsamplers.0.conv"
@@ -60,23 +77,22 @@ def encode(
     x = _middle(w, "encoder.mid_block", x, config, rows)
     last = _normed_silu(w, "encoder.conv_norm_out", x, groups, rows)
     x = _done(conv2d(w, "encoder.conv_out", x, rows=rows, before=last))
-    if config.get("use_quant_conv", True):
+    if config.use_quant_conv:
         x = linear(w, "quant_conv", x)
     mean, logvar = mx.split(x, 2, axis=-1)
     return mean, mx.clip(logvar, -30.0, 20.0)
 
 
-def decode(w: Weights, config: Mapping[str, Any], z: mx.array, rows: int | None = None) -> mx.array:
+def decode(w: Weights, config: AutoencoderKLConfig, z: mx.array, rows: int | None = None) -> mx.array:
     """Latents (B, h, w, C), not scaled -> pixels (B, H, W, 3)."""
-    check(config)
-    groups = config["norm_num_groups"]
-    if config.get("use_post_quant_conv", True):
+    groups = config.norm_num_groups
+    if config.use_post_quant_conv:
         z = linear(w, "post_quant_conv", z)
     x = _done(conv2d(w, "decoder.conv_in", z, rows=rows))
     x = _middle(w, "decoder.mid_block", x, config, rows)
-    levels = len(config["block_out_channels"])
+    levels = len(config.block_out_channels)
     for i in range(levels):
-        for j in range(config["layers_per_block"] + 1):
+        for j in range(config.layers_per_block + 1):
             x = _resnet(w, f"decoder.up_blocks.{i}.resnets.{j}", x, groups, rows)
         if i < levels - 1:
             x = _done(conv2d(w, f"decoder.up_blocks.{i}.upsamplers.0.conv", x, upsample=2, rows=rows))
@@ -102,10 +118,10 @@ def _normed_silu(w: Weights, name: str, x: mx.array, groups: int, rows: int | No
     return lambda part: silu(norm(part))
 
 
-def _middle(w: Weights, name: str, x: mx.array, config: Mapping[str, Any], rows: int | None) -> mx.array:
-    groups = config["norm_num_groups"]
+def _middle(w: Weights, name: str, x: mx.array, config: AutoencoderKLConfig, rows: int | None) -> mx.array:
+    groups = config.norm_num_groups
     x = _resnet(w, f"{name}.resnets.0", x, groups, rows)
-    if config.get("mid_block_add_attention", True):
+    if config.mid_block_add_attention:
         x = _attention(w, f"{name}.attentions.0", x, groups, rows)
     return _resnet(w, f"{name}.resnets.1", x, groups, rows)
 

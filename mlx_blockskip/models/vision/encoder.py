@@ -24,6 +24,8 @@ from mlx_blockskip.models.layers import linear
 from mlx_blockskip.models.text import clip as text
 from mlx_blockskip.models.text import tokenize
 from mlx_blockskip.models.vision import clip, preprocess, vit
+from mlx_blockskip.models.vision.clip import CLIPVisionConfig
+from mlx_blockskip.models.vision.vit import Dinov2Config, ViTConfig
 
 TOGETHER = 32
 """Images that wait in one sweep over the layers. Each is a batch of its own, so it does not depend on the others."""
@@ -48,13 +50,20 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of encoder. tower: a module with `stack`, `tokens` and `class_token`. projected: CLIP's space."""
+    """A kind of encoder. tower: a module with `stack`, `tokens` and `class_token`. config: that of the tower.
+    projected: whether vectors are in CLIP's space.
+    """
 
     tower: ModuleType
+    config: type[ViTConfig | Dinov2Config | CLIPVisionConfig]
     projected: bool
 
 
-KINDS = {"vit": Kind(vit, False), "dinov2": Kind(vit, False), "clip": Kind(clip, True)}
+KINDS = {
+    "vit": Kind(vit, ViTConfig, False),
+    "dinov2": Kind(vit, Dinov2Config, False),
+    "clip": Kind(clip, CLIPVisionConfig, True),
+}
 
 
 def open_encoder(path: Path, budget: int | None = None) -> Encoder:
@@ -87,8 +96,11 @@ class Opened:
         self.has_text = kind.projected
         self.how = preprocess.read(path / preprocess.FILE)
         self.shards = Shards(path / "vision")
+        self.config = kind.config.from_dict(self.shards.config, path / "vision" / "config.json")
         self.text = Shards(path / "text") if kind.projected else None
-        self.stack = kind.tower.stack(self.shards.config)
+        if self.text is not None:
+            self.text_config = text.CLIPTextConfig.from_dict(self.text.config, path / "text" / "config.json")
+        self.stack = kind.tower.stack(self.config)
         self.reader = BlockReader(self.shards, self.stack, budget)
         parts = [shards.identity for shards in (self.shards, self.text) if shards is not None]
         told = json.dumps(files.read_json(path / preprocess.FILE), sort_keys=True)
@@ -103,7 +115,7 @@ class Opened:
         return _unit(found, self._width(self.shards, "visual_projection"))
 
     def _sweep(self, inputs: Iterable[np.ndarray]) -> list[mx.array]:
-        tower, config, rest = self.kind.tower, self.shards.config, self._outside()
+        tower, config, rest = self.kind.tower, self.config, self._outside()
         samples = [Sample(tower.tokens(rest, config, mx.array(pixels)[None])) for pixels in inputs]
         forward(self.stack, self.reader, samples)
         found = [tower.class_token(rest, config, sample.state) for sample in samples]
@@ -118,8 +130,8 @@ class Opened:
             raise UserError(f"{self.path}: embeds images only; give a CLIP encoder to compare with texts")
         if not texts:
             return _unit([], self._width(self.text, "text_projection"))
-        config = self.text.config
-        ids, _ = tokenize.clip_ids(self.path / "tokenizer", texts, config["max_position_embeddings"])
+        length = self.text_config.max_position_embeddings
+        ids, _ = tokenize.clip_ids(self.path / "tokenizer", texts, length)
         pooled = text.pooled(self.text, [row[None] for row in ids], self.budget, dtype=mx.float32)
         w = self.text.load(["text_projection.weight"])
         return _unit([linear(w, "text_projection", x) for x in pooled], self._width(self.text, "text_projection"))
@@ -137,7 +149,7 @@ class Opened:
         return self._rest
 
     def _width(self, shards: Shards, projection: str) -> int:
-        return shards.shape(f"{projection}.weight")[0] if self.kind.projected else shards.config["hidden_size"]
+        return shards.shape(f"{projection}.weight")[0] if self.kind.projected else self.config.hidden_size
 
 
 def _unit(vectors: Sequence[mx.array], width: int) -> np.ndarray:

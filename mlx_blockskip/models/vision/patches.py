@@ -1,18 +1,31 @@
 """What image encoders begin with: patches as tokens, and where each lies. Sources: transformers ViT, Dinov2, CLIP."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.models.config import PositiveInt
 from mlx_blockskip.models.layers import Weights
 from mlx_blockskip.models.product import matmul
 
 CUBIC = -0.75
 """The slope of the cubic that torch interpolates with."""
+
+
+Sides = PositiveInt | tuple[PositiveInt, ...]
+"""A side of a square, or height and width."""
+
+
+class Patched(Protocol):
+    """What of a configuration says how an image is cut."""
+
+    @property
+    def image_size(self) -> int | tuple[int, ...]: ...
+    @property
+    def patch_size(self) -> int | tuple[int, ...]: ...
 
 
 def pair(value: Any) -> tuple[int, int]:
@@ -21,9 +34,9 @@ def pair(value: Any) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def grid_of(config: Mapping[str, Any]) -> tuple[int, int]:
+def grid_of(config: Patched) -> tuple[int, int]:
     """Rows and columns of patches in the size that a model was trained in."""
-    (height, width), (h, w) = pair(config["image_size"]), pair(config["patch_size"])
+    (height, width), (h, w) = pair(config.image_size), pair(config.patch_size)
     return height // h, width // w
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_blockskip.converters import vision
-from mlx_blockskip.converters.run import load_table
+from mlx_blockskip.converters.run import load_table, read_components
 from mlx_blockskip.converters.source import PICKLED, WEIGHTS, preferred
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
@@ -58,17 +58,23 @@ def chosen_of_encoder(names: Iterable[str]) -> list[str]:
 @dataclass(frozen=True)
 class Layout:
     """A kind of checkpoint. index: the file that says what it is. choose: `(directory with the index, names of the
-    repo's files) -> those that are converted`; it raises UserError where this one is not supported.
+    repo's files) -> those that are converted`. check: of a directory with the config files alone, whether all of its
+    networks are implemented. Both raise UserError where this one is not supported.
     """
 
     index: str
     what: str
     choose: Callable[[Path, Iterable[str]], list[str]]
+    check: Callable[[Path], object]
 
 
 def _of_pipeline(top: Path, names: Iterable[str]) -> list[str]:
     table = load_table(find_family(files.read_json(top / INDEX)).name)
     return chosen(names, table.FOLDERS, table.COPIED)
+
+
+def _check_pipeline(top: Path) -> None:
+    read_components(top, find_family(files.read_json(top / INDEX)).name)
 
 
 def _of_encoder(top: Path, names: Iterable[str]) -> list[str]:
@@ -77,8 +83,8 @@ def _of_encoder(top: Path, names: Iterable[str]) -> list[str]:
     return chosen_of_encoder(names)
 
 
-PIPELINE = Layout(INDEX, "a pipeline in diffusers' layout", _of_pipeline)
-ENCODER = Layout("config.json", "an image encoder in transformers' layout", _of_encoder)
+PIPELINE = Layout(INDEX, "a pipeline in diffusers' layout", _of_pipeline, _check_pipeline)
+ENCODER = Layout("config.json", "an image encoder in transformers' layout", _of_encoder, vision.read_components)
 
 
 def look_up(repo: str, revision: str | None = None) -> Any:
@@ -124,7 +130,10 @@ def fetch(repo: str, info: Any, layouts: Sequence[Layout] = (PIPELINE,)) -> Path
         )
     with _speaking(repo, info.sha):
         top = Path(snapshot_download(repo, revision=info.sha, allow_patterns=[layout.index]))
-        names = layout.choose(top, sizes)  # before the large files are asked for
+        names = layout.choose(top, sizes)
+        if small := [name for name in names if "/" in name and name.endswith("config.json")]:
+            snapshot_download(repo, revision=info.sha, allow_patterns=small)
+        layout.check(top)  # before the large files are asked for
         missing = [n for n in names if not isinstance(try_to_load_from_cache(repo, n, revision=info.sha), str)]
         size, free = sum(sizes[name] for name in missing), files.free_space(Path(constants.HF_HUB_CACHE))
         if size > free:

@@ -1,0 +1,34 @@
+"""Published checkpoints that can be asked about before they are downloaded: their small JSON files, in the package.
+
+A preset is a checkpoint in Hugging Face layout without weights and tokenizers; its folder is its name.
+"""
+
+import re
+from importlib import resources
+from pathlib import Path
+
+from mlx_blockskip.engine import files
+from mlx_blockskip.models.family import Configs
+from mlx_blockskip.models.schedulers import FILE
+
+
+def folders() -> dict[str, Path]:
+    """The presets' directories, by name."""
+    root = Path(str(resources.files("mlx_blockskip") / "assets" / "presets"))
+    return {path.name: path for path in sorted(root.iterdir()) if path.is_dir()}
+
+
+def folder(model: str) -> Path | None:
+    """The directory of a preset, however its name is written: `flux1-dev`, `black-forest-labs/FLUX.1-dev`."""
+    wanted = _plain(model.rsplit("/", 1)[-1])
+    return next((path for name, path in folders().items() if _plain(name) == wanted), None)
+
+
+def configs(path: Path) -> Configs:
+    """The content of the config files of a checkpoint by folder, and that of its scheduler."""
+    found = {file.parent.name: files.read_json(file) for file in sorted(path.glob("*/config.json"))}
+    return {**found, "scheduler": files.read_json(path / "scheduler" / FILE)}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
