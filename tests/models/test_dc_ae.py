@@ -8,6 +8,7 @@ from support.autoencoder import random_autoencoder
 from support.compare import assert_parity, relative_error
 
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.models import presets
 from mlx_blockskip.models.vae import dc_ae
 from mlx_blockskip.models.vae.dc_ae import AutoencoderDCConfig
 
@@ -41,16 +42,6 @@ BRANCHES = {
     "halves that differ": {"decoder_block_out_channels": (4, 8, 32), "encoder_layers_per_block": (2, 1, 1)},
     "heads that leave channels": {"attention_head_dim": 6},
 }
-SANA = {
-    **both(block_types=(RES,) * 3 + (VIT,) * 3, qkv_multiscales=((), (), (), (5,), (5,), (5,))),
-    **both(block_out_channels=(128, 256, 512, 512, 1024, 1024)),
-    "encoder_layers_per_block": (2, 2, 2, 3, 3, 3),
-    "decoder_layers_per_block": (3, 3, 3, 3, 3, 3),
-    "downsample_block_type": "conv",
-    "upsample_block_type": "interpolate",
-    "scaling_factor": 0.41407,
-}
-"""The published config of dc-ae-f32c32-sana-1.0."""
 
 
 def small(tmp_path, **changes):
@@ -125,9 +116,11 @@ def test_the_rows_fit_the_published_size():
     torch = pytest.importorskip("torch")
     from diffusers import AutoencoderDC
 
+    published = presets.configs(presets.folders()["sana-1.6b"])["vae"]
     with torch.device("meta"):
-        left = {name: tuple(tensor.shape) for name, tensor in AutoencoderDC(**SANA).state_dict().items()}
-    config = AutoencoderDCConfig(**SANA)
+        reference = AutoencoderDC.from_config(published)
+    left = {name: tuple(tensor.shape) for name, tensor in reference.state_dict().items()}
+    config = AutoencoderDCConfig.from_dict(published)
     component = autoencoder_dc("vae", config)
     for row in component.rows:
         assert row.fits(left.pop(row.name)), row
