@@ -78,6 +78,20 @@ def test_known_checkpoints_need_no_download(name):
     assert subject.defaults["guidance"] == 3.5
 
 
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        *(("flux1-schnell", 4), ("FLUX.1-schnell", 4), ("sana-sprint-1.6b", 2)),
+        *((name, 20) for name in ("sana-0.6b", "sana-1.6b", "sana1.5-1.6b", "SANA1.5-4.8B")),
+    ],
+)
+def test_every_preset_is_found_by_its_name(name, steps):
+    subject = task.find(name)
+    assert subject.defaults["steps"] == steps
+    assert {"transformer", "text_encoder", "vae", "scheduler"} <= set(subject.configs)
+    assert (subject.beside / "tokenizer").is_dir()
+
+
 def test_directories_of_both_layouts(tiny_flux):
     theirs, ours = task.find(str(assets() / "tiny-flux")), task.find(str(tiny_flux))
     assert theirs.configs == ours.configs

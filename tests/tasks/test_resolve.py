@@ -198,6 +198,15 @@ def test_without_the_hub_what_was_downloaded_before_is_converted(fake_hub):
     assert "downloaded before" in events[0].message
 
 
+def test_what_is_not_implemented_is_refused_before_weights_are_downloaded(fake_hub, tmp_path):
+    fake_hub.source = shutil.copytree(assets() / "tiny-flux", tmp_path / "hf")
+    config = fake_hub.source / "transformer" / "config.json"
+    config.write_text(config.read_text().replace('"patch_size": 1', '"patch_size": 2'))
+    with pytest.raises(UserError, match="patch_size=2 is not implemented"):
+        drive(hub.download("someone/flux"))
+    assert fake_hub.downloads == [["model_index.json"], ["scheduler/scheduler_config.json", "transformer/config.json"]]
+
+
 def test_what_is_in_the_hubs_cache_needs_no_room(fake_hub):
     fake_hub.size = 10**18
     fake_hub.cached = set(FILES)
