@@ -90,9 +90,9 @@ def components(kind: str, given: Mapping[str, Any], where: Path | None = None) -
     if kind != "clip":
         config = (ViTConfig if kind == "vit" else Dinov2Config).from_dict(given, where)
         return [(transformer("vision", config), config)]
-    width = CLIPConfig.from_dict(given, where).projection_dim
-    vision = CLIPVisionConfig.from_dict(_tower(given, "vision"), where)
-    text = CLIPTextConfig.from_dict(_tower(given, "text"), where)
+    width, place = CLIPConfig.from_dict(given, where).projection_dim, where or "CLIPModel"
+    vision = CLIPVisionConfig.from_dict(_tower(given, "vision"), f"{place}: vision_config")
+    text = CLIPTextConfig.from_dict(_tower(given, "text"), f"{place}: text_config")
     return [(clip_vision("vision", vision, width), vision), (clip_text_projected("text", text, width), text)]
 
 

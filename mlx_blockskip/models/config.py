@@ -116,7 +116,10 @@ def _hints(cls: type[Config]) -> dict[str, Any]:
 
 
 def _fitted(hint: Any, value: Any) -> Any:
-    """The value as a type wants it: a list as a tuple, a mapping as its dataclass. Raises _WrongValueError."""
+    """The value as a type wants it: a list as a tuple, a mapping as its dataclass. Raises _WrongValueError.
+
+    The members of a tuple are of one type: `tuple[X, ...]` or, of a fixed length, `tuple[X, X]`.
+    """
     origin = get_origin(hint)
     if origin is Annotated:
         base, *rules = get_args(hint)
@@ -132,9 +135,10 @@ def _fitted(hint: Any, value: Any) -> Any:
     if origin in (Union, UnionType):
         return _fitted_to_one(hint, value)
     if origin is tuple:
-        if not isinstance(value, (list, tuple)):
+        members = get_args(hint)
+        if not isinstance(value, (list, tuple)) or (members[-1] is not Ellipsis and len(value) != len(members)):
             raise _WrongValueError(_kind(hint))
-        return tuple(_fitted(get_args(hint)[0], part) for part in value)
+        return tuple(_fitted(members[0], part) for part in value)
     if isinstance(hint, type) and issubclass(hint, Config) and isinstance(value, Mapping):
         return hint.from_dict(value)
     if hint is int and isinstance(value, float) and value.is_integer():
@@ -174,7 +178,8 @@ def _kind(hint: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(dict.fromkeys(_kind(member) for member in get_args(hint)))
     if origin is tuple:
-        return f"a list (each of it {_kind(get_args(hint)[0])})"
+        first, last = get_args(hint)[0], get_args(hint)[-1]
+        return f"a list{'' if last is Ellipsis else f' of {len(get_args(hint))}'} (each of it {_kind(first)})"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}.get(
         hint, "an object"
     )

@@ -45,8 +45,9 @@ class Opened:
         self.defaults = model_defaults({**defaults(self.configs["transformer"]), **own}, path / "config.json")
         self.stack = make_stack(self.configs["transformer"])
         self.reader = BlockReader(self.shards, self.stack, budget)
-        schedulers.read(path)
-        self.scheduler: Mapping[str, Any] = files.read_json(path / "scheduler" / schedulers.FILE)
+        file = path / "scheduler" / schedulers.FILE
+        self.scheduler: Mapping[str, Any] = files.read_json(file)
+        schedulers.parse(self.scheduler, file)
         self.vae = Shards(path / "vae")
         self.vae_factor = factor(self.configs["vae"])
         self.identity = sha256("".join(Shards(path / name).identity for name in configs).encode()).hexdigest()

@@ -97,4 +97,5 @@ def parse(given: Any, where: Path | str = "scheduler") -> SchedulerConfig:
 
 def read(path: Path) -> SchedulerConfig:
     """The scheduler of a checkpoint or of a model directory. Raises UserError naming the file."""
-    return parse(files.read_json(path / "scheduler" / FILE), path / "scheduler" / FILE)
+    file = path / "scheduler" / FILE
+    return parse(files.read_json(file), file)

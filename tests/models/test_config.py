@@ -27,6 +27,7 @@ class Example(Config):
     bias: bool = False
     mean: Unset = None
     inner: Inner = Inner()
+    sides: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
 
     def contradiction(self) -> str | None:
         return "width and depth are the same" if self.width == self.depth else None
@@ -66,6 +67,7 @@ def test_lists_become_tuples_and_whole_numbers_may_have_a_point():
             {"width": 4, "scales": [3]},
             "scales is [3], where a list (each of it a whole number of at least 1) is needed",
         ),
+        ({"width": 4, "sides": [3]}, "sides is [3], where a whole number of at least 1 or a list of 2"),
         ({"width": 4, "mean": [0.5]}, "mean=[0.5] is not implemented; choose a checkpoint with null"),
         ({"width": 4, "inner": {"kind": "odd"}}, 'Inner: kind="odd" is not implemented'),
         ({"width": 4, "inner": "odd"}, 'inner is "odd", where an object is needed'),

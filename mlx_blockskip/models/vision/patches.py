@@ -1,7 +1,7 @@
 """What image encoders begin with: patches as tokens, and where each lies. Sources: transformers ViT, Dinov2, CLIP."""
 
 import math
-from typing import Any, Protocol
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +15,7 @@ CUBIC = -0.75
 """The slope of the cubic that torch interpolates with."""
 
 
-Sides = PositiveInt | tuple[PositiveInt, ...]
+Sides = PositiveInt | tuple[PositiveInt, PositiveInt]
 """A side of a square, or height and width."""
 
 
@@ -23,15 +23,14 @@ class Patched(Protocol):
     """What of a configuration says how an image is cut."""
 
     @property
-    def image_size(self) -> int | tuple[int, ...]: ...
+    def image_size(self) -> int | tuple[int, int]: ...
     @property
-    def patch_size(self) -> int | tuple[int, ...]: ...
+    def patch_size(self) -> int | tuple[int, int]: ...
 
 
-def pair(value: Any) -> tuple[int, int]:
+def pair(value: int | tuple[int, int]) -> tuple[int, int]:
     """(height, width) of a config's size, which is one number or two."""
-    height, width = value if isinstance(value, (list, tuple)) else (value, value)
-    return int(height), int(width)
+    return value if isinstance(value, tuple) else (value, value)
 
 
 def grid_of(config: Patched) -> tuple[int, int]:
