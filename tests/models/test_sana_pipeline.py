@@ -12,6 +12,7 @@ from mlx_blockskip.engine import files, philox
 from mlx_blockskip.models.registry import families
 from mlx_blockskip.models.sana.prompting import INSTRUCTION
 from mlx_blockskip.models.sana.sizes import binned
+from mlx_blockskip.models.sana.transformer import SanaTransformer2DConfig
 from mlx_blockskip.tasks.checkpoint.adapters import save_adapter
 
 torch = pytest.importorskip("torch")
@@ -169,7 +170,7 @@ def test_blank_prompts_are_of_the_shapes_and_types_of_encoded_ones(tmp_path):
 
 def test_defaults_are_those_of_the_paper():
     family = families()["sana"]
-    plain, sprint = ({"sample_size": 32, "guidance_embeds": guided} for guided in (False, True))
+    plain, sprint = (SanaTransformer2DConfig(guidance_embeds=guided) for guided in (False, True))
     assert family.defaults(plain)["resolution"] == 1024
     assert family.defaults(plain)["train_resolution"] == 512
     assert (family.defaults(plain)["steps"], family.defaults(plain)["cfg_scale"]) == (20, 4.5)
