@@ -6,8 +6,11 @@ import pytest
 from mlx_blockskip.converters.encoders import autoencoder_kl
 from support.autoencoder import random_autoencoder
 from support.compare import assert_parity, relative_error
+from support.flux import checkpoint
 from support.golden import GOLDEN
+from support.models import convert
 
+from mlx_blockskip.engine import philox
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.models.vae import kl
@@ -59,6 +62,37 @@ def test_equals_diffusers_on_random_configs(tmp_path, changes, size):
     ours = kl.decode(weights, config, mx.array(z.numpy().transpose(0, 2, 3, 1)))
     assert_parity("AutoencoderKL decode", ours.transpose(0, 3, 1, 2), decoded.numpy())
     assert relative_error(kl.unscale(kl.scale(mean, config), config), mean) <= 1e-5
+
+
+def test_latents_are_drawn_as_diffusers_draws_them(tmp_path, monkeypatch):
+    """From pixels through FLUX.1's own calls to scaled latents, the noise given; also where log variances are cut."""
+    torch = pytest.importorskip("torch")
+    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders import vae as reference
+
+    torch.manual_seed(0)
+    theirs = AutoencoderKL(**SMALL, scaling_factor=0.7, shift_factor=0.2).eval()
+    logvars = (-60.0, -3.0, 1.0, 50.0)
+    with torch.no_grad():
+        theirs.quant_conv.bias[4:] = torch.tensor(logvars)
+    model = open_model(convert(checkpoint(tmp_path / "hf", vae=theirs), tmp_path / "mlx"))
+    pixels = philox.normal(0, shape=(2, 24, 40, 3)) / 2
+    noise = philox.normal(1, shape=(2, 12, 20, 4))
+    monkeypatch.setattr(reference, "randn_tensor", lambda shape, **_: torch.from_numpy(noise.transpose(0, 3, 1, 2)))
+    with torch.no_grad():
+        posterior = theirs.encode(torch.from_numpy(pixels.transpose(0, 3, 1, 2))).latent_dist
+        z = posterior.sample()
+        wanted = ((z - theirs.config.shift_factor) * theirs.config.scaling_factor).numpy().transpose(0, 2, 3, 1)
+    assert (posterior.logvar[:, 0] == -30).all(), "the reference cuts below"
+    assert (posterior.logvar[:, 3] == 20).all(), "and above"
+    encoded = model.encode_images(mx.array(pixels))
+    assert_parity("AutoencoderKL encode", encoded[1].transpose(0, 3, 1, 2), posterior.logvar.numpy())
+    ours = np.array(model.draw_latents(encoded, mx.array(noise)))
+    for channel in range(4):  # their sizes lie far apart
+        assert_parity("FLUX.1's latents, drawn", ours[..., channel], wanted[..., channel])
+    still = np.array(model.draw_latents(encoded, mx.zeros(noise.shape)))
+    mean = posterior.mean.numpy().transpose(0, 2, 3, 1)
+    assert_parity("FLUX.1's latents, drawn", still, (mean - 0.2) * 0.7)
 
 
 @pytest.mark.parametrize("size", [(26, 18), (27, 19)])
