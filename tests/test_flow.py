@@ -1,4 +1,7 @@
-"""The samplers of SANA against the schedulers of diffusers, step by step."""
+"""The samplers of SANA against the schedulers of diffusers, step by step; and the noise levels that training draws."""
+
+import math
+from statistics import NormalDist
 
 import mlx.core as mx
 import numpy as np
@@ -119,6 +122,44 @@ def test_several_steps_of_consistency_sampling_need_noise():
     assert len(ours(SCM, 1)) == 1
     with pytest.raises(ValueError, match="fresh noise"):
         flow.sampler(SCM, 2, 24)
+
+
+def unshifted(s, shift):
+    """The u of s = shift u / (1 + (shift - 1) u)."""
+    return s / (shift - (shift - 1) * s)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.8, 0.5), (-0.6, 1.4)])
+@pytest.mark.parametrize("scheduler", [{"shift": 3.0}, {"shift": 1.0}, {"shift": 3.0, "use_dynamic_shifting": True}])
+def test_training_noise_levels_are_logit_normal_and_shifted(scheduler, mean, std):
+    """The share of draws up to each level is its closed form, Phi((logit u - mean) / std), to four standard errors."""
+    count, shift = 4000, flow.training_shift(scheduler)
+    assert shift == (1.0 if scheduler.get("use_dynamic_shifting") else scheduler["shift"])
+    normals = philox.normal(5, shape=(count,))
+    levels = np.array([flow.noise_level(float(n), mean, std, shift) for n in normals])
+    for level in (0.05, 0.2, 0.4, 0.5, 0.6, 0.8, 0.95):
+        u = unshifted(level, shift)
+        wanted = NormalDist().cdf((math.log(u / (1 - u)) - mean) / std)
+        assert abs((levels <= level).mean() - wanted) <= 4 * math.sqrt(wanted * (1 - wanted) / count) + 1e-4, level
+    assert np.array_equal(np.argsort(levels), np.argsort(normals)), "the level rises with the draw"
+
+
+@pytest.mark.parametrize(
+    ("normal", "mean", "std", "shift", "level"),
+    [
+        (0.0, 0.0, 1.0, 1.0, 0.5),
+        (0.0, 0.0, 1.0, 3.0, 0.75),
+        (0.0, math.log(3), 1.0, 1.0, 0.75),
+        (0.0, math.log(3), 1.0, 3.0, 0.9),
+        (2.0, -math.log(3), math.log(3), 1.0, 0.75),
+        (-1.0, 0.0, math.log(3), 1.0, 0.25),
+        (-1.0, 0.0, math.log(3), 3.0, 0.5),
+        (-40.0, 0.0, 1.0, 1.0, 1e-4),
+        (60.0, 0.0, 1.0, 3.0, 1.0),
+    ],
+)
+def test_a_training_noise_level_of_a_known_draw(normal, mean, std, shift, level):
+    assert flow.noise_level(normal, mean, std, shift) == pytest.approx(level, rel=1e-12)
 
 
 @pytest.mark.parametrize(
