@@ -2,7 +2,7 @@
 
 import gc
 import os
-import time
+import threading
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -201,9 +201,51 @@ def test_a_block_is_let_go_of_before_the_next_is_read(tmp_path, monkeypatch):
     assert max(held) - min(held) < reader.nbytes(0)
 
 
-def test_a_walk_stays_within_its_budget(tmp_path):
+class Watch:
+    """Tells when the thread that reads ahead has come as far as it can."""
+
+    def __init__(self, monkeypatch):
+        self.changed = threading.Condition()
+        self.asked = self.finished = 0
+        self.waits = False
+        take, get = Flight.take, BlockReader._get
+
+        def watched_take(flight, size):
+            self._say(waits=not flight._fits(size))
+            take(flight, size)
+            self._say(waits=False)
+
+        def watched_get(*more):
+            try:
+                return get(*more)
+            finally:
+                self._say(finished=self.finished + 1)
+
+        monkeypatch.setattr(Flight, "take", watched_take)
+        monkeypatch.setattr(BlockReader, "_get", watched_get)
+
+    def _say(self, **changes):
+        with self.changed:
+            vars(self).update(changes)
+            self.changed.notify()
+
+    def walk(self, reader, blocks, part):
+        """The reader's walk, each block handed out when nothing more can be read ahead of it."""
+        self.asked, self.finished = 1, 0
+        for block, weights in reader.walk(blocks, part):
+            self.asked = min(self.asked + 1, len(blocks))
+            with self.changed:
+                left = self.asked - 1
+                assert self.changed.wait_for(
+                    lambda left=left: self.finished > left or (self.finished == left and self.waits), timeout=60
+                )
+            yield block, weights
+            del weights
+
+
+def test_a_walk_stays_within_its_budget(tmp_path, monkeypatch):
     """The first walk measures what the work takes; then the next block is read ahead, as far as it fits, and kept."""
-    width, work = 256, 600_000
+    width, work, watch = 256, 600_000, Watch(monkeypatch)
     stack, shards = make(tmp_path / "m", 6, width)
     block, tensor = BlockReader(shards, stack).nbytes(0, "body"), width * width * 4
     mx.set_cache_limit(0)
@@ -214,8 +256,7 @@ def test_a_walk_stays_within_its_budget(tmp_path):
         reader = BlockReader(shards, stack, base + work + weights + 4096)
 
         def walk(reader=reader):
-            for _, weights in reader.walk(range(6), "body"):
-                time.sleep(0.02)  # the thread that reads ahead has all the time it needs
+            for _, weights in watch.walk(reader, range(6), "body"):
                 mx.eval(mx.zeros((work // 4,)) + 1)
                 del weights
 
