@@ -84,16 +84,22 @@ def test_a_patch_is_a_function_of_the_generator():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_patches_stay_inside_and_reach_every_place(mode):
+def test_patches_stay_inside_and_reach_both_edges(mode):
     chosen = settings(mode, 32, 64)
     drawn = [draw_patch((67, 64), 1 / 64, chosen, philox.generator(2, k)) for k in range(400)]
     assert all(0 <= p.left <= 67 - p.side and 0 <= p.top <= 64 - p.side for p in drawn)
-    slack = max(67 - p.side for p in drawn)
-    if mode in ("dynamic", "resize", "none"):
-        assert {p.left for p in drawn} == set(range(slack + 1))
-        counts = np.bincount([p.left for p in drawn])
-        assert counts.min() > 0
-        assert counts.max() < 3 * len(drawn) / (slack + 1) + 10
+    assert {p.left + p.side for p in drawn} >= {67}
+    assert {p.left for p in drawn} >= {0}
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "resize", "none"])
+def test_patches_of_one_side_lie_at_every_place_alike(mode):
+    drawn = [draw_patch((67, 64), 1 / 64, settings(mode, 32, 64), philox.generator(2, k)) for k in range(400)]
+    (slack,) = {67 - p.side for p in drawn}
+    counts = np.bincount([p.left for p in drawn], minlength=slack + 1)
+    assert len(counts) == slack + 1
+    assert counts.min() > 0
+    assert counts.max() < 3 * len(drawn) / (slack + 1) + 10
 
 
 def test_an_image_below_s_max_is_not_cut():

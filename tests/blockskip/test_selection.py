@@ -14,7 +14,7 @@ from mlx_blockskip.blockskip.selection import FIRST, FULL, LAST, Distances
 from mlx_blockskip.engine import sweep
 from mlx_blockskip.engine.spill import Spilled
 from mlx_blockskip.engine.sweep import Sample
-from mlx_blockskip.models.family import Tokens
+from mlx_blockskip.models.registry import open_model
 
 TABLE = Distances((0.0, 0.1, 0.2, 0.9), (0.0, 0.3, 0.35, 0.5))
 
@@ -81,6 +81,13 @@ def probe_of(model, k, stride=1, tree=None, wait=lambda sample: sample):
     )
 
 
+@pytest.mark.parametrize(("depth", "k"), [(6, 3), (9, 1), (9, 8), (4, 0)])
+def test_how_often_blocks_are_evaluated_follows_from_depth_and_budget(depth, k):
+    """Shared: the full pass, the masked start and its way on, and of each other n and each m its own blocks."""
+    shared = depth + depth * (k > 0) + sum(depth - n for n in range(1, k)) + sum(range(1, k + 1))
+    assert selection.evaluations(depth, k) == (shared, depth + 2 * k * depth)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_probe_finds_what_every_variant_by_itself_shows(open_family, stride):
     model = open_family()
@@ -102,8 +109,6 @@ def test_the_probe_finds_what_every_variant_by_itself_shows(open_family, stride)
             expected = float(mx.sum(mx.square(full - output)) / mx.sum(mx.square(full)))
             assert found.distances[number][variant] == pytest.approx(expected, rel=1e-5), variant
     assert found.evaluations == 2 * selection.evaluations(depth, k, stride)[0]
-    if stride == 1:
-        assert selection.evaluations(depth, k) == (depth + k + k * depth, depth + 2 * k * depth)
 
 
 def test_the_probe_reads_every_block_once(open_family):
@@ -120,18 +125,26 @@ def test_variants_on_disk_and_a_small_budget_change_nothing(open_family, tmp_pat
     assert next(count) == 2 * 5, "all but the full and the longest masked start"
 
 
-def test_text_does_not_notice_the_mask(open_family):
-    """In the block itself: later blocks' text sees image tokens that changed."""
-    model = open_family()
+def masked_and_not(model):
+    """The states after the first block, with full attention and with image-to-text attention masked in it."""
     states = []
     for masks in ({}, selection.masks_of((FIRST, 1), model.stack.depth)):
         sample = start(model)[0]
         sample.masks = masks
         sweep.forward(model.stack, model.reader, [sample], range(1), bridge=lambda i, a, b, state: state)
         states.append(sample.state)
-    assert relative_error(*(state.image for state in states)) > 1e-4
-    if isinstance(states[0], Tokens) and states[0].text is not None:
-        assert relative_error(states[1].text, states[0].text) <= 1e-6
+    return states
+
+
+def test_images_notice_the_mask(open_family):
+    full, masked = masked_and_not(open_family())
+    assert relative_error(masked.image, full.image) > 1e-4
+
+
+def test_text_does_not_notice_the_mask(tiny_flux):
+    """In the block itself: later blocks' text sees image tokens that changed. Only joint attention carries text on."""
+    full, masked = masked_and_not(open_model(tiny_flux))
+    assert relative_error(masked.text, full.text) <= 1e-6
 
 
 def test_masked_sweeps_stream_and_chunk_like_any_other(open_family, monkeypatch):
