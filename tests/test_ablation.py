@@ -1,7 +1,10 @@
 """What examples/ablation measures and how it sums up, on pictures whose answers are known."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,3 +97,66 @@ def test_rows_are_compared_in_pairs():
     assert middle == 0
     assert low == -1
     assert high == 1
+
+
+def test_a_result_is_a_line_and_on_disk_at_once(tmp_path):
+    from results import TUNING, Stored, key
+
+    first, second = (
+        {"row": row, "subject": "a", "seed": 0, "model": "tiny-flux", "top-1": 0.1 + 0.2} for row in ("ours", "base")
+    )
+    Stored(tmp_path, TUNING).put(first)
+    stored = Stored(tmp_path)
+    stored.put(first)
+    before = (tmp_path / "results.json").read_text().splitlines()
+    stored.put(second)
+    assert len(set((tmp_path / "results.json").read_text().splitlines()) - set(before)) == 1
+    assert Stored(tmp_path).own == {key("base", "a", 0): second, key("ours", "a", 0): first}
+    assert Stored(tmp_path, TUNING).own == {key("ours", "a", 0): first}, "the other part is as it was"
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_run_that_was_stopped_goes_on_with_what_is_missing(tmp_path, monkeypatch):
+    import run
+    from results import Stored
+
+    made, fails = [], {"ours"}
+
+    def process(command, **_):
+        name, _options, subject, seed, model = json.loads(command[-1])
+        made.append((name, Path(subject).name))
+        result = {"row": name, "subject": Path(subject).name, "seed": seed, "model": model, "seconds": 1.0}
+        return SimpleNamespace(returncode=int(name in fails), stdout=f"progress\n{json.dumps(result)}\n")
+
+    monkeypatch.setattr(subprocess, "run", process)
+    table = {"plain": {"rank": 4}, "ours": {"rank": 8}}
+    waiting = list(run.jobs_of(table, [Path("x/a"), Path("x/b")], range(1), "tiny-flux"))
+    assert [name for name, _ in waiting][:3] == ["base, a, 0", "base, b, 0", "plain, a, 0"]
+    with pytest.raises(SystemExit, match="ours, [ab], 0 failed"):
+        run.run(tmp_path, Stored(tmp_path), waiting, 1)
+    done = set(Stored(tmp_path).own)
+    assert done == {name for name, _ in waiting if not name.startswith("ours")}
+    fails.clear()
+    made.clear()
+    run.run(tmp_path, Stored(tmp_path), waiting, 1)
+    assert sorted(made) == [("ours", "a"), ("ours", "b")]
+    assert set(Stored(tmp_path).own) == {name for name, _ in waiting}
+
+
+@pytest.mark.parametrize("model", ["tiny-flux", "tiny-sana"])
+@pytest.mark.parametrize("part", ["rows", "tuning"])
+def test_the_tables_are_those_of_the_results_beside_them(model, part):
+    from results import Stored
+    from subjects import SUBJECTS
+    from table import table
+
+    directory = ROOT / "examples" / "ablation" / model
+    tuned, plain = part == "tuning", "plain LoRA, 128 px"
+    written = (directory / "tuning" / "table.md" if tuned else directory / "table.md").read_text()
+    order = [line.split(" | ")[0].strip("| ") for line in written.splitlines()[2:] if line]
+    subjects = [*SUBJECTS, "hedgehog", "teapot"]
+    results = sorted(
+        Stored(directory, part).own.values(), key=lambda r: (order.index(r["row"]), subjects.index(r["subject"]))
+    )
+    text, _ = table(results, f"{plain}, 0.001, 200 steps" if tuned else plain)
+    assert text.strip() == written.strip()

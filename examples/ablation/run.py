@@ -4,9 +4,9 @@
 
 Every row is trained for the same number of steps on subjects that the model never saw and that were not used to choose
 learning rate, steps or plan: those were fixed on the hedgehog and the teapot (--tune prints what they were chosen
-from). The raw results stay in OUT/results as JSON, a file a row and subject, and what is there is not run again. Writes
-OUT/table.md, table.png and pictures.png beside them and prints an estimate of the time first. --full takes more
-subjects and seeds.
+from, and works in OUT/tuning). The raw results stay in OUT/results.json, a line for each row, subject and seed, and
+what is there is not run again. Writes OUT/table.md, table.png and pictures.png beside it and prints an estimate of the
+time first. --full takes more subjects and seeds.
 Needs Noto Color Emoji (Debian: fonts-noto-color-emoji).
 """
 
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from measures import Known, colour, likeness
 from PIL import Image
+from results import ROWS, TUNING, Stored, key
 from subjects import SUBJECTS, draw
 from table import pictures, table
 
@@ -189,39 +190,39 @@ def slug(name: str) -> str:
 
 
 def jobs_of(
-    out: Path, table: dict[str, dict[str, Any]], subjects: Sequence[Path], seeds: Sequence[int], model: str
-) -> Iterator[tuple[Path, list[str]]]:
-    """(where a result goes, the arguments of the process that makes it), the model as it is first."""
+    table: dict[str, dict[str, Any]], subjects: Sequence[Path], seeds: Sequence[int], model: str
+) -> Iterator[tuple[str, list[str]]]:
+    """(the key of a result, the arguments of the process that makes it), the model as it is first."""
     for seed in seeds:
         for name, options in {"base": {}, **table}.items():
             for subject in subjects:
-                target = out / "results" / f"{slug(name)}-{subject.name}-{seed}.json"
-                yield target, ["--one", json.dumps([name, options, str(subject), seed, model])]
+                made = [name, options, str(subject), seed, model]
+                yield key(name, subject.name, seed), ["--one", json.dumps(made)]
 
 
-def run(out: Path, waiting: Sequence[tuple[Path, list[str]]], jobs: int) -> None:
+def run(out: Path, stored: Stored, waiting: Sequence[tuple[str, list[str]]], jobs: int) -> None:
     """Make what is missing, `jobs` at a time, each in a process of its own with one BLAS thread."""
-    missing = [(target, arguments) for target, arguments in waiting if not target.exists()]
+    missing = [(name, arguments) for name, arguments in waiting if name not in stored.own]
     print(f"{len(waiting) - len(missing)} of {len(waiting)} results are there already", file=sys.stderr)
-    (out / "results").mkdir(parents=True, exist_ok=True)
-    known = [json.loads(target.read_text())["seconds"] for target, _ in waiting if target.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    known = [stored.own[name]["seconds"] for name, _ in waiting if name in stored.own]
     began = time.perf_counter()
 
-    def make(job: tuple[Path, list[str]]) -> None:
-        target, arguments = job
+    def make(job: tuple[str, list[str]]) -> None:
+        name, arguments = job
         command = [sys.executable, __file__, str(out), *arguments]
         environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
         if done.returncode:
-            raise SystemExit(f"{target.stem} failed")
-        target.write_text(done.stdout.splitlines()[-1] + "\n")
-        known.append(json.loads(target.read_text())["seconds"])
-        left = sum(not path.exists() for path, _ in missing)
+            raise SystemExit(f"{name} failed")
+        stored.put(json.loads(done.stdout.splitlines()[-1]))
+        known.append(stored.own[name]["seconds"])
+        left = sum(other not in stored.own for other, _ in missing)
         minutes = float(np.median(known)) * left / jobs / 60
         spent = (time.perf_counter() - began) / 60
-        print(f"{target.stem}: {known[-1]:.0f} s; {spent:.0f} min gone, about {minutes:.0f} to go", file=sys.stderr)
+        print(f"{name}: {known[-1]:.0f} s; {spent:.0f} min gone, about {minutes:.0f} to go", file=sys.stderr)
 
-    bases = [job for job in missing if job[0].name.startswith("base-")]
+    bases = [job for job in missing if job[0].startswith("base, ")]
     trained = [job for job in missing if job not in bases]
     if trained and len(known) < 2:  # one of each sort, for an estimate; the first of both are of one subject
         for group in (bases, trained):
@@ -250,23 +251,25 @@ def main() -> None:
         return
     opened = load(given.model)
     chosen = rows(opened.stack.depth, opened.defaults.plans["0.5"])
+    out = given.out / "tuning" if given.tune else given.out
     subjects = chosen_subjects(given.out, given.full, given.tune)
     seeds = range(3) if given.full else range(1)
-    waiting = list(jobs_of(given.out, tuning(chosen) if given.tune else chosen, subjects, seeds, given.model))
-    run(given.out, waiting, given.jobs)
-    results = [json.loads(target.read_text()) for target, _ in waiting]
+    waiting = list(jobs_of(tuning(chosen) if given.tune else chosen, subjects, seeds, given.model))
+    stored = Stored(given.out, TUNING if given.tune else ROWS)
+    run(out, stored, waiting, given.jobs)
+    results = [stored.own[name] for name, _ in waiting]
     text, picture = table(results, f"{PLAIN}, 0.001, 200 steps" if given.tune else PLAIN)
-    (given.out / "table.md").write_text(text)
-    picture.save(given.out / "table.png", optimize=True)
+    (out / "table.md").write_text(text)
+    picture.save(out / "table.png", optimize=True)
     names = list(dict.fromkeys(result["row"] for result in results))
     drawn = {
         subject.name: {
-            name: sorted((given.out / "work" / f"{slug(name)}-{subject.name}-0").glob("subject-*.png"))[::SEEDS]
+            name: sorted((out / "work" / f"{slug(name)}-{subject.name}-0").glob("subject-*.png"))[::SEEDS]
             for name in names
         }
         for subject in subjects
     }
-    pictures(names, drawn).quantize(256).save(given.out / "pictures.png", optimize=True)
+    pictures(names, drawn).quantize(256).save(out / "pictures.png", optimize=True)
     print(text)
 
 

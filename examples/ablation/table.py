@@ -5,7 +5,6 @@
 prints the shorter table of several models, side by side, from their results.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from results import Stored
 
 COMPARED = ("top-1", "DINO", "CLIP-I")
 """What retention is of."""
@@ -138,7 +138,7 @@ def pictures(rows: Sequence[str], columns: dict[str, dict[str, list[Path]]]) -> 
 
 
 def main(directories: Sequence[Path]) -> None:
-    models = {path.name: [json.loads(file.read_text()) for file in path.glob("results/*.json")] for path in directories}
+    models = {path.name: list(Stored(path).own.values()) for path in directories}
     lines = {path.name: (path / "table.md").read_text().splitlines()[2:] for path in directories}
     print(beside(models, {name: [line.split(" | ")[0].strip("| ") for line in own] for name, own in lines.items()}))
 
