@@ -12,6 +12,7 @@ from mlx_blockskip import flow
 from mlx_blockskip.engine import philox
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models import schedulers
+from mlx_blockskip.models.family import OWN_SPACING
 from mlx_blockskip.tasks.sampling.denoise import fresh_noise
 
 SHAPE = (1, 4, 6, 8)
@@ -102,6 +103,69 @@ def test_consistency_sampling_equals_diffusers(monkeypatch, steps):
         after = reference.timesteps[i + 1]
         flowing = latents / data / (torch.cos(after) + torch.sin(after))
         assert_parity("SCMScheduler, a step", found[i], flowing.numpy(), 1e-5)
+
+
+DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256}
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        ({"shift": 1.0}, 24),
+        ({"shift": 3.0}, 24),
+        ({"shift": 3.0, "num_train_timesteps": 500}, 24),
+        *((DYNAMIC, tokens) for tokens in (16, 256, 1024, 4096, 9000)),
+        (DYNAMIC | {"time_shift_type": "linear", "max_image_seq_len": 2048, "max_shift": 1.4}, 1024),
+    ],
+)
+@pytest.mark.parametrize("steps", [1, 2, 7, 28])
+def test_euler_equals_diffusers_as_its_flux_pipeline_asks_for_it(config, tokens, steps):
+    """Sigmas from 1 to 1 / steps, and mu from the number of image tokens; then step by step."""
+    torch = pytest.importorskip("torch")
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    reference = FlowMatchEulerDiscreteScheduler(**config)
+    of_mu = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    mu = calculate_shift(tokens, *(reference.config[name] for name in of_mu))
+    reference.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    assert_parity(
+        "FlowMatchEulerDiscreteScheduler, sigmas", flow.euler_sigmas(config, steps, tokens), reference.sigmas, 1e-6
+    )
+    latents = torch.from_numpy(noise())
+    sampler, own = flow.sampler(config, steps, tokens), mx.array(noise())
+    for i, t in enumerate(reference.timesteps):
+        v = velocity(latents.numpy(), float(reference.sigmas[i])).astype(np.float32)
+        latents = reference.step(torch.from_numpy(v), t, latents, return_dict=False)[0]
+        own = sampler.step(i, mx.array(velocity(np.array(own), float(sampler.times[i]))), own)
+        assert_parity("FlowMatchEulerDiscreteScheduler, a step", own, latents.numpy(), 1e-5)
+
+
+@pytest.mark.parametrize("config", [{"shift": 3.0}, {"shift": 1.0}, {"shift": 4.0, "num_train_timesteps": 500}])
+@pytest.mark.parametrize("steps", [1, 2, 7, 20])
+def test_euler_equals_diffusers_where_the_scheduler_spaces_its_own_steps(config, steps):
+    pytest.importorskip("torch")
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    reference = FlowMatchEulerDiscreteScheduler(**config)
+    reference.set_timesteps(steps)
+    found = flow.euler_sigmas(config | {OWN_SPACING: True}, steps, 24)
+    assert_parity("FlowMatchEulerDiscreteScheduler, sigmas", found, reference.sigmas, 1e-5)
+
+
+def test_a_kind_of_dynamic_shift_that_is_not_known_is_refused_by_name():
+    with pytest.raises(UserError, match="time_shift_type='cosine' is not implemented; use exponential or linear"):
+        flow.euler_sigmas(DYNAMIC | {"time_shift_type": "cosine"}, 4, 24)
+
+
+def test_noised_latents_lie_on_the_line_from_image_to_noise_each_at_its_own_level():
+    x0, e = noise(1).repeat(3, axis=0), philox.normal(1, 2, shape=(3, *SHAPE[1:]))
+    levels = np.array([0.0, 0.25, 1.0], np.float32)
+    found = np.array(flow.noisy(mx.array(x0), mx.array(e), mx.array(levels)))
+    assert relative_error(found, np.stack([x0[0], 0.75 * x0[1] + 0.25 * e[1], e[2]])) <= 1e-6
+    v = np.array(flow.velocity(mx.array(x0), mx.array(e)))
+    assert relative_error(v, e - x0) <= 1e-6
+    assert relative_error(found + (1 - levels.reshape(3, 1, 1, 1)) * v, e) <= 1e-5, "the velocity leads on to the noise"
 
 
 def test_euler_tells_the_network_its_own_sigmas():

@@ -94,12 +94,14 @@ def test_patches_stay_inside_and_reach_both_edges(mode):
 
 @pytest.mark.parametrize("mode", ["dynamic", "resize", "none"])
 def test_patches_of_one_side_lie_at_every_place_alike(mode):
-    drawn = [draw_patch((67, 64), 1 / 64, settings(mode, 32, 64), philox.generator(2, k)) for k in range(400)]
-    (slack,) = {67 - p.side for p in drawn}
-    counts = np.bincount([p.left for p in drawn], minlength=slack + 1)
-    assert len(counts) == slack + 1
-    assert counts.min() > 0
-    assert counts.max() < 3 * len(drawn) / (slack + 1) + 10
+    drawn = [draw_patch((67, 70), 1 / 64, settings(mode, 32, 64), philox.generator(2, k)) for k in range(600)]
+    (side,) = {p.side for p in drawn}
+    for length, places in ((67, [p.left for p in drawn]), (70, [p.top for p in drawn])):
+        counts = np.bincount(places, minlength=length - side + 1)
+        assert len(counts) == length - side + 1
+        assert counts.min() > 0
+        assert counts.max() < 3 * len(drawn) / len(counts) + 10
+    assert abs(np.corrcoef([p.left for p in drawn], [p.top for p in drawn])[0, 1]) < 4 / len(drawn) ** 0.5
 
 
 def test_an_image_below_s_max_is_not_cut():

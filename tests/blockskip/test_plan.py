@@ -1,9 +1,10 @@
 import dataclasses
 import json
+import re
 
 import pytest
 
-from mlx_blockskip.blockskip.plan import SkipPlan, choose, from_json
+from mlx_blockskip.blockskip.plan import SkipPlan, choose, from_json, from_selection
 from mlx_blockskip.engine.errors import UserError
 
 
@@ -173,6 +174,32 @@ def test_a_plan_that_the_model_records_wins_over_the_even_split_of_its_ratio_onl
     assert choose(8, recorded=recorded).n == 3
     assert choose(8, ratio=0.25, recorded=recorded) == SkipPlan.from_ratio(0.25, 8)
     assert choose(8, first=1, recorded=recorded) == SkipPlan.ends(1, 0, 8)
+
+
+SELECTION = {"depth": 8, "plans": {"2": {"n": 2, "m": 0}, "4": {"n": 1, "m": 3}}}
+
+
+def test_a_selection_gives_its_plan_of_the_ratio(tmp_path):
+    path = tmp_path / "selection.json"
+    path.write_text(json.dumps(SELECTION))
+    assert choose(8, file=str(path)) == SkipPlan.ends(1, 3, 8, str(path)), "of a half, where none is given"
+    assert choose(8, ratio=0.25, file=str(path)) == SkipPlan.ends(2, 0, 8, str(path))
+    assert choose(8, ratio=0.0, file=str(path)) == SkipPlan(8, (), str(path))
+
+
+@pytest.mark.parametrize(
+    ("value", "ratio", "message"),
+    [
+        (SELECTION, 0.4, "has no plan for 3 of 8 blocks (ratio 0.4)"),
+        (SELECTION | {"depth": 9}, 0.5, "is for a model of 9 blocks, and this one has 8"),
+        ({"depth": 8, "plans": [[1, 3]]}, 0.5, "its `plans` are not by number of blocks"),
+        (SELECTION | {"plans": {"4": {"n": 1}}}, 0.5, "not a skip plan"),
+        (SELECTION | {"plans": {"4": {"n": 9, "m": 1}}}, 0.5, "skip plan: n = 9 and m = 1"),
+    ],
+)
+def test_a_selection_without_the_plan_that_is_asked_for_is_refused_by_its_file(value, ratio, message):
+    with pytest.raises(UserError, match=rf"^s\.json: {re.escape(message)}"):
+        from_selection(value, ratio, 8, "s.json")
 
 
 @pytest.mark.parametrize(
