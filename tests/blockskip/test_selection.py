@@ -61,6 +61,13 @@ def test_every_stride_th_and_the_last_are_looked_at(k, stride, expected):
     assert selection.probed(k, stride) == expected
 
 
+def test_algorithm_one_masks_every_number_of_blocks_at_either_end():
+    assert selection.variants(0) == [(FULL, 0)]
+    assert selection.variants(2) == [(FULL, 0), (FIRST, 1), (FIRST, 2), (LAST, 1), (LAST, 2)]
+    masked = [sorted(selection.masks_of(variant, 5)) for variant in selection.variants(2)]
+    assert masked == [[], [0], [0, 1], [4], [3, 4]]
+
+
 def test_windows_cover_the_stack():
     assert list(selection.windows(4, 2)) == [(0, 2), (1, 3), (2, 4)]
     assert list(selection.windows(4, 4)) == [(0, 4)]
