@@ -43,7 +43,7 @@ DEFAULT = (
 FAMILY = "tests/contract/test_family.py"
 QUICK: dict[str, tuple[str, ...]] = {
     f"{PACKAGE}/flow.py": ("tests/test_flow.py", "tests/models/test_sana_sampling.py"),
-    f"{PACKAGE}/lora.py": ("tests/test_lora.py", FAMILY, "tests/convert/test_peft.py"),
+    f"{PACKAGE}/lora.py": ("tests/test_lora.py", FAMILY),
     f"{PACKAGE}/blockskip/plan.py": ("tests/blockskip/test_plan.py",),
     f"{PACKAGE}/blockskip/patches.py": ("tests/blockskip/test_patches.py",),
     f"{PACKAGE}/blockskip/masking.py": ("tests/blockskip/test_masking.py",),

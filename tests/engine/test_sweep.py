@@ -386,3 +386,36 @@ def test_taps_see_the_state_at_their_boundary(tmp_path):
     partial = samples(1)
     sweep.forward(stack, reader, partial, range(2))
     assert same_bits(seen[2], partial[0].state.a)
+
+
+def test_a_tap_at_the_end_sees_what_the_bridge_makes_of_the_last_run(tmp_path):
+    stack, shards = make(tmp_path / "m", 5)
+    seen, waiting = [], samples(2)
+
+    def bridge(i, start, stop, state):
+        assert (start, stop) == (2, 5)
+        return Pair(state.a + i + 1, state.b)
+
+    taps = {5: lambda i, state: seen.append((i, state.a))}
+    sweep.forward(stack, BlockReader(shards, stack), waiting, range(2), taps=taps, bridge=bridge)
+    plain = samples(2)
+    sweep.forward(stack, BlockReader(shards, stack), plain, range(2))
+    assert [i for i, _ in seen] == [0, 1]
+    for (i, crossed), before, after in zip(seen, plain, waiting, strict=True):
+        assert same_bits(crossed, before.state.a + i + 1)
+        assert same_bits(crossed, after.state.a)
+
+
+def test_nothing_is_pulled_back_to_what_stands_before_the_first_block(tmp_path, monkeypatch):
+    """What comes before does not train, so the first block's own gradient is of its factors alone."""
+    stack, shards = make(tmp_path / "m", 5)
+    pull_back, wanted = sweep._pull_back, {}
+
+    def watched(block, weights, tree, sample, index, cotangent, wants_state):
+        found = pull_back(block, weights, tree, sample, index, cotangent, wants_state)
+        wanted[index] = len(found[0])
+        return found
+
+    monkeypatch.setattr(sweep, "_pull_back", watched)
+    run_backward(stack, BlockReader(shards, stack), factors(5), range(1, 5))
+    assert wanted == {4: 2, 3: 2, 2: 2, 1: 0}
