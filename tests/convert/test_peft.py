@@ -19,7 +19,7 @@ from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.tasks.checkpoint.adapters import save_adapter
 
 TINY = assets() / "tiny-flux"
-STEPS = 4
+STEPS = 2
 
 
 def our_images(tmp_path, tiny_flux, adapter, **options):
@@ -70,13 +70,17 @@ def our_adapter(path, tiny_flux, scale, rank=3, targets="all"):
     return path
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.5])
-@pytest.mark.parametrize("targets", ["all", "attention"])
-def test_diffusers_loads_our_export_and_gives_our_image(tmp_path, tiny_flux, scale, targets):
+@pytest.fixture(scope="module")
+def plain():
+    """Their images without an adapter."""
+    return their_images(*pipeline())
+
+
+@pytest.mark.parametrize(("targets", "scale"), [("all", 0.5), ("attention", 1.0)])
+def test_diffusers_loads_our_export_and_gives_our_image(tmp_path, tiny_flux, plain, targets, scale):
     adapter = our_adapter(tmp_path / "a", tiny_flux, scale, targets=targets)
     exported = export(adapter_path=str(adapter), output=str(tmp_path / "out.safetensors"))
     torch, pipe = pipeline()
-    plain = their_images(torch, pipe)
     pipe.load_lora_weights(str(tmp_path), weight_name=exported.name)
     theirs = their_images(torch, pipe)
     ours = our_images(tmp_path, tiny_flux, [adapter])

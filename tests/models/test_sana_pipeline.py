@@ -95,14 +95,14 @@ def test_binned_images_equal_those_of_diffusers(tmp_path):
     levels |= {f"{half}_qkv_multiscales": ((),) * 6 for half in ("encoder", "decoder")}
     wide = {"encoder_out_shortcut": False, "decoder_in_shortcut": False}
     source, pipe = random_pipeline(tmp_path, vae={**VAE, **levels, **wide}, sample_size=16)
-    noise = philox.normal(0, shape=(2, 8, 12, 21))
+    noise = philox.normal(0, shape=(1, 8, 12, 21))
     theirs = pipe(
-        **{"prompt": PROMPTS, "guidance_scale": 1.0, "num_inference_steps": 2, "width": 300, "height": 170},
+        **{"prompt": PROMPTS[:1], "guidance_scale": 1.0, "num_inference_steps": 2, "width": 300, "height": 170},
         **{"latents": torch.from_numpy(noise), "max_sequence_length": LENGTH, "clean_caption": False},
         **{"output_type": "np"},
     ).images
     model = opened(source, resolution_binning=True)
-    found = ours(tmp_path, model, noise, 300, 170, steps=2, cfg_scale=1.0)
+    found = ours(tmp_path, model, noise, 300, 170, steps=2, cfg_scale=1.0, prompt=PROMPTS[:1])
     for image, wanted in zip(found, theirs, strict=True):
         assert image.size == (300, 170)
         assert_same_image(IMAGE, image, wanted * 255)
