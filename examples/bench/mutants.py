@@ -21,10 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from queue import Queue
 from threading import Lock
@@ -112,19 +114,17 @@ class Finder:
         self.found: list[Mutant] = []
 
     def all(self) -> list[Mutant]:
-        """In the order of the file, each of which compiles to something else."""
-        tree = ast.parse(self.bytes)
-        self.visit(tree)
-        plain = ast.dump(tree)
-        return [mutant for mutant in dict.fromkeys(self.found) if self._is_another(mutant, plain)]
+        """All that compile."""
+        self.visit(ast.parse(self.bytes))
+        return [mutant for mutant in dict.fromkeys(self.found) if self._compiles(mutant)]
 
-    def _is_another(self, mutant: Mutant, plain: str) -> bool:
+    def _compiles(self, mutant: Mutant) -> bool:
         try:
-            changed = ast.parse(mutant.source(self.bytes))
-            compile(changed, self.file, "exec")
+            with warnings.catch_warnings(action="ignore"):
+                compile(mutant.source(self.bytes), self.file, "exec", dont_inherit=True)
         except SyntaxError:
             return False
-        return ast.dump(changed) != plain
+        return True
 
     def start(self, node: Any) -> int:
         return self.lines[node.lineno - 1] + int(node.col_offset)
@@ -244,13 +244,14 @@ class Finder:
                 self.replace("index", place, f"{self.text(place)} + 1")
 
 
-def mutants_of(file: str) -> list[Mutant]:
-    return Finder(file, (ROOT / file).read_bytes()).all()
+@cache
+def mutants_of(file: str) -> tuple[Mutant, ...]:
+    return tuple(Finder(file, (ROOT / file).read_bytes()).all())
 
 
 def sample(files: Sequence[str], count: int, seed: int) -> list[Mutant]:
     """`count` mutants, as many of each file, in the order of the files; a file that has few gives all it has."""
-    every = {file: mutants_of(file) for file in files}
+    every = {file: list(mutants_of(file)) for file in files}
     for file, own in every.items():
         random.Random(f"{seed} {file}").shuffle(own)
     taken = dict.fromkeys(files, 0)
