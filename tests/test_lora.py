@@ -101,6 +101,11 @@ def test_adapters_of_different_ranks_and_blocks_add_up(model):
             assert relative_error(own[a] @ own[b], sum(parts)) <= 1e-5
 
 
+def test_every_adapter_needs_a_scale(model):
+    with pytest.raises(ValueError, match="shorter"):
+        lora.combine([random_tree(model, (0,))] * 2, [1.0])
+
+
 def test_a_tree_in_a_file_s_names_and_back_is_the_same_tree_in_order(model):
     tree = random_tree(model, (4, 0))
     names = lora.flatten(tree, model.stack)
