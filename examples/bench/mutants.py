@@ -201,7 +201,7 @@ class Finder:
                 self.replace("constant", node, str(other))
         elif isinstance(value, float):
             self.replace("constant", node, repr(value + 1))
-            self.replace("constant", node, repr(value / 2))
+            self.replace("constant", node, repr(value / 2 if value else value - 1))
 
     def at_IfExp(self, node: ast.IfExp) -> None:  # noqa: N802
         self.replace("branch", node, f"({self.text(node.body)})")

@@ -104,6 +104,11 @@ def test_patches_of_one_side_lie_at_every_place_alike(mode):
     assert abs(np.corrcoef([p.left for p in drawn], [p.top for p in drawn])[0, 1]) < 4 / len(drawn) ** 0.5
 
 
+def test_crops_and_their_settings_are_values():
+    assert len({Patch(1, 2, 3), Patch(1, 2, 3), Patch(2, 1, 3)}) == 2
+    assert len({settings(), settings(), settings("random")}) == 2
+
+
 def test_an_image_below_s_max_is_not_cut():
     with pytest.raises(ValueError, match="400 x 700"):
         draw_patch((400, 700), 0.1, settings(), philox.generator(0))

@@ -64,6 +64,19 @@ def test_a_record_gives_back_what_was_put_into_it(tmp_path):
     assert chunk.head_modulation(0) is None
 
 
+def test_a_layout_knows_names_and_bytes_of_what_is_written(tmp_path):
+    layout = residuals.Layout({"target": ((2, 3), "F32"), "entry.image": ((2, 5, 4), "BF16")})
+    assert [entry.name for entry in layout.entries(7)] == ["7.target", "7.entry.image"]
+    assert layout.nbytes == 4 * 2 * 3 + 2 * 2 * 5 * 4
+    written = {"7.target": mx.ones((2, 3)), "7.entry.image": mx.ones((2, 5, 4), mx.bfloat16)}
+    files.save_tensors(tmp_path / "chunk.safetensors", written)
+    entries = files.read_header(tmp_path / "chunk.safetensors").entries
+    assert {entry.name: (entry.shape, entry.dtype) for entry in layout.entries(7)} == {
+        name: (tuple(entry.shape), entry.dtype) for name, entry in entries.items()
+    }
+    assert layout.nbytes == sum(entry.nbytes for entry in entries.values())
+
+
 def test_a_bridge_crosses_with_the_record_of_the_sample_s_own_micro_batch(tmp_path):
     ends = {(number, end): tokens(10 * number + i) for number in (5, 6) for i, end in enumerate(("start", "stop"))}
     written = {
