@@ -28,6 +28,13 @@ def test_every_budget_gets_its_best_pair():
     assert np.allclose(TABLE.table, np.add.outer(TABLE.first, TABLE.last))
 
 
+@pytest.mark.parametrize("n", range(6))
+def test_the_best_pair_is_found_wherever_it_lies(n):
+    """Of 5 blocks, the sum is least at n of them at the start."""
+    table = Distances(tuple((i - n) ** 2 / 10 for i in range(6)), (0.0,) * 6)
+    assert table.best(5) == (n, 5 - n)
+
+
 def test_of_equal_pairs_the_one_that_is_exact_wins():
     assert Distances((0.0, 0.5, 1.0), (0.0, 0.5, 1.0)).best(2) == (2, 0)
 
