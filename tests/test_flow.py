@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 from support.compare import assert_parity, relative_error, same_bits
 
-from mlx_blockskip import flow
 from mlx_blockskip.engine import philox
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.models import schedulers
-from mlx_blockskip.models.family import OWN_SPACING
+from mlx_blockskip.models import flow, schedulers
 from mlx_blockskip.tasks.sampling.denoise import fresh_noise
 
 SHAPE = (1, 4, 6, 8)
@@ -37,7 +35,7 @@ def noise(step=99):
 
 def ours(scheduler, steps, fresh=None):
     """Latents after every step."""
-    sampler = flow.sampler(scheduler, steps, 24, fresh)
+    sampler = flow.sampler(schedulers.parse(scheduler), steps, 24, fresh)
     assert sampler.times.shape == (steps,)
     assert sampler.times.dtype == np.float32
     assert sampler.times.min() > 0
@@ -130,10 +128,13 @@ def test_euler_equals_diffusers_as_its_flux_pipeline_asks_for_it(config, tokens,
     mu = calculate_shift(tokens, *(reference.config[name] for name in of_mu))
     reference.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     assert_parity(
-        "FlowMatchEulerDiscreteScheduler, sigmas", flow.euler_sigmas(config, steps, tokens), reference.sigmas, 1e-6
+        "FlowMatchEulerDiscreteScheduler, sigmas",
+        flow.euler_sigmas(schedulers.parse(config), steps, tokens),
+        reference.sigmas,
+        1e-6,
     )
     latents = torch.from_numpy(noise())
-    sampler, own = flow.sampler(config, steps, tokens), mx.array(noise())
+    sampler, own = flow.sampler(schedulers.parse(config), steps, tokens), mx.array(noise())
     for i, t in enumerate(reference.timesteps):
         v = velocity(latents.numpy(), float(reference.sigmas[i])).astype(np.float32)
         latents = reference.step(torch.from_numpy(v), t, latents, return_dict=False)[0]
@@ -149,13 +150,13 @@ def test_euler_equals_diffusers_where_the_scheduler_spaces_its_own_steps(config,
 
     reference = FlowMatchEulerDiscreteScheduler(**config)
     reference.set_timesteps(steps)
-    found = flow.euler_sigmas(config | {OWN_SPACING: True}, steps, 24)
+    found = flow.euler_sigmas(schedulers.parse(config), steps, 24, own_spacing=True)
     assert_parity("FlowMatchEulerDiscreteScheduler, sigmas", found, reference.sigmas, 1e-5)
 
 
 def test_a_kind_of_dynamic_shift_that_is_not_known_is_refused_by_name():
-    with pytest.raises(UserError, match="time_shift_type='cosine' is not implemented; use exponential or linear"):
-        flow.euler_sigmas(DYNAMIC | {"time_shift_type": "cosine"}, 4, 24)
+    with pytest.raises(UserError, match='time_shift_type="cosine" is not implemented; use "exponential" or "linear"'):
+        schedulers.parse(DYNAMIC | {"time_shift_type": "cosine"})
 
 
 def test_noised_latents_lie_on_the_line_from_image_to_noise_each_at_its_own_level():
@@ -169,7 +170,7 @@ def test_noised_latents_lie_on_the_line_from_image_to_noise_each_at_its_own_leve
 
 
 def test_euler_tells_the_network_its_own_sigmas():
-    sampler = flow.sampler({"shift": 3.0}, 5, 24)
+    sampler = flow.sampler(schedulers.parse({"shift": 3.0}), 5, 24)
     config = schedulers.FlowMatchEulerDiscreteConfig(shift=3.0)
     assert np.array_equal(sampler.times, flow.euler_sigmas(config, 5, 24)[:-1])
 
@@ -185,7 +186,7 @@ def test_fresh_noise_is_a_function_of_the_first_noise_and_the_step():
 def test_several_steps_of_consistency_sampling_need_noise():
     assert len(ours(SCM, 1)) == 1
     with pytest.raises(ValueError, match="fresh noise"):
-        flow.sampler(SCM, 2, 24)
+        flow.sampler(schedulers.parse(SCM), 2, 24)
 
 
 def unshifted(s, shift):
@@ -197,7 +198,7 @@ def unshifted(s, shift):
 @pytest.mark.parametrize("scheduler", [{"shift": 3.0}, {"shift": 1.0}, {"shift": 3.0, "use_dynamic_shifting": True}])
 def test_training_noise_levels_are_logit_normal_and_shifted(scheduler, mean, std):
     """The share of draws up to each level is its closed form, Phi((logit u - mean) / std), to four standard errors."""
-    count, shift = 4000, flow.training_shift(scheduler)
+    count, shift = 4000, flow.training_shift(schedulers.parse(scheduler))
     assert shift == (1.0 if scheduler.get("use_dynamic_shifting") else scheduler["shift"])
     normals = philox.normal(5, shape=(count,))
     levels = np.array([flow.noise_level(float(n), mean, std, shift) for n in normals])
@@ -231,7 +232,7 @@ def test_a_training_noise_level_of_a_known_draw(normal, mean, std, shift, level)
     [(DPM, 3.0), (SCM, 1.0), ({"shift": 2.0}, 2.0), ({"shift": 2.0, "use_dynamic_shifting": True}, 1.0)],
 )
 def test_training_takes_the_schedulers_static_shift(scheduler, shift):
-    assert flow.training_shift(scheduler) == shift
+    assert flow.training_shift(schedulers.parse(scheduler)) == shift
 
 
 @pytest.mark.parametrize(
@@ -255,4 +256,4 @@ def test_training_takes_the_schedulers_static_shift(scheduler, shift):
 )
 def test_what_is_not_implemented_is_refused_by_name(scheduler, match):
     with pytest.raises(UserError, match=match):
-        flow.sampler(scheduler, 4, 24)
+        flow.sampler(schedulers.parse(scheduler), 4, 24)

@@ -10,10 +10,10 @@ from support.compare import PIPELINE, assert_parity, assert_same_image, relative
 from support.flux import checkpoint, random_transformer
 from support.golden import GOLDEN, PROMPTS, STEPS
 
-from mlx_blockskip import flow, generate
+from mlx_blockskip import generate
 from mlx_blockskip.engine import files, philox
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.models import schedulers
+from mlx_blockskip.models import flow, schedulers
 
 HALVES = slice(0, None, 2), slice(1, None, 2)
 """Of the prompts; each case takes one, so that each prompt is drawn in both sizes, in one of them with guidance."""
@@ -160,7 +160,7 @@ def test_bad_input_is_one_clear_error(tmp_path, options, match):
 )
 def test_scheduler_options_that_are_not_implemented_are_refused_by_name(option):
     with pytest.raises(UserError, match=option):
-        flow.sampler({option: True}, 4, 16)
+        schedulers.parse({option: True})
 
 
 @pytest.mark.parametrize(

@@ -313,7 +313,7 @@ def prepared(job: dict):  # type: ignore[no-untyped-def]
 def records(job: dict) -> dict[str, int]:
     """Bytes on disk of one sample's record, and of what is kept once a prompt."""
     run = prepared(job)
-    prompt = run.model.prompt_record(run.samples.caption(0))
+    prompt = run.model.prompt_conditioning(run.samples.caption(0))
     return {"sample": next(iter(run.layouts.values())).nbytes, "prompt": sum(array.nbytes for array in prompt.values())}
 
 

@@ -129,7 +129,7 @@ class Trainer:
             "prompt_embeds": mx.zeros((1, text, config.joint_attention_dim), model.dtype),
             "pooled": mx.zeros((1, config.pooled_projection_dim), model.dtype),
         }
-        tokens, context = model.tokens(latents, prompt), model.context(mx.array([0.5]), prompt, size, 1.0)
+        tokens, context = model.embed(latents, prompt), model.context(mx.array([0.5]), prompt, size, 1.0)
         mx.eval(tokens, context.temb)
         return tokens, context
 
@@ -140,7 +140,7 @@ class Trainer:
         from mlx_blockskip.engine.sweep import modulations
 
         tokens, context = self.embed(text, size)
-        head = self.model.head_modulation(context)
+        head = self.model.final_modulation(context)
         mx.eval(head)
         (found,) = modulations(self.model.stack, self.model.reader, [context], self.retained)
         self.model.release()
@@ -155,7 +155,7 @@ class Trainer:
         from mlx_blockskip.tasks.train import optimizer
 
         def loss(_: int, tokens: Any) -> mx.array:
-            velocity = self.model.head(tokens, record.context, record.head)
+            velocity = self.model.final_layer(tokens, record.context, record.head)
             return mx.mean(mx.square(velocity.astype(mx.float32) - record.target))
 
         grads: optimizer.Grads = {}

@@ -30,10 +30,10 @@ from mlx_blockskip.converters import encoders, sana
 from mlx_blockskip.converters.table import Component
 from PIL import Image
 
-from mlx_blockskip import flow
 from mlx_blockskip.data import grid
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.stack import Stack, Weights
+from mlx_blockskip.models import flow, schedulers
 from mlx_blockskip.models.family import Tokens
 from mlx_blockskip.models.sana import transformer as net
 from mlx_blockskip.models.text import gemma2
@@ -636,7 +636,7 @@ def draw(
         rows = [*range(start, min(start + 8, count))]
         own = mx.array(rows + [count] * len(rows))
         latents = mx.array(noise[rows])
-        sampler = flow.sampler(SCHEDULER, STEPS, width * width)
+        sampler = flow.sampler(schedulers.parse(SCHEDULER), STEPS, width * width)
         for i, sigma in enumerate(sampler.times):
             levels = mx.full((len(own),), float(sigma))
             both = velocity(models["transformer"], mx.concatenate([latents] * 2), levels, text[own], mask[own])

@@ -1,7 +1,7 @@
 """Timestep-aware patches (DiT-BlockSkip, Eq. 1): f(s) = s_min + s (s_max - s_min).
 
 An image is resized so that its shorter side is s_max. At noise level s in (0, 1] a square of side f(s), rounded to the
-granularity g, is cut at a uniform place and resized to s_min x s_min: large crops at high noise (global structure),
+size_multiple g, is cut at a uniform place and resized to s_min x s_min: large crops at high noise (global structure),
 small crops at low noise (detail).
 """
 
@@ -22,21 +22,21 @@ class PatchSettings:
     uniformly, independently of s; "resize" always cuts the side s_max, at a uniform place, and resizes it to s_min;
     "none" cuts the side s_max and does not resize: training is at s_max.
 
-    s_min, s_max in pixels, multiples of granularity. Raises UserError where they are not.
+    s_min, s_max in pixels, multiples of size_multiple. Raises UserError where they are not.
     """
 
     mode: str
     s_min: int
     s_max: int
-    granularity: int
+    size_multiple: int
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise UserError(f"--patch-mode {self.mode}: is not one of {', '.join(MODES)}")
         for name, side in (("--resolution", self.s_max), ("--train-resolution", self.s_min)):
-            if side <= 0 or side % self.granularity:
-                near = max(1, round(side / self.granularity)) * self.granularity
-                raise UserError(f"{name} {side}: must be a multiple of {self.granularity}; the nearest is {near}")
+            if side <= 0 or side % self.size_multiple:
+                near = max(1, round(side / self.size_multiple)) * self.size_multiple
+                raise UserError(f"{name} {side}: must be a multiple of {self.size_multiple}; the nearest is {near}")
         if self.s_min > self.s_max:
             raise UserError(f"--train-resolution {self.s_min}: must not be above --resolution {self.s_max}")
 
@@ -57,7 +57,7 @@ class Patch:
 
 def crop_side(s: float, u: float, settings: PatchSettings) -> int:
     """The crop's side at noise level s; u in [0, 1) is used by the mode "random" only."""
-    s_min, s_max, g = settings.s_min, settings.s_max, settings.granularity
+    s_min, s_max, g = settings.s_min, settings.s_max, settings.size_multiple
     share = {"dynamic": s, "high-to-low": 1 - s, "random": u}.get(settings.mode, 1.0)
     side = s_min + share * (s_max - s_min)
     return min(s_max, max(s_min, int(side / g + 0.5) * g))

@@ -169,7 +169,7 @@ class Chunk:
         """The modulation of a block from the record, as a sweep takes it."""
         return lambda block: self._parts(f"{number}.modulation.{block}.")
 
-    def head_modulation(self, number: int) -> tuple[mx.array, ...] | None:
+    def final_modulation(self, number: int) -> tuple[mx.array, ...] | None:
         """The head's modulation; None where it has none."""
         return self._parts(f"{number}.head.")
 

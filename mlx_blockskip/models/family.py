@@ -10,6 +10,8 @@ import mlx.core as mx
 from mlx_blockskip.engine.stack import Context, Modulation, Stack
 from mlx_blockskip.engine.weights import BlockReader
 from mlx_blockskip.models.defaults import ModelDefaults
+from mlx_blockskip.models.flow import Fresh, Sampler
+from mlx_blockskip.models.schedulers import SchedulerConfig
 
 Prompt = Mapping[str, mx.array]
 """An encoded prompt: arrays with a leading batch axis, under names that the family chooses."""
@@ -19,9 +21,6 @@ Configs = Mapping[str, Mapping[str, Any]]
 
 Size = tuple[int, int]
 """Height and width of the latents."""
-
-OWN_SPACING = "own_spacing"
-"""In a model's `scheduler`, beside its own options: that the pipeline leaves the spacing of the steps to it."""
 
 
 class Tokens(NamedTuple):
@@ -46,12 +45,11 @@ Posterior = tuple[mx.array, ...]
 
 
 class DiffusionModel(Protocol):
-    """An opened model directory. Latents are (B, h, w, C), sigma is (B,) in (0, 1], pixels are (B, H, W, 3) in [-1, 1].
+    """An opened model directory: a stack of blocks, and what is before and after it.
 
-    `context` splits into what `restore` can make again: `record` names the arrays that the blocks and the head take
-    from a context besides the modulation, and `prompt_record` those of them that depend on the prompt alone.
-    `blank_prompt` is of the shapes and types of an encoded prompt, made without an encoder. `encode_prompts` gives
-    the prompts and after them the negatives, in one sweep. An image of a size in pixels is drawn at its `drawn_size`.
+    Latents are (B, h, w, C), sigma is (B,) in (0, 1], pixels are (B, H, W, 3) in [-1, 1], sizes of images are in
+    pixels. identity: a checksum of config and weights. size_multiple: what the sides of an image are multiples of.
+    scheduler: the checkpoint's own.
     """
 
     path: Path
@@ -59,43 +57,85 @@ class DiffusionModel(Protocol):
     defaults: ModelDefaults
     stack: Stack
     reader: BlockReader
-    granularity: int
-    scheduler: Mapping[str, Any]
+    size_multiple: int
+    scheduler: SchedulerConfig
 
     @property
-    def dtype(self) -> mx.Dtype: ...
+    def dtype(self) -> mx.Dtype:
+        """Of the transformer's weights that are not quantized, and so of its activations."""
+        ...
 
-    def encode_prompts(self, prompts: Sequence[str], max_length: int, negatives: Sequence[str] = ()) -> Encoded: ...
+    def encode_prompts(self, prompts: Sequence[str], max_length: int, negatives: Sequence[str] = ()) -> Encoded:
+        """The prompts and after them the negatives, each with a batch axis of 1, in one sweep over the text
+        encoders.
+        """
+        ...
 
-    def blank_prompt(self, max_length: int) -> Prompt: ...
+    def blank_prompt(self, max_length: int) -> Prompt:
+        """Zeros in the shapes and dtypes of an encoded prompt of the greatest length, made without an encoder."""
+        ...
 
-    def encode_images(self, pixels: mx.array) -> Posterior: ...
+    def encode_images(self, pixels: mx.array) -> Posterior:
+        """What the VAE says of images (B, H, W, 3)."""
+        ...
 
-    def draw_latents(self, posterior: Posterior, noise: mx.array) -> mx.array: ...
+    def draw_latents(self, posterior: Posterior, noise: mx.array) -> mx.array:
+        """Scaled latents x0 (B, h, w, C) from a posterior and standard normal noise of that shape."""
+        ...
 
-    def decode(self, latents: mx.array) -> mx.array: ...
+    def decode(self, latents: mx.array) -> mx.array:
+        """Pixels (B, H, W, 3) in about [-1, 1], float32, of scaled latents (B, h, w, C)."""
+        ...
 
-    def drawn_size(self, width: int, height: int) -> tuple[int, int]: ...
+    def native_size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height in which an image of this size is drawn, before it is scaled and cut to what was asked."""
+        ...
 
-    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]: ...
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """(h, w, C) of the latents of an image."""
+        ...
 
-    def token_count(self, size: Size) -> int: ...
+    def sampler(self, steps: int, size: Size, fresh: Fresh | None = None) -> Sampler:
+        """What carries the latents of one image from noise in `steps` steps. fresh: noise for samplers that add
+        some.
+        """
+        ...
 
-    def tokens(self, latents: mx.array, prompt: Prompt) -> Tokens: ...
+    def guide(self, conditional: mx.array, unconditional: mx.array, scale: float) -> mx.array:
+        """The velocity (B, h, w, C) under classifier-free guidance."""
+        ...
 
-    def context(self, sigma: mx.array, prompt: Prompt, size: Size, guidance: float) -> Context: ...
+    def embed(self, latents: mx.array, prompt: Prompt) -> Tokens:
+        """The tokens before the first block."""
+        ...
 
-    def prompt_record(self, prompt: Prompt) -> dict[str, mx.array]: ...
+    def context(self, sigma: mx.array, prompt: Prompt, size: Size, guidance: float) -> Context:
+        """What blocks and final layer take beside the tokens; the same over one forward pass."""
+        ...
 
-    def record(self, context: Context) -> dict[str, mx.array]: ...
+    def prompt_conditioning(self, prompt: Prompt) -> dict[str, mx.array]:
+        """What of a context depends on the prompt alone, by names of the family's own."""
+        ...
 
-    def restore(self, size: Size, record: Mapping[str, mx.array]) -> Context: ...
+    def conditioning(self, context: Context) -> dict[str, mx.array]:
+        """What blocks and final layer take from this context beside modulation and what depends on the prompt alone."""
+        ...
 
-    def head_modulation(self, context: Context) -> Modulation: ...
+    def context_from(self, size: Size, conditioning: Mapping[str, mx.array]) -> Context:
+        """A context from both kinds of conditioning, for blocks whose modulation was computed ahead."""
+        ...
 
-    def head(self, tokens: Tokens, context: Context, modulation: Modulation) -> mx.array: ...
+    def final_modulation(self, context: Context) -> Modulation:
+        """The modulation of the final layer."""
+        ...
 
-    def release(self) -> None: ...
+    def final_layer(self, tokens: Tokens, context: Context, modulation: Modulation) -> mx.array:
+        """The velocity (B, h, w, C) from the tokens after the last block."""
+        ...
+
+    def release(self) -> None:
+        """Let go of all weights, and of what was measured for the memory budget: other work comes."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.stack import Stack, Weights
 from mlx_blockskip.engine.weights import BlockReader, Shards
-from mlx_blockskip.models import schedulers
+from mlx_blockskip.models import flow, schedulers
 from mlx_blockskip.models.config import Config
 from mlx_blockskip.models.defaults import model_defaults
 
@@ -46,8 +46,7 @@ class Opened:
         self.stack = make_stack(self.configs["transformer"])
         self.reader = BlockReader(self.shards, self.stack, budget)
         file = path / "scheduler" / schedulers.FILE
-        self.scheduler: Mapping[str, Any] = files.read_json(file)
-        schedulers.parse(self.scheduler, file)
+        self.scheduler = schedulers.parse(files.read_json(file), file)
         self.vae = Shards(path / "vae")
         self.vae_factor = factor(self.configs["vae"])
         self.identity = sha256("".join(Shards(path / name).identity for name in configs).encode()).hexdigest()
@@ -73,6 +72,9 @@ class Opened:
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         return height // self.vae_factor, width // self.vae_factor, self.configs["vae"].latent_channels
+
+    def guide(self, conditional: mx.array, unconditional: mx.array, scale: float) -> mx.array:
+        return flow.guided(conditional, unconditional, scale)
 
     def vae_weights(self, prefixes: Iterable[str]) -> tuple[Weights, mx.Dtype]:
         """What is under these prefixes, and the type of its first convolution."""

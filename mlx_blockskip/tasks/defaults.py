@@ -47,7 +47,7 @@ FROM_MODEL = ("steps", "cfg_scale", "guidance", "width", "height", "max_sequence
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All that a training run goes by, under the names of `TrainSettings`. granularity: the model's."""
+    """All that a training run goes by, under the names of `TrainSettings`. size_multiple: the model's."""
 
     model: str
     data: str
@@ -62,7 +62,7 @@ class TrainConfig:
     patch_mode: str
     resolution: int
     train_resolution: int
-    granularity: int
+    size_multiple: int
     max_sequence_length: int
     guidance: float
     timestep_mean: float
@@ -88,7 +88,7 @@ class TrainConfig:
     @property
     def patch(self) -> PatchSettings:
         """Raises UserError for sides that the model cannot take."""
-        return PatchSettings(self.patch_mode, self.train_resolution, self.resolution, self.granularity)
+        return PatchSettings(self.patch_mode, self.train_resolution, self.resolution, self.size_multiple)
 
     @property
     def cache_bytes(self) -> int:
@@ -101,7 +101,9 @@ class TrainConfig:
 
     def recorded(self) -> dict[str, Any]:
         """As JSON values, under the names of `TrainSettings`; without what is empty."""
-        return {name: value for name, value in asdict(self).items() if name != "granularity" and value not in ("", ())}
+        return {
+            name: value for name, value in asdict(self).items() if name != "size_multiple" and value not in ("", ())
+        }
 
 
 LEAST = {
@@ -121,7 +123,7 @@ def train_config(settings: TrainSettings, model: DiffusionModel, captions: Seque
     given.setdefault("sample_prompt", tuple(captions[:1]))
     given.setdefault("memory_budget", ANY)
     given.setdefault("class_data", "")
-    values = {**known, **given, "granularity": model.granularity}
+    values = {**known, **given, "size_multiple": model.size_multiple}
     values |= {name: tuple(values[name]) for name in ("class_prompt", "sample_prompt")}
     config = TrainConfig(**{one.name: values[one.name] for one in fields(TrainConfig)})
     for name, least in LEAST.items():
@@ -176,8 +178,8 @@ def known_defaults(defaults: ModelDefaults) -> dict[str, Any]:
 
 def check_size(model: DiffusionModel, width: int, height: int) -> None:
     """Raise UserError, with the nearest size, where the model cannot take this one."""
-    g = model.granularity
-    if width < 1 or height < 1 or any(side % g for side in model.drawn_size(width, height)):
+    g = model.size_multiple
+    if width < 1 or height < 1 or any(side % g for side in model.native_size(width, height)):
         near = " x ".join(str(max(g, round(side / g) * g)) for side in (width, height))
         raise UserError(f"{width} x {height}: the sides must be multiples of {g}; the nearest is {near}")
 

@@ -95,7 +95,7 @@ def estimate(settings: EstimateSettings) -> list[Estimate]:
         )  # fmt: skip
         tracers["train"].train(range(first.stack.depth))
         track.step(2)
-        width, height = first.drawn_size(settings.width or 0, settings.height or 0)
+        width, height = first.native_size(settings.width or 0, settings.height or 0)
         tracers["generate"] = Tracer(first, Shape(width, height, settings.max_sequence_length or 0), timed=True)
         drawing = [tracers["generate"].generate(settings.steps or 1)]
         track.step(3)
@@ -170,7 +170,7 @@ def disk_speed(directory: Path) -> float:
 
 def _patches(settings: EstimateSettings, model: DiffusionModel) -> PatchSettings:
     return PatchSettings(
-        model.defaults.patch_mode, settings.train_resolution or 0, settings.resolution or 0, model.granularity
+        model.defaults.patch_mode, settings.train_resolution or 0, settings.resolution or 0, model.size_multiple
     )
 
 

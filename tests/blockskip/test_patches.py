@@ -12,8 +12,8 @@ from mlx_blockskip.engine.errors import UserError
 LEVELS = (1e-6, 0.1, 0.25, 0.5, 0.77, 0.999, 1.0)
 
 
-def settings(mode="dynamic", s_min=256, s_max=512, granularity=16):
-    return PatchSettings(mode, s_min, s_max, granularity)
+def settings(mode="dynamic", s_min=256, s_max=512, size_multiple=16):
+    return PatchSettings(mode, s_min, s_max, size_multiple)
 
 
 def coordinates(width, height):
@@ -24,7 +24,7 @@ def coordinates(width, height):
 
 def test_the_side_is_eq_1():
     assert [crop_side(s, 0.3, settings()) for s in (1e-6, 0.25, 0.5, 1.0)] == [256, 320, 384, 512]
-    sana = settings(s_min=512, s_max=1024, granularity=32)
+    sana = settings(s_min=512, s_max=1024, size_multiple=32)
     assert [crop_side(s, 0.3, sana) for s in (1e-6, 0.25, 0.5, 1.0)] == [512, 640, 768, 1024]
 
 
@@ -35,14 +35,14 @@ def test_the_side_is_rounded_to_the_nearest_multiple():
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("s_min", "s_max", "granularity"), [(256, 512, 16), (96, 128, 32), (64, 64, 16), (16, 528, 16)]
+    ("s_min", "s_max", "size_multiple"), [(256, 512, 16), (96, 128, 32), (64, 64, 16), (16, 528, 16)]
 )
-def test_every_side_is_a_multiple_within_its_bounds(mode, s_min, s_max, granularity):
-    chosen = settings(mode, s_min, s_max, granularity)
+def test_every_side_is_a_multiple_within_its_bounds(mode, s_min, s_max, size_multiple):
+    chosen = settings(mode, s_min, s_max, size_multiple)
     for s in LEVELS:
         for u in (0.0, 0.4, 1 - 2**-53):
             side = crop_side(s, u, chosen)
-            assert side % granularity == 0
+            assert side % size_multiple == 0
             assert s_min <= side <= s_max
 
 
@@ -180,7 +180,7 @@ def test_coverage_is_the_mean_share_of_the_image():
         ({"s_min": -32}, "--train-resolution -32: must be a multiple of 16; the nearest is 16"),
         ({"s_min": 5}, "the nearest is 16"),
         ({"s_min": 528}, "--train-resolution 528: must not be above --resolution 512"),
-        ({"granularity": 32, "s_min": 272}, "must be a multiple of 32"),
+        ({"size_multiple": 32, "s_min": 272}, "must be a multiple of 32"),
     ],
 )
 def test_sides_that_cannot_train_are_refused_with_the_nearest(changes, message):

@@ -88,7 +88,7 @@ def probe_of(model, k, stride=1, tree=None, wait=lambda sample: sample):
     ]
 
     def velocity(i, state):
-        return model.head(state, started[i][0].context, started[i][1])
+        return model.final_layer(state, started[i][0].context, started[i][1])
 
     return selection.probe(
         model.stack, model.reader, waiting, k, stride=stride, trainable=tree, velocity=velocity, wait=wait
@@ -116,7 +116,7 @@ def test_the_probe_finds_what_every_variant_by_itself_shows(open_family, stride)
             sample, modulation, *_ = start(model, number, batch=1)
             sample.masks = selection.masks_of(variant, depth)
             sweep.forward(model.stack, model.reader, [sample], trainable=tree)
-            outputs[variant] = model.head(sample.state, sample.context, modulation)
+            outputs[variant] = model.final_layer(sample.state, sample.context, modulation)
         full = outputs.pop((FULL, 0))
         assert set(found.distances[number]) == set(outputs)
         for variant, output in outputs.items():

@@ -24,12 +24,12 @@ def start(model, number=0, batch=2):
     encoded = model.encode_prompts(["a small cat", "red"][:batch], model.defaults.max_sequence_length).prompts
     prompt = {key: mx.concatenate([p[key] for p in encoded]) for key in encoded[0]}
     context = model.context(mx.array(np.linspace(0.3, 0.8, batch, dtype=np.float32)), prompt, shape[1:3], 1.0)
-    return Sample(model.tokens(latents, prompt), context), model.head_modulation(context), target, prompt
+    return Sample(model.embed(latents, prompt), context), model.final_modulation(context), target, prompt
 
 
 def loss_of(model, sample, modulation, target):
     def loss(i, tokens):
-        return mx.mean(mx.square(model.head(tokens, sample.context, modulation) - target))
+        return mx.mean(mx.square(model.final_layer(tokens, sample.context, modulation) - target))
 
     return loss
 
@@ -110,7 +110,9 @@ def test_at_lora_zero_the_skipped_forward_equals_the_full_forward_bit_for_bit(op
     sample.state = kept["entry"]
     sweep.forward(model.stack, model.reader, [sample], plan.retained, trainable=tree, bridge=bridge_over(kept))
     assert same_bits(sample.state.image, full.image)
-    assert same_bits(model.head(sample.state, sample.context, modulation), model.head(full, sample.context, modulation))
+    assert same_bits(
+        model.final_layer(sample.state, sample.context, modulation), model.final_layer(full, sample.context, modulation)
+    )
 
 
 def test_without_a_trailing_run_the_skipped_gradient_is_the_full_models(open_family):
@@ -158,15 +160,16 @@ def test_the_context_comes_back_from_its_record(open_family):
     model = open_family()
     sample, modulation, _, prompt = start(model)
     (by_block,) = sweep.modulations(model.stack, model.reader, [sample.context])
-    record = {**model.prompt_record(prompt), **model.record(sample.context)}
+    record = {**model.prompt_conditioning(prompt), **model.conditioning(sample.context)}
     size = sample.context.size
-    restored = Sample(sample.state, model.restore(size, record), by_block.__getitem__)
+    restored = Sample(sample.state, model.context_from(size, record), by_block.__getitem__)
     sweep.forward(model.stack, model.reader, [sample])
     sweep.forward(model.stack, model.reader, [restored])
     assert list(by_block) == [i for i, block in enumerate(model.stack.blocks) if block.kind.modulate]
     assert all(same_bits(a, b) for a, b in zip(arrays(sample.state), arrays(restored.state), strict=True))
     assert same_bits(
-        model.head(restored.state, restored.context, modulation), model.head(sample.state, sample.context, modulation)
+        model.final_layer(restored.state, restored.context, modulation),
+        model.final_layer(sample.state, sample.context, modulation),
     )
 
 
@@ -180,9 +183,9 @@ def test_masking_all_blocks_cuts_the_prompt_off(open_family):
             other["pooled"] = prompt["pooled"]  # not attention: it reaches the image by modulation
         latents = mx.array(philox.normal(8, shape=(1, *model.latent_shape(64, 64))))
         context = model.context(mx.array([0.5]), other, latents.shape[1:3], 1.0)
-        sample = Sample(model.tokens(latents, other), context, masks=image_to_text(range(model.stack.depth)))
+        sample = Sample(model.embed(latents, other), context, masks=image_to_text(range(model.stack.depth)))
         sweep.forward(model.stack, model.reader, [sample])
-        outputs.append(model.head(sample.state, context, model.head_modulation(context)))
+        outputs.append(model.final_layer(sample.state, context, model.final_modulation(context)))
     assert same_bits(*outputs)
 
 

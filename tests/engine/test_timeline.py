@@ -11,6 +11,7 @@ from mlx_blockskip.engine import memory, sweep, timeline
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.sweep import Sample
 from mlx_blockskip.engine.timeline import FIRST_SWEEPS, Timeline
+from mlx_blockskip.events import Phase, listening
 from mlx_blockskip.lora import attach
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.tasks.phases import phase
@@ -36,14 +37,14 @@ def there_and_back(model):
     losses = sweep.backward(
         attach(model.stack, 1.0),
         model.reader,
-        [Sample(model.tokens(noise, prompt), context)],
+        [Sample(model.embed(noise, prompt), context)],
         PATH,
         trainable=random_tree(model, PATH),
         loss=lambda i, tokens: mx.mean(mx.square(tokens.image)),
         on_grad=grads.__setitem__,
         bridge=lambda i, start, stop, tokens: tokens,
     )
-    waiting = [Sample(model.tokens(noise, prompt), context)]
+    waiting = [Sample(model.embed(noise, prompt), context)]
     sweep.forward(model.stack, model.reader, waiting)
     arrays = [*losses, waiting[0].state.image, *(g for block in PATH for g in grads[block].values())]
     mx.eval(arrays)
@@ -92,9 +93,10 @@ def test_blocks_are_recorded_in_the_order_in_which_they_are_visited(model):
 def test_recording_changes_no_result_and_finds_the_phase_s_own_peak(model):
     def worked():
         model.release()
-        with phase("work") as track:
+        events = []
+        with listening(events.append), phase("work"):
             arrays = [*there_and_back(model), *there_and_back(model)]
-        return arrays, track.end.peak_memory
+        return arrays, events[-1].peak_memory
 
     plain, _ = worked()
     with timeline.recording() as recorded:
@@ -123,17 +125,20 @@ def test_recording_changes_no_measurement(model, monkeypatch):
     """What the reader measured of the work on blocks, and the peaks of phases, are the same to the byte."""
 
     def measured():
-        ledger, peaks = Ledger(monkeypatch), []
+        ledger, events = Ledger(monkeypatch), []
         model.release()
         for number in range(2):
-            with phase("work") as track:
+            with listening(events.append), phase("work") as track:
                 for block, weights in timeline.walk(model.reader, PATH + PATH[::-1], "all", "forward", "backward"):
                     ledger.work(500 * (block + 2 - number), left=8)
                     del weights
-                peaks.append(track.step(1).peak_memory)
+                track.step(1)
                 ledger.work(100_000 * number)
-            peaks.append(track.end.peak_memory)
-        return peaks, dict(model.reader.overhead), dict(model.reader._scratch)
+        return (
+            [event.peak_memory for event in events if not isinstance(event, Phase)],
+            dict(model.reader.overhead),
+            dict(model.reader._scratch),
+        )
 
     plain = measured()
     with timeline.recording() as recorded:

@@ -17,9 +17,9 @@ from mlx_blockskip.models.registry import open_model
 def velocity(model, latents, sigma, prompt, guidance=None, masks=None):
     """The network's output, packed."""
     context = model.context(mx.array(sigma), prompt, latents.shape[1:3], guidance)
-    sample = Sample(model.tokens(latents, prompt), context, masks=masks or {})
+    sample = Sample(model.embed(latents, prompt), context, masks=masks or {})
     forward(model.stack, model.reader, [sample])
-    return net.pack(model.head(sample.state, context, model.head_modulation(context)))
+    return net.pack(model.final_layer(sample.state, context, model.final_modulation(context)))
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,9 @@ from mlx_blockskip.converters.run import read_components
 from PIL import Image
 from support.published import HUB, family_of, hollow
 
-from mlx_blockskip import flow
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.sweep import Sample, forward
-from mlx_blockskip.models import presets
+from mlx_blockskip.models import flow, presets
 from mlx_blockskip.models.vision import preprocess
 from mlx_blockskip.models.vision.encoder import KINDS
 
@@ -60,14 +59,14 @@ def test_a_block_of_every_kind_runs(name, tmp_path):
     assert model.vae_factor == {"flux1": 8, "sana": 32}[family_of(name).name]
     prompt = model.blank_prompt(TEXT)
     latents = mx.zeros((1, height, width, channels))
-    context = model.context(mx.array([0.5]), prompt, (height, width), model.defaults.get("guidance"))
-    sample = Sample(model.tokens(latents, prompt), context)
+    context = model.context(mx.array([0.5]), prompt, (height, width), model.defaults.guidance)
+    sample = Sample(model.embed(latents, prompt), context)
     forward(model.stack, model.reader, [sample])
-    velocity = model.head(sample.state, context, model.head_modulation(context))
+    velocity = model.final_layer(sample.state, context, model.final_modulation(context))
     assert velocity.shape == latents.shape
     assert bool(mx.all(mx.isfinite(velocity)))
-    sampler = flow.sampler(model.scheduler, model.defaults["steps"], model.token_count((height, width)), mx.zeros)
-    assert len(sampler.times) == model.defaults["steps"]
+    sampler = model.sampler(model.defaults.steps, (height, width), lambda step, shape: mx.zeros(shape))
+    assert len(sampler.times) == model.defaults.steps
     assert flow.training_shift(model.scheduler) > 0
 
 
@@ -82,7 +81,7 @@ def test_a_layer_of_every_text_encoder_runs(name, tmp_path):
 def test_the_vae_of_flux_runs(tmp_path):
     """That of SANA is held against diffusers by its shapes, in test_dc_ae.py: a run of it takes long."""
     model = hollow("flux1-dev", tmp_path / "m")
-    side = 2 * model.granularity
+    side = 2 * model.size_multiple
     latents = model.encode_images(mx.zeros((1, side, side, 3)))[0]
     assert latents.shape[1:] == model.latent_shape(side, side)
     assert model.decode(latents[:, :1, :1]).shape == (1, model.vae_factor, model.vae_factor, 3)

@@ -7,7 +7,7 @@ from support.compare import PIPELINE, assert_parity
 from support.sana import Network, converted, random_transformer
 
 from mlx_blockskip.engine import philox
-from mlx_blockskip.models import schedulers
+from mlx_blockskip.models import flow, schedulers
 from mlx_blockskip.models.family import Tokens
 from mlx_blockskip.models.sana import transformer as net
 from mlx_blockskip.tasks.sampling.denoise import Request, fresh_noise, sample
@@ -23,10 +23,13 @@ class Model(Network):
 
     def __init__(self, shards, scheduler):
         super().__init__(shards)
-        self.scheduler = scheduler
+        self.scheduler = schedulers.parse(scheduler)
 
-    def token_count(self, size):
-        return size[0] * size[1]
+    def sampler(self, steps, size, fresh=None):
+        return flow.sampler(self.scheduler, steps, size[0] * size[1], fresh)
+
+    def guide(self, conditional, unconditional, scale):
+        return flow.guided(conditional, unconditional, scale)
 
     def context(self, sigma, prompt, size, guidance):
         scale = None if guidance is None else mx.full(sigma.shape, guidance)
@@ -34,13 +37,13 @@ class Model(Network):
         bias = net.text_bias(prompt["mask"], mx.float32)
         return net.Context(net.caption(self.rest, prompt["text"]), bias, temb, embedded, size)
 
-    def tokens(self, latents, prompt):
+    def embed(self, latents, prompt):
         return Tokens(net.embed(self.rest, self.config, latents))
 
-    def head_modulation(self, context):
+    def final_modulation(self, context):
         return (context.embedded,)
 
-    def head(self, tokens, context, modulation):
+    def final_layer(self, tokens, context, modulation):
         return net.output(self.rest, self.config, tokens.image, modulation[0], context.size)
 
 
@@ -77,7 +80,7 @@ def test_sampling_with_cfg_equals_sana_pipeline(tmp_path, change):
         **{"use_resolution_binning": False, "output_type": "latent"},
     ).images
     model = Model(converted(tmp_path, reference), {"_class_name": schedulers.DPM, **scheduler.config})
-    *_, (ours,) = sample(model, [Request(asked, negative, noise)], steps=6, cfg_scale=4.5, guidance=None)
+    *_, (ours,) = sample(model, [Request(asked, negative, noise)], steps=6, cfg_scale=4.5, guidance=1.0)
     assert_parity("SanaPipeline latents", ours, theirs.permute(0, 2, 3, 1).numpy(), PIPELINE)
 
 

@@ -1,6 +1,6 @@
 """A family as unlike FLUX.1 as it can be small: cross-attention, text in the context."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 from mlx_blockskip.engine import files, philox
 from mlx_blockskip.engine.stack import Block, BlockKind, Stack
 from mlx_blockskip.engine.weights import BlockReader, Shards
-from mlx_blockskip.models import registry
+from mlx_blockskip.models import flow, registry, schedulers
 from mlx_blockskip.models.attention import IMAGE_TO_TEXT, attention
 from mlx_blockskip.models.defaults import ModelDefaults
 from mlx_blockskip.models.family import Encoded, Family, Tokens
@@ -58,11 +58,11 @@ def stack(depth: int) -> Stack:
 
 
 class Toy:
-    granularity = FACTOR
+    size_multiple = FACTOR
     defaults = ModelDefaults(
         max_sequence_length=6, resolution=48, train_resolution=32, width=48, height=48, steps=3, cfg_scale=2.0, rank=2
     )
-    scheduler: Mapping = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.5}
+    scheduler = schedulers.parse({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.5})
 
     def __init__(self, path: Path, budget: int | None):
         self.path = path
@@ -103,16 +103,19 @@ class Toy:
     def decode(self, latents):
         return mx.repeat(mx.repeat(latents[..., :3], FACTOR, axis=1), FACTOR, axis=2)
 
-    def drawn_size(self, width, height):
+    def native_size(self, width, height):
         return width, height
 
     def latent_shape(self, width, height):
         return height // FACTOR, width // FACTOR, CHANNELS
 
-    def token_count(self, size):
-        return size[0] * size[1]
+    def sampler(self, steps, size, fresh=None):
+        return flow.sampler(self.scheduler, steps, size[0] * size[1], fresh)
 
-    def tokens(self, latents, prompt):
+    def guide(self, conditional, unconditional, scale):
+        return flow.guided(conditional, unconditional, scale)
+
+    def embed(self, latents, prompt):
         b, h, w, c = latents.shape
         return Tokens(linear(self._rest(), "rest.embed", latents.reshape(b, h * w, c)))
 
@@ -121,19 +124,19 @@ class Toy:
         text = linear(self._rest(), "rest.text", prompt["text"])
         return Context(text, prompt["mask"], linear(self._rest(), "rest.time", waves), size)
 
-    def prompt_record(self, prompt):
+    def prompt_conditioning(self, prompt):
         return {"text": linear(self._rest(), "rest.text", prompt["text"]), "mask": prompt["mask"]}
 
-    def record(self, context):
+    def conditioning(self, context):
         return {}
 
-    def restore(self, size, record):
-        return Context(record["text"], record["mask"], None, size)
+    def context_from(self, size, conditioning):
+        return Context(conditioning["text"], conditioning["mask"], None, size)
 
-    def head_modulation(self, context):
+    def final_modulation(self, context):
         return (linear(self._rest(), "rest.head_time", context.time)[:, None],)
 
-    def head(self, tokens, context, modulation):
+    def final_layer(self, tokens, context, modulation):
         x = layer_norm(tokens.image, 1e-6) * (1 + modulation[0])
         return linear(self._rest(), "rest.head", x).reshape(x.shape[0], *context.size, CHANNELS)
 

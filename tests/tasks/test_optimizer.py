@@ -7,9 +7,9 @@ from support.compare import relative_error, same_bits
 
 from mlx_blockskip.engine import philox
 from mlx_blockskip.settings import TrainSettings
-from mlx_blockskip.tasks.checkpoints import State
-from mlx_blockskip.tasks.moments import Moments
-from mlx_blockskip.tasks.optimizer import global_norm, update
+from mlx_blockskip.tasks.train.checkpoints import State
+from mlx_blockskip.tasks.train.moments import Moments
+from mlx_blockskip.tasks.train.optimizer import global_norm, update
 
 STEPS, WARMUP, RATE, DECAY = 10, 3, 2e-2, 0.1
 SHAPES = {"attn.to_q.lora_a": (6, 2), "attn.to_q.lora_b": (2, 5), "ff.lora_a": (4, 2), "ff.lora_b": (2, 6)}

@@ -155,7 +155,7 @@ def test_the_loss_is_the_weighted_mean_over_both_kinds(quick, class_data):
     tokens, context = samples.embed(0, noisy, s)
     (sample,) = waiting = [Sample(tokens, context)]
     forward(model.stack, model.reader, waiting)
-    error = model.head(sample.state, context, model.head_modulation(context)) - target
+    error = model.final_layer(sample.state, context, model.final_modulation(context)) - target
     subject, prior = np.square(np.array(error, np.float64)).mean(axis=(1, 2, 3))
     assert loss == pytest.approx((subject + 0.25 * prior) / 2, rel=1e-5)
     assert abs(subject - prior) > 1e-3, "so the weight cannot be on the wrong one"

@@ -17,12 +17,13 @@ from PIL import Image
 from support.compare import assert_same_adapter, factors, same_bits
 from support.models import HEDGEHOG, prepared
 
-from mlx_blockskip import flow, generate, train
+from mlx_blockskip import generate, train
 from mlx_blockskip.blockskip import patches
 from mlx_blockskip.data import to_pixels
 from mlx_blockskip.engine import files, interrupt
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, PhaseEnd, Step, Warning
+from mlx_blockskip.models import flow
 from mlx_blockskip.settings import TrainSettings
 from mlx_blockskip.tasks.train import optimizer, precompute
 from mlx_blockskip.tasks.train import train as train_task

@@ -7,7 +7,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_blockskip.engine.weights import Shards
+from mlx_blockskip.models import flow
 from mlx_blockskip.models.family import Encoded, Posterior, Prompt, Size, Tokens
+from mlx_blockskip.models.flow import Fresh, Sampler
 from mlx_blockskip.models.flux1 import transformer as net
 from mlx_blockskip.models.flux1.config import CONFIGS
 from mlx_blockskip.models.flux1.transformer import Context, FluxTransformer2DConfig
@@ -27,7 +29,7 @@ class Flux1(Opened):
         super().__init__(path, budget, defaults, CONFIGS, net.stack, kl.factor)
         self.config: FluxTransformer2DConfig = self.configs["transformer"]
         self.vae_config: AutoencoderKLConfig = self.configs["vae"]
-        self.granularity = 2 * self.vae_factor
+        self.size_multiple = 2 * self.vae_factor
         self._rope: dict[tuple[int, Size], tuple[mx.array, mx.array]] = {}
 
     def encode_prompts(self, prompts: Sequence[str], max_length: int, negatives: Sequence[str] = ()) -> Encoded:
@@ -72,13 +74,13 @@ class Flux1(Opened):
         z = kl.unscale(latents.astype(mx.float32), self.vae_config)
         return kl.decode(weights, self.vae_config, z.astype(dtype)).astype(mx.float32)
 
-    def drawn_size(self, width: int, height: int) -> tuple[int, int]:
+    def native_size(self, width: int, height: int) -> tuple[int, int]:
         return width, height
 
-    def token_count(self, size: Size) -> int:
-        return size[0] * size[1] // 4
+    def sampler(self, steps: int, size: Size, fresh: Fresh | None = None) -> Sampler:
+        return flow.sampler(self.scheduler, steps, size[0] * size[1] // 4, fresh)
 
-    def tokens(self, latents: mx.array, prompt: Prompt) -> Tokens:
+    def embed(self, latents: mx.array, prompt: Prompt) -> Tokens:
         w = self.weights("x_embedder", "context_embedder")
         image = linear(w, "x_embedder", net.pack(latents).astype(self.dtype))
         return Tokens(image, linear(w, "context_embedder", prompt["prompt_embeds"]))
@@ -97,18 +99,18 @@ class Flux1(Opened):
             self._rope = {key: (mx.array(cos), mx.array(sin))}
         return Context(*self._rope[key], temb, size)
 
-    def prompt_record(self, prompt: Prompt) -> dict[str, mx.array]:
+    def prompt_conditioning(self, prompt: Prompt) -> dict[str, mx.array]:
         return {"text_length": mx.array([prompt["prompt_embeds"].shape[1]])}
 
-    def record(self, context: Context) -> dict[str, mx.array]:
+    def conditioning(self, context: Context) -> dict[str, mx.array]:
         return {}
 
-    def restore(self, size: Size, record: Mapping[str, mx.array]) -> Context:
-        return self._context(int(record["text_length"][0]), size, None)
+    def context_from(self, size: Size, conditioning: Mapping[str, mx.array]) -> Context:
+        return self._context(int(conditioning["text_length"][0]), size, None)
 
-    def head_modulation(self, context: Context) -> tuple[mx.array, mx.array]:
+    def final_modulation(self, context: Context) -> tuple[mx.array, mx.array]:
         assert context.temb is not None
         return net.output_modulation(self.weights("norm_out"), context.temb)
 
-    def head(self, tokens: Tokens, context: Context, modulation: tuple[mx.array, mx.array]) -> mx.array:
+    def final_layer(self, tokens: Tokens, context: Context, modulation: tuple[mx.array, mx.array]) -> mx.array:
         return net.unpack(net.output(self.weights("proj_out"), tokens.image, modulation), context.size)

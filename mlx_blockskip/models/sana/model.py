@@ -8,7 +8,9 @@ import numpy as np
 
 from mlx_blockskip.engine.stack import Weights
 from mlx_blockskip.engine.weights import Shards
-from mlx_blockskip.models.family import OWN_SPACING, Encoded, Posterior, Prompt, Size, Tokens
+from mlx_blockskip.models import flow
+from mlx_blockskip.models.family import Encoded, Posterior, Prompt, Size, Tokens
+from mlx_blockskip.models.flow import Fresh, Sampler
 from mlx_blockskip.models.opened import Defaults, Opened
 from mlx_blockskip.models.sana import transformer as net
 from mlx_blockskip.models.sana.config import CONFIGS
@@ -31,8 +33,7 @@ class Sana(Opened):
         super().__init__(path, budget, defaults, CONFIGS, net.stack, dc_ae.factor)
         self.config: SanaTransformer2DConfig = self.configs["transformer"]
         self.vae_config: AutoencoderDCConfig = self.configs["vae"]
-        self.scheduler = {**self.scheduler, OWN_SPACING: True}
-        self.granularity = self.config.patch_size * self.vae_factor
+        self.size_multiple = self.config.patch_size * self.vae_factor
 
     def encode_prompts(self, prompts: Sequence[str], max_length: int, negatives: Sequence[str] = ()) -> Encoded:
         """`text` (1, max_length, D) and `bias` (1, 1, 1, max_length) for each prompt, as every block takes them.
@@ -88,15 +89,17 @@ class Sana(Opened):
         z = dc_ae.unscale(latents.astype(mx.float32), self.vae_config)
         return dc_ae.decode(weights, self.vae_config, z.astype(dtype)).astype(mx.float32)
 
-    def drawn_size(self, width: int, height: int) -> tuple[int, int]:
+    def native_size(self, width: int, height: int) -> tuple[int, int]:
         if not self.defaults.own.get("resolution_binning", True):
             return width, height
         return binned(width, height, self.config.sample_size)
 
-    def token_count(self, size: Size) -> int:
-        return size[0] * size[1] // self.config.patch_size**2
+    def sampler(self, steps: int, size: Size, fresh: Fresh | None = None) -> Sampler:
+        """SanaPipeline leaves the spacing of the steps to the scheduler."""
+        tokens = size[0] * size[1] // self.config.patch_size**2
+        return flow.sampler(self.scheduler, steps, tokens, fresh, own_spacing=True)
 
-    def tokens(self, latents: mx.array, prompt: Prompt) -> Tokens:
+    def embed(self, latents: mx.array, prompt: Prompt) -> Tokens:
         return Tokens(net.embed(self.weights("patch_embed"), self.config, latents))
 
     def context(self, sigma: mx.array, prompt: Prompt, size: Size, guidance: float) -> Context:
@@ -104,20 +107,20 @@ class Sana(Opened):
         temb, embedded = net.time_embedding(self.weights("time_embed"), self.config, sigma, scale)
         return Context(prompt["text"], prompt["bias"], temb, embedded, size)
 
-    def prompt_record(self, prompt: Prompt) -> dict[str, mx.array]:
+    def prompt_conditioning(self, prompt: Prompt) -> dict[str, mx.array]:
         return dict(prompt)
 
-    def record(self, context: Context) -> dict[str, mx.array]:
+    def conditioning(self, context: Context) -> dict[str, mx.array]:
         return {"temb": context.temb}
 
-    def restore(self, size: Size, record: Mapping[str, mx.array]) -> Context:
-        return Context(record["text"], record["bias"], record["temb"], None, size)
+    def context_from(self, size: Size, conditioning: Mapping[str, mx.array]) -> Context:
+        return Context(conditioning["text"], conditioning["bias"], conditioning["temb"], None, size)
 
-    def head_modulation(self, context: Context) -> tuple[mx.array]:
+    def final_modulation(self, context: Context) -> tuple[mx.array]:
         assert context.embedded is not None
         return (context.embedded,)
 
-    def head(self, tokens: Tokens, context: Context, modulation: tuple[mx.array]) -> mx.array:
+    def final_layer(self, tokens: Tokens, context: Context, modulation: tuple[mx.array]) -> mx.array:
         """The velocity (B, h, w, C); what a transformer of twice the channels says of the variance is left out."""
         weights = self.weights("scale_shift_table", "proj_out")
         found = net.output(weights, self.config, tokens.image, modulation[0], context.size)

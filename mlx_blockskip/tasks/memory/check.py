@@ -99,7 +99,7 @@ def training_phases(settings: TrainConfig, model: DiffusionModel, plan: SkipPlan
 
 def generation_phases(settings: DrawConfig, model: DiffusionModel, images: int, once: bool = False) -> list[Phase]:
     """What a step of all images takes, and decoding one."""
-    width, height = model.drawn_size(settings.width, settings.height)
+    width, height = model.native_size(settings.width, settings.height)
     decoding = predict.images(model, width, height, decoding=True, once=once)
     return [_generating(settings, model, once)(images), decoding]
 
@@ -107,7 +107,7 @@ def generation_phases(settings: DrawConfig, model: DiffusionModel, images: int, 
 def _generating(settings: DrawConfig, model: DiffusionModel, once: bool = False) -> Callable[[int], Phase]:
     """Says what a step of so many images takes."""
     branches, steps = 2 if settings.guided else 1, settings.steps
-    size = model.drawn_size(settings.width, settings.height)
+    size = model.native_size(settings.width, settings.height)
     shape = Shape(*size, settings.max_sequence_length, guidance=settings.guidance)
     tracer = Tracer(model, shape, once=once)
 
@@ -159,7 +159,7 @@ def _smaller_training(
 ) -> Iterator[str]:
     """Changes that make a training run fit, the mildest first."""
     batch, side, rank = settings.batch_size, settings.train_resolution, settings.rank
-    smaller = max(model.granularity, side // 2 // model.granularity * model.granularity)
+    smaller = max(model.size_multiple, side // 2 // model.size_multiple * model.size_multiple)
     single = {"batch_size": 1, "grad_accumulation": 1}
     milder: list[dict[str, Any]] = [
         {"grad_accumulation": 1},
@@ -183,7 +183,7 @@ def _smaller_generation(
 ) -> Iterator[str]:
     """Changes that make the images fit: one at a time, then smaller ones."""
     width, height = settings.width, settings.height
-    g = model.granularity
+    g = model.size_multiple
     for share, count in ((1, 1), (0.75, 1), (0.5, 1), (0.25, 1)):
         w, h = (max(g, int(side * share) // g * g) for side in (width, height))
         changed = replace(settings, width=w, height=h, n_images=1)

@@ -88,7 +88,7 @@ class Tracer:
             kind: sweep.modulations(self.stack, self.reader, contexts, [index])[0].get(index)
             for kind, index in self.first.items()
         }
-        self.head = model.head_modulation(self.sample.context)
+        self.head = model.final_modulation(self.sample.context)
         mx.eval(self.head)
         model.release()
         self._known: dict[tuple[str, str], Any] = {}
@@ -99,8 +99,8 @@ class Tracer:
         latents = mx.zeros((shape.batch, *self.model.latent_shape(shape.width, shape.height)))
         prompt = {k: mx.concatenate([v] * shape.batch) for k, v in self.model.blank_prompt(shape.length).items()}
         context = self.model.context(mx.full((shape.batch,), 0.5), prompt, size, shape.guidance)
-        sample = Sample(self.model.tokens(latents, prompt), context)
-        self.model.head_modulation(context)  # its weights stay with the embedders'
+        sample = Sample(self.model.embed(latents, prompt), context)
+        self.model.final_modulation(context)  # its weights stay with the embedders'
         mx.eval(sample.state, context)
         return sample, waiting_bytes(self.model, sample.state, prompt, context)
 
@@ -228,7 +228,7 @@ class Tracer:
     def _head_bytes(self) -> int:
         """What the head takes, once a step, and what a record gives beside the entry."""
         before = mx.get_active_memory()
-        velocity = self.model.head(self.sample.state, self.sample.context, self.head)
+        velocity = self.model.final_layer(self.sample.state, self.sample.context, self.head)
         mx.eval(velocity)
         found = mx.get_active_memory() - before + 2 * velocity.nbytes
         self.model.release()
@@ -265,7 +265,7 @@ def images(model: DiffusionModel, width: int, height: int, *, decoding: bool, on
     once: see Tracer.
     """
     name = "decode" if decoding else "encode images"
-    sides = [max(model.granularity, side // model.granularity * model.granularity) for side in TRACED_SIDES]
+    sides = [max(model.size_multiple, side // model.size_multiple * model.size_multiple) for side in TRACED_SIDES]
     if width * height <= sides[1] ** 2:
         peak, seconds = _image(model, width, height, decoding, once)
         return Phase(name, peak, seconds=seconds)

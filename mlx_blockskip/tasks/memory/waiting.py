@@ -16,5 +16,5 @@ def together(nbytes: int) -> int:
 
 def waiting_bytes(model: DiffusionModel, tokens: Tokens, prompt: Prompt, context: Context) -> int:
     """Of a micro-batch that waits: its tokens, and what of its context is its own."""
-    own = (*arrays(tokens), *model.prompt_record(prompt).values(), *model.record(context).values())
+    own = (*arrays(tokens), *model.prompt_conditioning(prompt).values(), *model.conditioning(context).values())
     return sum(array.nbytes for array in own)

@@ -9,10 +9,11 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image as PillowImage
 
-from mlx_blockskip import data, flow
+from mlx_blockskip import data
 from mlx_blockskip.engine import philox
 from mlx_blockskip.engine.stack import Mask, Trainable
 from mlx_blockskip.engine.sweep import Sample, forward, modulations
+from mlx_blockskip.models import flow
 from mlx_blockskip.models.family import DiffusionModel, Prompt, Size
 
 NOISE = 0x501
@@ -31,7 +32,7 @@ class Request:
 
 def noise_shape(model: DiffusionModel, width: int, height: int) -> tuple[int, int, int, int]:
     """(1, h, w, C) of the latents that an image of this size is drawn from."""
-    return (1, *model.latent_shape(*model.drawn_size(width, height)))
+    return (1, *model.latent_shape(*model.native_size(width, height)))
 
 
 def seeded_noise(model: DiffusionModel, seed: int, width: int, height: int) -> mx.array:
@@ -66,27 +67,28 @@ def sample(
     Modulation for all steps is computed ahead, in one sweep over its weights.
     """
     size: Size = (requests[0].noise.shape[1], requests[0].noise.shape[2])
-    samplers = [flow.sampler(model.scheduler, steps, model.token_count(size), fresh_noise(r.noise)) for r in requests]
+    samplers = [model.sampler(steps, size, fresh_noise(r.noise)) for r in requests]
     branches = [(i, p) for i, r in enumerate(requests) for p in (r.prompt, r.negative) if p is not None]
     distinct = list({id(p): p for _, p in branches}.values())
     times = samplers[0].times
     keys = [(id(p), step) for p in distinct for step in range(steps)]
     contexts = [model.context(mx.array(times[s : s + 1]), p, size, guidance) for p in distinct for s in range(steps)]
     ahead = dict(zip(keys, zip(contexts, modulations(model.stack, model.reader, contexts), strict=True), strict=True))
-    heads = {key: model.head_modulation(context) for key, (context, _) in ahead.items()}
-    mx.eval(list(heads.values()))
+    last = {key: model.final_modulation(context) for key, (context, _) in ahead.items()}
+    mx.eval(list(last.values()))
 
     def advance(step: int, latents: list[mx.array]) -> list[mx.array]:
         """The latents after a step; in a function of its own, so that nothing of it waits beside the next one."""
         waiting = []
         for i, prompt in branches:
             context, modulation = ahead[id(prompt), step]
-            waiting.append(Sample(model.tokens(latents[i], prompt), context, modulation.__getitem__, requests[i].masks))
+            waiting.append(Sample(model.embed(latents[i], prompt), context, modulation.__getitem__, requests[i].masks))
         forward(model.stack, model.reader, waiting, trainable=trainable)
         velocities: list[list[mx.array]] = [[] for _ in requests]
         for (i, prompt), done in zip(branches, waiting, strict=True):
-            velocities[i].append(model.head(done.state, done.context, heads[id(prompt), step]).astype(mx.float32))
-        guided = [found[0] if len(found) == 1 else found[1] + cfg_scale * (found[0] - found[1]) for found in velocities]
+            velocity = model.final_layer(done.state, done.context, last[id(prompt), step])
+            velocities[i].append(velocity.astype(mx.float32))
+        guided = [found[0] if len(found) == 1 else model.guide(found[0], found[1], cfg_scale) for found in velocities]
         return [samplers[i].step(step, v, latents[i]) for i, v in enumerate(guided)]
 
     latents = [r.noise.astype(mx.float32) for r in requests]

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import mlx.core as mx
 
-from mlx_blockskip import flow, lora
+from mlx_blockskip import lora
 from mlx_blockskip.blockskip import patches, selection
 from mlx_blockskip.blockskip.selection import Distances
 from mlx_blockskip.data import Dataset, Example, load_image, to_pixels
@@ -20,6 +20,7 @@ from mlx_blockskip.engine import philox
 from mlx_blockskip.engine.spill import Spilled
 from mlx_blockskip.engine.stack import Modulation, State, arrays
 from mlx_blockskip.engine.sweep import Sample, modulations
+from mlx_blockskip.models import flow
 from mlx_blockskip.models.family import DiffusionModel, Prompt
 from mlx_blockskip.tasks.memory.waiting import WAITING_BYTES
 from mlx_blockskip.tasks.phases import phase
@@ -66,7 +67,7 @@ def probe_subject(
         samples, heads = _samples(model, examples, latents, encoded, sigmas, settings)
 
         def velocity(i: int, state: State) -> mx.array:
-            return model.head(state, samples[i].context, heads[i])
+            return model.final_layer(state, samples[i].context, heads[i])
 
         for number, tree in enumerate(trees):
             waiting = [Sample(sample.state, sample.context, sample.modulation) for sample in samples]
@@ -135,10 +136,10 @@ def _samples(
             s, prompt = mx.array([sigma], mx.float32), encoded[example.caption]
             noise = mx.array(philox.normal(settings.seed, PROBE, i, j, shape=x0.shape))
             contexts.append(model.context(s, prompt, (x0.shape[1], x0.shape[2]), settings.guidance))
-            states.append(model.tokens(flow.noisy(x0, noise, s), prompt))
+            states.append(model.embed(flow.noisy(x0, noise, s), prompt))
             mx.eval(states[-1])
     ahead = modulations(model.stack, model.reader, contexts)
-    heads = [model.head_modulation(context) for context in contexts]
+    heads = [model.final_modulation(context) for context in contexts]
     mx.eval(heads)
     zipped = zip(states, contexts, ahead, strict=True)
     return [Sample(state, context, by_block.__getitem__) for state, context, by_block in zipped], heads

@@ -86,12 +86,12 @@ def train_step(job: Job, chunk: Chunk, state: State) -> float:
     batches = range(state.step * count, (state.step + 1) * count)
     waiting = []
     for batch in batches:
-        context = model.restore((height, width), chunk.conditioning(batch, job.samples.captions(batch)))
+        context = model.context_from((height, width), chunk.conditioning(batch, job.samples.captions(batch)))
         waiting.append(Sample(chunk.tokens(batch, "entry"), context, chunk.modulation(batch)))
     weights = [job.samples.weights(batch) for batch in batches]
 
     def loss(i: int, tokens: Tokens) -> mx.array:
-        velocity = model.head(tokens, waiting[i].context, chunk.head_modulation(batches[i]))
+        velocity = model.final_layer(tokens, waiting[i].context, chunk.final_modulation(batches[i]))
         error = velocity.astype(mx.float32) - chunk.target(batches[i])
         return mx.mean(mx.square(error) * weights[i]) / count
 

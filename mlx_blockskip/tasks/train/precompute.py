@@ -4,7 +4,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_blockskip import flow, lora
+from mlx_blockskip import lora
 from mlx_blockskip.blockskip import patches, records, residuals
 from mlx_blockskip.blockskip.patches import Patch
 from mlx_blockskip.blockskip.records import Chunk, Layout
@@ -12,6 +12,7 @@ from mlx_blockskip.data import to_pixels
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.stack import Context, Modulation
 from mlx_blockskip.engine.sweep import Sample, Tap, forward, modulations
+from mlx_blockskip.models import flow
 from mlx_blockskip.models.family import DiffusionModel, Posterior
 from mlx_blockskip.tasks.memory.waiting import together, waiting_bytes
 from mlx_blockskip.tasks.phases import phase
@@ -107,14 +108,14 @@ def layout_of(job: Job, batch: int) -> Layout:
 
 
 def _start(model: DiffusionModel, target: mx.array, context: Context) -> records.Tensors:
-    return records.of_start(target, model.record(context), model.head_modulation(context))
+    return records.of_start(target, model.conditioning(context), model.final_modulation(context))
 
 
 def prompt_records(samples: TrainingSamples, batches: range) -> records.Tensors:
     """What depends on the prompt alone, once a prompt."""
     found: records.Tensors = {}
     for number in sorted({number for batch in batches for number in samples.captions(batch)}):
-        found |= records.of_prompt(number, samples.model.prompt_record(samples.caption(number)))
+        found |= records.of_prompt(number, samples.model.prompt_conditioning(samples.caption(number)))
     return found
 
 

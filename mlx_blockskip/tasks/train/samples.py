@@ -7,12 +7,12 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image as PillowImage
 
-from mlx_blockskip import flow
 from mlx_blockskip.blockskip import patches
 from mlx_blockskip.blockskip.patches import Patch
 from mlx_blockskip.data import Dataset, Example, load_image
 from mlx_blockskip.engine import files, philox
 from mlx_blockskip.engine.stack import Context
+from mlx_blockskip.models import flow
 from mlx_blockskip.models.family import DiffusionModel, Prompt, Tokens
 from mlx_blockskip.tasks.defaults import TrainConfig
 
@@ -126,4 +126,4 @@ class TrainingSamples:
         """What the blocks of the transformer take. noisy: x_s (B, h, w, C); s: (B,)."""
         prompt = self.prompt(batch)
         context = self.model.context(s, prompt, (noisy.shape[1], noisy.shape[2]), self.config.guidance)
-        return self.model.tokens(noisy, prompt), context
+        return self.model.embed(noisy, prompt), context

@@ -1,16 +1,14 @@
 """Flow matching: x_s = (1 - s) x0 + s e, velocity v = e - x0, s in (0, 1]; training noise levels and samplers."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.models import schedulers
-from mlx_blockskip.models.family import OWN_SPACING
-from mlx_blockskip.models.schedulers import DPMSolverMultistepConfig, FlowMatchEulerDiscreteConfig
+from mlx_blockskip.models.schedulers import DPMSolverMultistepConfig, FlowMatchEulerDiscreteConfig, SchedulerConfig
 
 LATEST, BETWEEN = 1.5708, 1.3
 """The first angle, and the second where there are two steps: what SanaSprintPipeline asks of the scheduler."""
@@ -52,9 +50,8 @@ def _shifted(sigma: Any, shift: float) -> Any:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def training_shift(scheduler: Mapping[str, Any]) -> float:
-    """The static shift of a scheduler_config.json's content; 1 where shifting is dynamic. Raises as `sampler` does."""
-    config = schedulers.parse(scheduler)
+def training_shift(config: SchedulerConfig) -> float:
+    """The scheduler's static shift; 1 where shifting is dynamic."""
     if isinstance(config, DPMSolverMultistepConfig):
         return float(config.flow_shift)
     if isinstance(config, FlowMatchEulerDiscreteConfig) and not config.use_dynamic_shifting:
@@ -62,19 +59,26 @@ def training_shift(scheduler: Mapping[str, Any]) -> float:
     return 1.0
 
 
-def sampler(scheduler: Mapping[str, Any], steps: int, image_tokens: int, fresh: Fresh | None = None) -> Sampler:
-    """The sampler that a scheduler_config.json's content names. Raises UserError for what is not implemented, by name.
+def sampler(
+    config: SchedulerConfig, steps: int, image_tokens: int, fresh: Fresh | None = None, own_spacing: bool = False
+) -> Sampler:
+    """The sampler of a checkpoint's scheduler. Raises UserError for less than one step.
 
-    fresh: what a sampler draws noise from that adds some on the way.
+    fresh: what a sampler draws noise from that adds some on the way. own_spacing: the family's pipeline leaves the
+    spacing of the steps to the scheduler.
     """
-    config = schedulers.parse(scheduler)
     if steps < 1:
         raise UserError(f"--steps {steps}: at least one step is needed")
     if isinstance(config, DPMSolverMultistepConfig):
         return Multistep(*dpm_sigmas(config, steps), config.solver_order, config.solver_type)
     if isinstance(config, FlowMatchEulerDiscreteConfig):
-        return Euler(euler_sigmas(config, steps, image_tokens, bool(scheduler.get(OWN_SPACING))))
+        return Euler(euler_sigmas(config, steps, image_tokens, own_spacing))
     return Consistency(consistency_sigmas(steps), fresh)
+
+
+def guided(conditional: mx.array, unconditional: mx.array, scale: float) -> mx.array:
+    """Classifier-free guidance (arXiv 2207.12598): the velocity from the unconditional one, `scale` times the way."""
+    return unconditional + scale * (conditional - unconditional)
 
 
 class Euler:
@@ -163,7 +167,7 @@ def consistency_sigmas(steps: int) -> np.ndarray:
 def euler_sigmas(
     config: FlowMatchEulerDiscreteConfig, steps: int, image_tokens: int, own_spacing: bool = False
 ) -> np.ndarray:
-    """(steps + 1,) float32: 1 ... 1/steps, shifted, then 0; with `own_spacing` (see OWN_SPACING) down to the least
+    """(steps + 1,) float32: 1 ... 1/steps, shifted, then 0; with `own_spacing` (see `sampler`) down to the least
     training sigma instead, which is shifted twice. Source: FluxPipeline, FlowMatchEulerDiscreteScheduler.
     """
     least, shift = 1 / steps, float(config.shift)
