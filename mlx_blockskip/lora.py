@@ -38,7 +38,7 @@ def init(
     """New factors: A uniform in +-1/sqrt(in) (as peft and mlx-lm), B zero. A function of the seed and the place."""
     tree: Tree = {}
     for index in blocks:
-        block = reader.stack.blocks[index]
+        block = reader.stack.block(index)
         tree[index] = {}
         for number, module in enumerate(modules[block.kind.name]):
             width_out, width_in = linear_shape(reader, index, module)
@@ -52,7 +52,7 @@ def init(
 
 def linear_shape(reader: BlockReader, index: int, module: str) -> tuple[int, int]:
     """(out, in) of a linear layer, quantized or not, from the file's header."""
-    prefix = reader.stack.blocks[index].prefix + module
+    prefix = reader.stack.block(index).prefix + module
     out, packed = reader.shards.shape(f"{prefix}.weight")
     group_size = reader.shards.group_sizes.get(prefix)
     if group_size is None:
@@ -65,10 +65,13 @@ def attach(stack: Stack, scale: float) -> Stack:
     if scale == 1.0:
         return stack
     kinds = {}
-    for block in stack.blocks:
+    for block in (*stack.prelude, *stack.blocks):
         if block.kind.name not in kinds:
             kinds[block.kind.name] = replace(block.kind, apply=_with_scale(block.kind.apply, scale))
-    return Stack(tuple(replace(block, kind=kinds[block.kind.name]) for block in stack.blocks))
+    scaled_kinds = [
+        tuple(replace(block, kind=kinds[block.kind.name]) for block in part) for part in (stack.blocks, stack.prelude)
+    ]
+    return Stack(*scaled_kinds)
 
 
 def _with_scale(inner: Apply, scale: float) -> Apply:
@@ -97,12 +100,12 @@ def combine(trees: Sequence[Tree], scales: Sequence[float]) -> Tree:
 
 def flatten(tree: Tree, stack: Stack) -> dict[str, mx.array]:
     """Full names (`transformer_blocks.0.attn.to_q.lora_a`) for a file."""
-    return {stack.blocks[i].prefix + name: value for i, factors in tree.items() for name, value in factors.items()}
+    return {stack.block(i).prefix + name: value for i, factors in tree.items() for name, value in factors.items()}
 
 
 def unflatten(tensors: Mapping[str, mx.array], stack: Stack, source: Path) -> Tree:
     """The inverse of `flatten`. Raises UserError for a name that the model does not have."""
-    prefixes = {block.prefix: index for index, block in enumerate(stack.blocks)}
+    prefixes = {stack.block(index).prefix: index for index in stack.path}
     tree: Tree = {}
     for name, value in tensors.items():
         prefix = next((p for p in prefixes if name.startswith(p)), None)
@@ -120,7 +123,7 @@ def check(tree: Tree, reader: BlockReader, source: Path) -> None:
                 continue
             module = name.removesuffix(".lora_a")
             b = factors.get(f"{module}.lora_b")
-            prefix = reader.stack.blocks[index].prefix
+            prefix = reader.stack.block(index).prefix
             if f"{prefix}{module}.weight" not in reader.shards.weight_map:
                 raise UserError(f"{source}: this model has no layer {prefix}{module}; the adapter is for another one")
             out, width = linear_shape(reader, index, module)

@@ -36,6 +36,18 @@ def tiny_sana(tmp_path_factory):
     return convert(assets() / "tiny-sana", tmp_path_factory.mktemp("sana") / "tiny-sana", "sana")
 
 
+@pytest.fixture(scope="session")
+def toy_with_prelude(tmp_path_factory):
+    """Two blocks that are swept before block 0 and not counted."""
+    return make_toy(tmp_path_factory.mktemp("prelude") / "toy", prelude=2)
+
+
+@pytest.fixture(scope="session")
+def toy_of_many_lengths(tmp_path_factory):
+    """Prompts are encoded to their own lengths."""
+    return make_toy(tmp_path_factory.mktemp("lengths") / "toy", prelude=1, varied=True)
+
+
 @pytest.fixture(scope="session", params=["tiny_flux", "tiny_sana", "toy"])
 def family_model(request):
     """A model directory of every family that has a small model; contract tests run over all of them."""

@@ -136,6 +136,8 @@ def probe(
 
     def join(boundary: int) -> None:
         nonlocal count
+        if boundary < 0:  # in the prelude
+            return
         if boundary in looked_at and boundary < k:
             for i, sample in enumerate(masked):
                 waiting.append(wait(replace(sample, masks={})))

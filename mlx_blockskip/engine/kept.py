@@ -39,7 +39,7 @@ def backward(
             state, before = sample.state, path[0]
             for block in path:
                 state = cross(i, before, block, state, bridge)
-                one = stack.blocks[block]
+                one = stack.block(block)
                 modulation = modulation_of(one, weights[block], sample, block)
                 state = one.kind.apply(
                     weights[block], trees[block], state, sample.context, modulation, sample.masks.get(block)

@@ -51,13 +51,28 @@ class Block:
 
 @dataclass(frozen=True)
 class Stack:
-    """The blocks of a model in the order in which the state passes them. Boundary b lies before block b."""
+    """The blocks of a model in the order in which the state passes them. Boundary b lies before block b.
+
+    prelude: blocks before block 0 that are swept like the others but not counted: they have the indices -1 (the last of
+    them), -2 and so on.
+    """
 
     blocks: tuple[Block, ...]
+    prelude: tuple[Block, ...] = ()
 
     @property
     def depth(self) -> int:
+        """The number of blocks without the prelude."""
         return len(self.blocks)
+
+    @property
+    def path(self) -> range:
+        """The indices of all blocks, the prelude's first."""
+        return range(-len(self.prelude), len(self.blocks))
+
+    def block(self, index: int) -> Block:
+        """The block of this index; below zero it is one of the prelude."""
+        return self.blocks[index] if index >= 0 else self.prelude[index]
 
     @property
     def kinds(self) -> tuple[str, ...]:

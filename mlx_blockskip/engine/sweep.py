@@ -67,16 +67,16 @@ def forward(
     `on_modulation` of each `(sample, block, modulation)`.
     """
     trainable, taps = trainable or {}, taps or {}
-    path = range(stack.depth) if path is None else path
+    path = stack.path if path is None else path
     before = path[0] if path else 0
     for block, weights in timeline.walk(reader, path, part_of(samples), "forward"):
         _cross(samples, before, block, bridge)
         _tap(taps, block, samples)
         if on_boundary is not None:
             on_boundary(block)
-        kind = stack.blocks[block].kind
+        kind = stack.block(block).kind
         for i, sample in enumerate(samples):
-            modulation = modulation_of(stack.blocks[block], weights, sample, block)
+            modulation = modulation_of(stack.block(block), weights, sample, block)
             if on_modulation is not None:
                 on_modulation(i, block, modulation)
             tree = trainable.get(block, {})
@@ -123,8 +123,8 @@ def backward(
             _cross(samples, before, block, bridge)
             inputs.append([sample.state for sample in samples])
             for sample in samples:
-                modulation = modulation_of(stack.blocks[block], weights, sample, block)
-                apply = stack.blocks[block].kind.apply
+                modulation = modulation_of(stack.block(block), weights, sample, block)
+                apply = stack.block(block).kind.apply
                 sample.state = apply(weights, tree, sample.state, sample.context, modulation, sample.masks.get(block))
                 mx.eval(sample.state)
             before = block + 1
@@ -137,7 +137,7 @@ def backward(
             for i, (sample, state) in enumerate(zip(samples, inputs.pop(), strict=True)):
                 passed = Sample(state, sample.context, sample.modulation, sample.masks)
                 cotangents[i], own = _pull_back(
-                    stack.blocks[block], weights, tree, passed, block, cotangents[i], wants_state=position > 0
+                    stack.block(block), weights, tree, passed, block, cotangents[i], wants_state=position > 0
                 )
                 grads = {name: grads[name] + g for name, g in own.items()} if grads else own
                 mx.eval(cotangents[i], grads)
@@ -152,9 +152,9 @@ def modulations(
 ) -> list[dict[int, Modulation]]:
     """The modulation of every block on `path` for each context, in one sweep over the modulation weights alone."""
     found: list[dict[int, Modulation]] = [{} for _ in contexts]
-    blocks = [b for b in (range(stack.depth) if path is None else path) if stack.blocks[b].kind.modulate]
+    blocks = [b for b in (stack.path if path is None else path) if stack.block(b).kind.modulate]
     for block, weights in timeline.walk(reader, blocks, "modulation", "modulation"):
-        modulate = stack.blocks[block].kind.modulate
+        modulate = stack.block(block).kind.modulate
         assert modulate is not None
         for per_block, context in zip(found, contexts, strict=True):
             per_block[block] = modulate(weights, context)

@@ -194,7 +194,7 @@ class Timeline:
 
 
 def _visit(reader: BlockReader, index: int, part: Part, direction: str) -> Visit:
-    block = reader.stack.blocks[index]
+    block = reader.stack.block(index)
     try:
         size = reader.nbytes(index, part)
     except UserError:  # the walk says so itself

@@ -190,7 +190,7 @@ class BlockReader:
         self._kept: dict[tuple[int, Part], dict[str, mx.array]] = {}
         self._kept_bytes = 0
         self._room = 0
-        self._names: dict[str, list[str]] = {block.prefix: [] for block in stack.blocks}
+        self._names: dict[str, list[str]] = {block.prefix: [] for block in (*stack.prelude, *stack.blocks)}
         prefixes = tuple(self._names)
         for name in shards.names:
             for prefix in prefixes:
@@ -200,7 +200,7 @@ class BlockReader:
 
     def names(self, index: int, part: Part = "all") -> list[str]:
         """Full names of a block's tensors."""
-        block = self.stack.blocks[index]
+        block = self.stack.block(index)
         names = self._names[block.prefix]
         if part == "all":
             return names
@@ -225,7 +225,7 @@ class BlockReader:
                 for position, index in enumerate(order):
                     if ahead is not None:
                         weights, ahead = ahead.result(), None
-                    work = part, self.stack.blocks[index].kind.name, index in seen
+                    work = part, self.stack.block(index).kind.name, index in seen
                     seen.add(index)
                     flight.begin(self._beside(index, work))
                     following = order[position + 1 : position + 2]
@@ -297,7 +297,7 @@ class BlockReader:
         """Bytes of the budget left beside the work, as measured, and the largest block; None for any number."""
         if self.budget is None:
             return None
-        largest = max(self.nbytes(index, part) for index in range(self.stack.depth))
+        largest = max(self.nbytes(index, part) for index in self.stack.path)
         return self.budget - self.overhead.get(part, 0) - largest
 
     def reserve(self, size: int, part: Part = "body") -> None:
@@ -309,7 +309,7 @@ class BlockReader:
         kept = self._kept.get((index, part))
         if kept is not None:
             return dict(kept)
-        prefix = self.stack.blocks[index].prefix
+        prefix = self.stack.block(index).prefix
         names = self.names(index, part)
         if not names and part != "modulation":
             raise UserError(f"{self.shards.path}: has no tensors under {prefix}; convert the model again")

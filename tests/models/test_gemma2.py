@@ -10,7 +10,7 @@ from support.compare import assert_parity, relative_error, same_bits
 from support.component import save_component
 
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.weights import Shards
+from mlx_blockskip.engine.weights import BlockReader, Shards
 from mlx_blockskip.models.text import gemma2
 
 SMALL = {
@@ -92,6 +92,30 @@ def test_a_language_model_gives_the_same_as_its_encoder(tmp_path, head):
     ids, mask = prompts()
     ((ours, _),) = gemma2.encode(converted(model, tmp_path), [ids], [mask])
     assert relative_error(ours[1], theirs_for(model, ids, mask)[1]) <= 1e-4
+
+
+@pytest.mark.parametrize("layers", [(1,), (0, 2), (2, 1)])
+def test_hidden_states_equal_those_of_transformers_and_no_further_layer_is_read(tmp_path, monkeypatch, layers):
+    model = reference()
+    import torch
+
+    ids, mask = prompts()
+    with torch.no_grad():
+        inputs, seen = torch.from_numpy(ids).long(), torch.from_numpy(mask).long()
+        theirs = model(inputs, attention_mask=seen, output_hidden_states=True).hidden_states
+    assert max(layers) < len(theirs) - 1, "the last one is normed there"
+    read = []
+    get = BlockReader._get
+    monkeypatch.setattr(BlockReader, "_get", lambda self, index, *rest: read.append(index) or get(self, index, *rest))
+    shards = converted(model, tmp_path)
+    (ours,) = gemma2.hidden_states(shards, [ids], [mask], layers)
+    assert set(ours) == set(layers)
+    assert read == list(range(max(layers)))
+    for layer, hidden in ours.items():
+        for i, length in enumerate(LENGTHS):
+            assert_parity("Gemma-2, hidden states", hidden[i, :length], theirs[layer][i, :length].numpy())
+    with pytest.raises(ValueError, match="not within 0 to"):
+        gemma2.hidden_states(Shards(shards.path), [ids], [mask], (1, 99))
 
 
 def test_rope_theta_is_read_in_the_old_place_too():

@@ -12,7 +12,7 @@ from mlx_blockskip.engine.weights import INDEX
 def save_component(path: Path, config: dict, tensors: dict[str, mx.array], stack: Stack | None = None) -> Path:
     """One shard a block of the stack, and one for the rest."""
     path.mkdir(parents=True)
-    prefixes = [block.prefix for block in stack.blocks] if stack else []
+    prefixes = [stack.block(index).prefix for index in stack.path] if stack else []
     shards: dict[str, dict[str, mx.array]] = {}
     for name, tensor in tensors.items():
         number = next((i for i, prefix in enumerate(prefixes) if name.startswith(prefix)), None)

@@ -53,8 +53,11 @@ MODULES = (
 )
 
 
-def stack(depth: int) -> Stack:
-    return Stack(tuple(Block(f"blocks.{i}.", KIND) for i in range(depth)))
+def stack(depth: int, prelude: int = 0) -> Stack:
+    return Stack(
+        tuple(Block(f"blocks.{i}.", KIND) for i in range(depth)),
+        tuple(Block(f"refiner.{i}.", KIND) for i in range(prelude)),
+    )
 
 
 class Toy:
@@ -67,7 +70,8 @@ class Toy:
     def __init__(self, path: Path, budget: int | None):
         self.path = path
         self.shards = Shards(path / "transformer")
-        self.stack = stack(self.shards.config["depth"])
+        self.stack = stack(self.shards.config["depth"], self.shards.config["prelude"])
+        self.varied = self.shards.config["varied"]
         self.reader = BlockReader(self.shards, self.stack, budget)
         self.identity = self.shards.identity
 
@@ -82,10 +86,11 @@ class Toy:
         found, prompts = [], [*prompts, *negatives]
         for prompt in prompts:
             codes = [ord(c) % 97 for c in prompt][:max_length]
+            length = max(1, len(codes)) if self.varied else max_length
             table = philox.normal(7, shape=(97, TEXT))
-            rows = np.zeros((1, max_length, TEXT), np.float32)
+            rows = np.zeros((1, length, TEXT), np.float32)
             rows[0, : len(codes)] = table[codes]
-            mask = np.where(np.arange(max_length) < max(1, len(codes)), 0, -10000).astype(np.float32)
+            mask = np.where(np.arange(length) < max(1, len(codes)), 0, -10000).astype(np.float32)
             found.append({"text": mx.array(rows), "mask": mx.array(mask[None])})
         return Encoded(found, [len(p) > max_length for p in prompts])
 
@@ -154,20 +159,23 @@ FAMILY = Family(
 )
 
 
-def make_toy(path: Path, depth: int = 5) -> Path:
-    """A random toy model directory, registered so that tasks find its family."""
+def make_toy(path: Path, depth: int = 5, prelude: int = 0, varied: bool = False) -> Path:
+    """A random toy model directory, registered so that tasks find its family. prelude: blocks before block 0. varied:
+    prompts are encoded to their own lengths.
+    """
     registry.families()["toy"] = FAMILY
     shapes = {"rest.embed": (WIDTH, CHANNELS), "rest.text": (WIDTH, TEXT), "rest.time": (WIDTH, 8)}
     shapes |= {"rest.head_time": (WIDTH, WIDTH), "rest.head": (CHANNELS, WIDTH)}
     inner = {"time": (3 * WIDTH, WIDTH), "ff.0": (64, WIDTH), "ff.2": (WIDTH, 64)}
     inner |= dict.fromkeys(MODULES[:8], (WIDTH, WIDTH))
-    for i in range(depth):
-        shapes |= {f"blocks.{i}.{name}": shape for name, shape in inner.items()}
+    for block in (*stack(depth).blocks, *stack(0, prelude).prelude):
+        shapes |= {f"{block.prefix}{name}": shape for name, shape in inner.items()}
     tensors = {}
     for number, (name, shape) in enumerate(shapes.items()):
         tensors[f"{name}.weight"] = mx.array(philox.normal(3, number, shape=shape) / shape[1] ** 0.5)
         tensors[f"{name}.bias"] = mx.array(philox.normal(4, number, shape=shape[:1]) * 0.1)
     path.mkdir(parents=True)
-    save_component(path / "transformer", {"depth": depth}, tensors, stack(depth))
+    config = {"depth": depth, "prelude": prelude, "varied": varied}
+    save_component(path / "transformer", config, tensors, stack(depth, prelude))
     files.write_json(path / "config.json", {"format": 1, "family": "toy", "defaults": {}})
     return path

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.stack import Block, BlockKind, Stack, Trainable, Weights
-from mlx_blockskip.engine.sweep import Sample, forward
+from mlx_blockskip.engine.sweep import Sample, Tap, forward
 from mlx_blockskip.engine.weights import BlockReader, Shards
 from mlx_blockskip.models.config import Config, NonNegativeInt, OneOf, PositiveFloat, PositiveInt
 from mlx_blockskip.models.layers import gelu_tanh, linear, merge_heads, split_heads
@@ -111,15 +111,7 @@ def encode(
     Never in float16: it overflows. Raises UserError for sequences that are longer than the sliding window.
     """
     config = Gemma2Config.from_dict(shards.config, shards.path / "config.json")
-    layers = stack(config)
-    window = config.sliding_window
-    samples = []
-    for row, mask in zip(ids, masks, strict=True):
-        if window is not None and row.shape[1] > window:
-            raise UserError(f"Gemma-2: {row.shape[1]} tokens are more than its sliding window of {window}; use fewer")
-        cos, sin = rope_tables(config, row.shape[1])
-        context = Context(mx.array(cos), mx.array(sin), mx.array(causal(mask)))
-        samples.append(Sample(Hidden(embedded(shards, row, config.hidden_size)), context))
+    layers, samples = stack(config), begin(shards, config, ids, masks)
     forward(layers, BlockReader(shards, layers, budget), samples)
     final = shards.load(["norm.weight"])
     found = [
@@ -128,6 +120,44 @@ def encode(
     ]
     mx.eval(found)
     return found
+
+
+def hidden_states(
+    shards: Shards,
+    ids: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    layers: Sequence[int],
+    budget: int | None = None,
+) -> list[dict[int, mx.array]]:
+    """The hidden states (B, L, D) after so many layers (0: the embeddings), by that number, for each array of ids.
+
+    No layer after the last of them is read. They are not normed: as transformers' `hidden_states`, but for its last
+    one. Raises UserError as `encode` does, and ValueError for a layer that is not there.
+    """
+    config = Gemma2Config.from_dict(shards.config, shards.path / "config.json")
+    whole, samples = stack(config), begin(shards, config, ids, masks)
+    if not layers or not all(0 <= layer <= whole.depth for layer in layers):
+        raise ValueError(f"layers {list(layers)} are not within 0 to {whole.depth}")
+    found: list[dict[int, mx.array]] = [{} for _ in samples]
+
+    def tap(layer: int) -> Tap:
+        return lambda i, state: found[i].__setitem__(layer, state.hidden)
+
+    taps = {layer: tap(layer) for layer in layers}
+    forward(whole, BlockReader(shards, whole, budget), samples, range(max(layers)), taps=taps)
+    return found
+
+
+def begin(shards: Shards, config: Gemma2Config, ids: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> list[Sample]:
+    """Embedded ids and their contexts, as they wait before the first layer. Raises UserError for what is too long."""
+    window, samples = config.sliding_window, []
+    for row, mask in zip(ids, masks, strict=True):
+        if window is not None and row.shape[1] > window:
+            raise UserError(f"Gemma-2: {row.shape[1]} tokens are more than its sliding window of {window}; use fewer")
+        cos, sin = rope_tables(config, row.shape[1])
+        context = Context(mx.array(cos), mx.array(sin), mx.array(causal(mask)))
+        samples.append(Sample(Hidden(embedded(shards, row, config.hidden_size)), context))
+    return samples
 
 
 def embedded(shards: Shards, ids: np.ndarray, width: int) -> mx.array:

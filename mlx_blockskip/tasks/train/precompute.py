@@ -151,7 +151,7 @@ def _write_group(job: Job, group: range, noised: Noised, write: records.Write, a
     stop = max(kept)
     contexts = [sample.context for sample in waiting]
     forward(
-        job.stack, model.reader, waiting, range(stop), trainable=adapter,
+        job.stack, model.reader, waiting, range(job.stack.path.start, stop), trainable=adapter,
         taps={boundary: tap(boundary) for boundary in kept}, on_modulation=keep_modulation,
     )  # fmt: skip
     beyond = [block for block in plan.retained if block >= stop]
