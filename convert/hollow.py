@@ -22,7 +22,7 @@ from mlx_blockskip.converters.run import (
 from mlx_blockskip.converters.table import Component
 
 from mlx_blockskip.engine import files
-from mlx_blockskip.engine.weights import INDEX
+from mlx_blockskip.engine.shards import INDEX
 from mlx_blockskip.models.family import Configs
 
 

@@ -15,7 +15,7 @@ from mlx_blockskip.converters.table import Component, Row
 
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.weights import INDEX
+from mlx_blockskip.engine.shards import INDEX
 from mlx_blockskip.models import schedulers
 from mlx_blockskip.models.family import Configs
 

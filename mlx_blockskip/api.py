@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlx_blockskip.events import Listener, listening
+from mlx_blockskip.options import from_mapping
 from mlx_blockskip.settings import (
     ConvertSettings,
     EstimateSettings,
@@ -14,7 +15,6 @@ from mlx_blockskip.settings import (
     GenerateSettings,
     SelectSettings,
     TrainSettings,
-    from_mapping,
 )
 from mlx_blockskip.tasks import estimate as estimate_task
 from mlx_blockskip.tasks import generate as generate_task

@@ -14,6 +14,7 @@ import typer
 from mlx_blockskip import __version__, settings
 from mlx_blockskip.display import Json, Plain, drawn_by
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.options import merge, options_of
 
 COMMANDS = {
     "convert": settings.ConvertSettings,
@@ -64,7 +65,7 @@ def _root(
 def _command(name: str, cls: type) -> Callable[..., None]:
     """A typer command whose options are the fields of `cls`; only options that were given override the config file."""
     hints = get_type_hints(cls)
-    known = {f.name: f for f in settings.options_of(cls)}
+    known = {f.name: f for f in options_of(cls)}
 
     def command(ctx: typer.Context, **options: Any) -> None:
         given = {
@@ -111,7 +112,7 @@ def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 def run(name: str, cls: type, given: dict[str, Any], config: str | None, as_json: bool, debug: bool) -> None:
     """Run one task and draw it; errors of the user's become one sentence and exit code 1."""
     try:
-        chosen: Any = settings.merge(cls, config, given)
+        chosen: Any = merge(cls, config, given)
         task = getattr(importlib.import_module(TASKS[name]), name)
         with drawn_by(Json() if as_json else _drawer()):
             task(chosen)

@@ -15,8 +15,8 @@ import numpy as np
 
 from mlx_blockskip.engine import files, philox
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.reader import BlockReader
 from mlx_blockskip.engine.stack import Apply, Context, Mask, Modulation, Stack, State, Trainable, Weights
-from mlx_blockskip.engine.weights import BlockReader
 
 Tree = dict[int, dict[str, mx.array]]
 

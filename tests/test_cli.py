@@ -16,7 +16,8 @@ from mlx_blockskip.cli import TASKS, app
 from mlx_blockskip.display_rich import Bars
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Image, Note, Phase, PhaseEnd, Saved, Step, Warning, emit
-from mlx_blockskip.settings import GenerateSettings, TrainSettings, from_mapping, merge, parse_size, to_mapping
+from mlx_blockskip.options import from_mapping, merge, parse_size, to_mapping
+from mlx_blockskip.settings import GenerateSettings, TrainSettings
 
 EVENTS = [
     Note("a note"),

@@ -15,7 +15,7 @@ from typer.main import get_command
 import mlx_blockskip
 from mlx_blockskip.cli import COMMANDS, app
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.settings import from_mapping
+from mlx_blockskip.options import from_mapping
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

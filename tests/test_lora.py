@@ -12,7 +12,7 @@ from support.toy import FAMILY, MODULES, WIDTH
 
 from mlx_blockskip import lora
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.weights import BlockReader
+from mlx_blockskip.engine.reader import BlockReader
 from mlx_blockskip.models.registry import open_model
 
 FILE = Path("own/adapters.safetensors")

@@ -150,14 +150,14 @@ def train(trainer: Trainer, own: Setting) -> Callable[[], Any]:
 def precompute(trainer: Trainer, own: Setting) -> Callable[[], Any]:
     import mlx.core as mx
 
-    from mlx_blockskip.engine.sweep import Sample, forward
+    from mlx_blockskip.engine.sweep import Batch, forward
 
     trainer.state.tree.clear()
     embedded, context = trainer.embed(own.tokens - own.tokens // 2, latent_size(own))
     trainer.model.release()
 
     def run() -> None:
-        samples = [Sample(type(embedded)(*(mx.array(part) for part in embedded)), context) for _ in range(own.samples)]
+        samples = [Batch(type(embedded)(*(mx.array(part) for part in embedded)), context) for _ in range(own.samples)]
         mx.eval([sample.state for sample in samples])
         forward(trainer.model.stack, trainer.model.reader, samples)
 

@@ -42,16 +42,17 @@ import mlx_blockskip  # noqa: F401  (OpenBLAS goes before mlx.core)
 
 # isort: split
 import mlx.core as mx
+from mlx_blockskip.converters.hollow import write_hollow
+from mlx_blockskip.converters.run import Precision
 
 from mlx_blockskip import lora
 from mlx_blockskip.blockskip import records, residuals
 from mlx_blockskip.blockskip.plan import SkipPlan
-from mlx_blockskip.converters.hollow import write_hollow
-from mlx_blockskip.converters.run import Precision
 from mlx_blockskip.engine import files, kept, limits, sweep
+from mlx_blockskip.engine.reader import BlockReader, Part
+from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.engine.stack import Modulation, Stack, Trainable
-from mlx_blockskip.engine.sweep import Sample
-from mlx_blockskip.engine.weights import BlockReader, Part, Shards
+from mlx_blockskip.engine.sweep import Batch
 from mlx_blockskip.models import presets
 from mlx_blockskip.models.family import Size, Tokens
 from mlx_blockskip.models.flux1 import FAMILY
@@ -205,7 +206,7 @@ def whole_graph(model: Model, text: int, record: Record, checkpointed: bool) -> 
 def precompute(model: Model, text: int, reader: BlockReader) -> Record:
     """One sample through all blocks at s_min, which find their own modulation."""
     temb = mx.random.normal((1, model.width), key=mx.random.key(0))
-    sample = Sample(random_tokens(model, text, S_MIN), context_of(model, text, S_MIN, temb))
+    sample = Batch(random_tokens(model, text, S_MIN), context_of(model, text, S_MIN, temb))
     record = Record()
 
     def tap(boundary: int) -> sweep.Tap:
@@ -243,7 +244,7 @@ def our_step(
     backward(
         model.stack,
         reader,
-        [Sample(chunk.tokens(0, "entry"), context_of(model, text, S_MIN), chunk.modulation(0))],
+        [Batch(chunk.tokens(0, "entry"), context_of(model, text, S_MIN), chunk.modulation(0))],
         plan.retained,
         trainable={block: model.tree[block] for block in plan.retained},
         loss=lambda _, tokens: error(tokens.image, chunk.target(0)),

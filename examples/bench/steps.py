@@ -159,7 +159,7 @@ class Trainer:
             return mx.mean(mx.square(velocity.astype(mx.float32) - record.target))
 
         grads: optimizer.Grads = {}
-        sample = sweep.Sample(record.tokens, record.context, record.modulations.__getitem__)
+        sample = sweep.Batch(record.tokens, record.context, record.modulations.__getitem__)
         losses = sweep.backward(
             self.model.stack, self.model.reader, [sample], self.retained,
             trainable=self.state.tree, loss=loss, on_grad=grads.__setitem__, bridge=bridge,

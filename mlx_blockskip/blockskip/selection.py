@@ -14,9 +14,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_blockskip.blockskip import masking
+from mlx_blockskip.engine.reader import BlockReader
 from mlx_blockskip.engine.stack import Stack, State, Trainable
-from mlx_blockskip.engine.sweep import Sample, forward
-from mlx_blockskip.engine.weights import BlockReader
+from mlx_blockskip.engine.sweep import Batch, forward
 
 FULL, FIRST, LAST = "full", "first", "last"
 Variant = tuple[str, int]
@@ -112,13 +112,13 @@ class Probed:
 def probe(
     stack: Stack,
     reader: BlockReader,
-    samples: Sequence[Sample],
+    samples: Sequence[Batch],
     k: int,
     *,
     stride: int = 1,
     trainable: Mapping[int, Trainable] | None = None,
     velocity: Callable[[int, State], mx.array],
-    wait: Callable[[Sample], Sample] = lambda sample: sample,
+    wait: Callable[[Batch], Batch] = lambda sample: sample,
 ) -> Probed:
     """How far the predicted velocity goes from that with full attention, for every variant, in one sweep.
 

@@ -1,6 +1,5 @@
 """Files that are whole or absent: temporary names, then rename; safetensors read and written a tensor at a time."""
 
-import fcntl
 import hashlib
 import itertools
 import json
@@ -287,21 +286,3 @@ class MappedTensors:
     def under(self, prefix: str) -> list[str]:
         """The names that start with `prefix`, in the file's order."""
         return [name for name in self.header.entries if name.startswith(prefix)]
-
-
-@contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file. Raises UserError where another process holds it, with its process id."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise UserError(f"{path.parent}: in use by process {holder}; wait for it or stop it") from None
-        file.seek(0)
-        file.truncate()
-        file.write(str(os.getpid()))
-        file.flush()
-        yield

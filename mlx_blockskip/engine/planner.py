@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_blockskip.engine import limits, memory, sweep
+from mlx_blockskip.engine.reader import BlockReader
+from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.engine.stack import Stack, State, Trainable, arrays, like
-from mlx_blockskip.engine.sweep import Sample
-from mlx_blockskip.engine.weights import BlockReader, Shards
+from mlx_blockskip.engine.sweep import Batch
 
 Done = Callable[[], None]
 """Says that a part of what is traced is done."""
@@ -52,7 +53,7 @@ def nbytes(arrays: Iterable[mx.array | None]) -> int:
 def forward_cost(
     stack: Stack,
     shards: Shards,
-    sample: Sample,
+    sample: Batch,
     index: int,
     trainable: Trainable | None = None,
     timed: bool = False,
@@ -65,12 +66,12 @@ def forward_cost(
     return Cost(peak, _seconds(stack, shards, one, index, run) if timed else 0.0)
 
 
-def _copy(sample: Sample) -> Sample:
+def _copy(sample: Batch) -> Batch:
     """With a state of its own, since a sweep replaces it."""
-    return Sample(sample.state, sample.context, sample.modulation)
+    return Batch(sample.state, sample.context, sample.modulation)
 
 
-def _forward(stack: Stack, one: Sample, index: int, trainable: Trainable | None) -> Run:
+def _forward(stack: Stack, one: Batch, index: int, trainable: Trainable | None) -> Run:
     trees = {index: trainable} if trainable else {}
 
     def run(reader: BlockReader, done: Done, visits: int) -> None:
@@ -83,7 +84,7 @@ def _forward(stack: Stack, one: Sample, index: int, trainable: Trainable | None)
 def backward_cost(
     stack: Stack,
     shards: Shards,
-    sample: Sample,
+    sample: Batch,
     index: int,
     trainable: Trainable,
     timed: bool = False,
@@ -111,7 +112,7 @@ def backward_cost(
     return Cost(inner, seconds, first)
 
 
-def kept_bytes(stack: Stack, shards: Shards, sample: Sample, index: int, trainable: Trainable) -> int:
+def kept_bytes(stack: Stack, shards: Shards, sample: Batch, index: int, trainable: Trainable) -> int:
     """What block `index` leaves in memory between forward and back where activations are kept."""
     block = stack.blocks[index]
     ((_, weights),) = BlockReader(shards, stack, 0, prefetch=False).walk([index], sweep.part_of([sample]))
@@ -143,7 +144,7 @@ def _as_it_is(sample: int, start: int, stop: int, state: State) -> State:
     return state
 
 
-def _traced(stack: Stack, shards: Shards, sample: Sample, index: int, run: Run, once: bool) -> list[int]:
+def _traced(stack: Stack, shards: Shards, sample: Batch, index: int, run: Run, once: bool) -> list[int]:
     """For each part of a visit, of which `run` says when it is done: the highest peak over what is there before, less
     the weights of the block.
     """
@@ -162,7 +163,7 @@ def _traced(stack: Stack, shards: Shards, sample: Sample, index: int, run: Run, 
     return [max(found[place::parts]) - weights for place in range(parts)]
 
 
-def _seconds(stack: Stack, shards: Shards, sample: Sample, index: int, run: Run) -> float:
+def _seconds(stack: Stack, shards: Shards, sample: Batch, index: int, run: Run) -> float:
     """Of one visit, the block's weights in memory."""
     resident = BlockReader(shards, stack, None)
     dict(resident.walk([index], sweep.part_of([sample])))

@@ -6,16 +6,16 @@ import mlx.core as mx
 
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.stack import State, arrays, like
-from mlx_blockskip.engine.sweep import Sample
+from mlx_blockskip.engine.sweep import Batch
 
 
-class Spilled(Sample):
-    """A sample whose state is in a file. Reading `state` loads it, setting it computes and writes it."""
+class Spilled(Batch):
+    """A batch whose state is in a file. Reading `state` loads it, setting it computes and writes it."""
 
-    def __init__(self, sample: Sample, path: Path):
+    def __init__(self, batch: Batch, path: Path):
         self._path = path
         self._empty: State = None
-        super().__init__(sample.state, sample.context, sample.modulation, sample.masks)
+        super().__init__(batch.state, batch.context, batch.modulation, batch.masks)
 
     @property
     def state(self) -> State:

@@ -12,24 +12,24 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_blockskip.engine import timeline
+from mlx_blockskip.engine.reader import BlockReader, Part
 from mlx_blockskip.engine.stack import Block, Context, Mask, Modulation, Stack, State, Trainable, Weights, arrays, like
-from mlx_blockskip.engine.weights import BlockReader, Part
 
 Bridge = Callable[[int, int, int, State], State]
-"""`(sample, start, stop, state) -> state`: crosses the blocks start..stop-1 that a path leaves out.
+"""`(batch, start, stop, state) -> state`: crosses the blocks start..stop-1 that a path leaves out.
 
 In the backward sweep the gradient passes a bridge as the identity.
 """
 
 Tap = Callable[[int, State], None]
-"""`(sample, state)`: sees a sample's state at a boundary."""
+"""`(batch, state)`: sees a batch's state at a boundary."""
 
 Loss = Callable[[int, State], mx.array]
-"""`(sample, state at the end) -> scalar`."""
+"""`(batch, state at the end) -> scalar`."""
 
 
 @dataclass
-class Sample:
+class Batch:
     """What waits at a block: a micro-batch's state, and what stays the same for it over the pass.
 
     modulation: gives the modulation of a block by its index; None computes it from the block's own weights.
@@ -49,54 +49,50 @@ class Sample:
 def forward(
     stack: Stack,
     reader: BlockReader,
-    samples: Sequence[Sample],
+    batches: Sequence[Batch],
     path: Sequence[int] | None = None,
     *,
     trainable: Mapping[int, Trainable] | None = None,
     taps: Mapping[int, Tap] | None = None,
     bridge: Bridge | None = None,
     on_boundary: Callable[[int], None] | None = None,
-    on_block: Callable[[int], None] | None = None,
     on_modulation: Callable[[int, int, Modulation], None] | None = None,
 ) -> None:
-    """Carry every sample's state along `path` (by default the whole stack); the states are replaced in place.
+    """Carry every batch's state along `path` (by default the whole stack); the states are replaced in place.
 
     Where the path leaves out blocks, or ends before the last one, `bridge` crosses them. `taps` maps a boundary (b lies
     before block b; the depth is the end) to a function that sees the states there. `on_boundary` is called before each
-    block and may change which samples wait there, in the list itself; `on_block` is told of each block that is done,
-    `on_modulation` of each `(sample, block, modulation)`.
+    block and may change which batches wait there; `on_modulation` is told of each `(batch, block, modulation)`.
     """
     trainable, taps = trainable or {}, taps or {}
     path = stack.path if path is None else path
     before = path[0] if path else 0
-    for block, weights in timeline.walk(reader, path, part_of(samples), "forward"):
-        _cross(samples, before, block, bridge)
-        _tap(taps, block, samples)
+    for block, weights in timeline.walk(reader, path, part_of(batches), "forward"):
+        _cross(batches, before, block, bridge)
+        _tap(taps, block, batches)
         if on_boundary is not None:
             on_boundary(block)
         kind = stack.block(block).kind
-        for i, sample in enumerate(samples):
-            modulation = modulation_of(stack.block(block), weights, sample, block)
+        for i, batch in enumerate(batches):
+            modulation = modulation_of(stack.block(block), weights, batch, block)
             if on_modulation is not None:
                 on_modulation(i, block, modulation)
             tree = trainable.get(block, {})
-            mask = sample.masks.get(block)
-            sample.state = kind.apply(weights, tree, sample.state, sample.context, modulation, mask)
-            sample.settle()
+            mask = batch.masks.get(block)
+            batch.state = kind.apply(weights, tree, batch.state, batch.context, modulation, mask)
+            batch.settle()
             del modulation
         del weights
         before = block + 1
-        if on_block is not None:
-            on_block(block)
     if bridge is not None:
-        _cross(samples, before, stack.depth, bridge)
-    _tap(taps, before if bridge is None else stack.depth, samples)
+        _cross(batches, before, stack.depth, bridge)
+    _tap(taps, before if bridge is None else stack.depth, batches)
 
 
 def backward(
     stack: Stack,
     reader: BlockReader,
-    samples: Sequence[Sample],
+    batches: Sequence[Batch],
     path: Sequence[int],
     *,
     trainable: Mapping[int, Trainable],
@@ -104,9 +100,9 @@ def backward(
     on_grad: Callable[[int, dict[str, mx.array]], None],
     bridge: Bridge | None = None,
 ) -> list[mx.array]:
-    """Run `path` forward, then back; give each block's gradients, summed over samples, to `on_grad(block, grads)`.
+    """Run `path` forward, then back; give each block's gradients, summed over batches, to `on_grad(block, grads)`.
 
-    The cotangent of the loss starts at the end of the stack. Returns the loss of each sample, evaluated. The samples'
+    The cotangent of the loss starts at the end of the stack. Returns the loss of each batch, evaluated. The batches'
     states are left at the end of the stack.
     """
     path = list(path)
@@ -116,26 +112,26 @@ def backward(
     cotangents: list[list[mx.array]] = []
     before = path[0]
     steps = iter(range(2 * turn))
-    for block, weights in timeline.walk(reader, path + path[::-1], part_of(samples), "forward", "backward"):
+    for block, weights in timeline.walk(reader, path + path[::-1], part_of(batches), "forward", "backward"):
         step = next(steps)  # enumerate would hold the weights of the block before
         tree = trainable.get(block, {})
         if step < turn:
-            _cross(samples, before, block, bridge)
-            inputs.append([sample.state for sample in samples])
-            for sample in samples:
-                modulation = modulation_of(stack.block(block), weights, sample, block)
+            _cross(batches, before, block, bridge)
+            inputs.append([batch.state for batch in batches])
+            for batch in batches:
+                modulation = modulation_of(stack.block(block), weights, batch, block)
                 apply = stack.block(block).kind.apply
-                sample.state = apply(weights, tree, sample.state, sample.context, modulation, sample.masks.get(block))
-                mx.eval(sample.state)
+                batch.state = apply(weights, tree, batch.state, batch.context, modulation, batch.masks.get(block))
+                mx.eval(batch.state)
             before = block + 1
             if step == turn - 1:
-                _cross(samples, before, stack.depth, bridge)
-                losses, cotangents = _loss_cotangents(samples, loss)
+                _cross(batches, before, stack.depth, bridge)
+                losses, cotangents = _loss_cotangents(batches, loss)
         else:
             position = 2 * turn - 1 - step
             grads: dict[str, mx.array] = {}
-            for i, (sample, state) in enumerate(zip(samples, inputs.pop(), strict=True)):
-                passed = Sample(state, sample.context, sample.modulation, sample.masks)
+            for i, (batch, state) in enumerate(zip(batches, inputs.pop(), strict=True)):
+                passed = Batch(state, batch.context, batch.modulation, batch.masks)
                 cotangents[i], own = _pull_back(
                     stack.block(block), weights, tree, passed, block, cotangents[i], wants_state=position > 0
                 )
@@ -163,37 +159,37 @@ def modulations(
     return found
 
 
-def part_of(samples: Sequence[Sample]) -> Part:
-    """What of a block a sweep reads: its body alone where every sample brings the modulation."""
-    return "body" if samples and all(sample.modulation is not None for sample in samples) else "all"
+def part_of(batches: Sequence[Batch]) -> Part:
+    """What of a block a sweep reads: its body alone where every batch brings the modulation."""
+    return "body" if batches and all(batch.modulation is not None for batch in batches) else "all"
 
 
-def modulation_of(block: Block, weights: Weights, sample: Sample, index: int) -> Modulation:
-    """The modulation of one block for a sample: brought along, or computed from the block's own weights."""
+def modulation_of(block: Block, weights: Weights, batch: Batch, index: int) -> Modulation:
+    """The modulation of one block for a batch: brought along, or computed from the block's own weights."""
     if block.kind.modulate is None:
         return None
-    return block.kind.modulate(weights, sample.context) if sample.modulation is None else sample.modulation(index)
+    return block.kind.modulate(weights, batch.context) if batch.modulation is None else batch.modulation(index)
 
 
 def _pull_back(
     block: Block,
     weights: Weights,
     trainable: Trainable,
-    sample: Sample,
+    batch: Batch,
     index: int,
     cotangent: list[mx.array],
     wants_state: bool,
 ) -> tuple[list[mx.array], dict[str, mx.array]]:
     """The cotangent of the block's state (empty where it is not wanted) and the gradients of its trainable tree."""
     names = list(trainable)
-    modulation = modulation_of(block, weights, sample, index)
-    own_state = arrays(sample.state)
+    modulation = modulation_of(block, weights, batch, index)
+    own_state = arrays(batch.state)
     count = len(own_state) if wants_state else 0
 
     def run(*primals: mx.array) -> list[mx.array]:
-        state = like(sample.state, list(primals[:count])) if wants_state else sample.state
+        state = like(batch.state, list(primals[:count])) if wants_state else batch.state
         tree = dict(zip(names, primals[count:], strict=True))
-        return arrays(block.kind.apply(weights, tree, state, sample.context, modulation, sample.masks.get(index)))
+        return arrays(block.kind.apply(weights, tree, state, batch.context, modulation, batch.masks.get(index)))
 
     primals = [*(own_state if wants_state else []), *(trainable[name] for name in names)]
     if not primals:
@@ -202,15 +198,15 @@ def _pull_back(
     return pulled[:count], dict(zip(names, pulled[count:], strict=True))
 
 
-def _loss_cotangents(samples: Sequence[Sample], loss: Loss) -> tuple[list[mx.array], list[list[mx.array]]]:
+def _loss_cotangents(batches: Sequence[Batch], loss: Loss) -> tuple[list[mx.array], list[list[mx.array]]]:
     losses: list[mx.array] = []
     cotangents: list[list[mx.array]] = []
-    for i, sample in enumerate(samples):
+    for i, batch in enumerate(batches):
 
-        def at_end(*values: mx.array, i: int = i, state: Any = sample.state) -> list[mx.array]:
+        def at_end(*values: mx.array, i: int = i, state: Any = batch.state) -> list[mx.array]:
             return [loss(i, like(state, list(values)))]
 
-        values = arrays(sample.state)
+        values = arrays(batch.state)
         (value,), cotangent = mx.vjp(at_end, values, [mx.array(1.0)])
         mx.eval(value, cotangent)
         losses.append(value)
@@ -218,23 +214,23 @@ def _loss_cotangents(samples: Sequence[Sample], loss: Loss) -> tuple[list[mx.arr
     return losses, cotangents
 
 
-def cross(sample: int, start: int, stop: int, state: State, bridge: Bridge | None) -> State:
+def cross(batch: int, start: int, stop: int, state: State, bridge: Bridge | None) -> State:
     """The state after the blocks start..stop-1, which the path leaves out. Raises ValueError without a bridge."""
     if start == stop:
         return state
     if bridge is None:
         raise ValueError(f"the path leaves out blocks {start} to {stop - 1}, and no bridge crosses them")
-    return bridge(sample, start, stop, state)
+    return bridge(batch, start, stop, state)
 
 
-def _cross(samples: Sequence[Sample], start: int, stop: int, bridge: Bridge | None) -> None:
-    for i, sample in enumerate(samples):
-        sample.state = cross(i, start, stop, sample.state, bridge)
-        mx.eval(sample.state)
+def _cross(batches: Sequence[Batch], start: int, stop: int, bridge: Bridge | None) -> None:
+    for i, batch in enumerate(batches):
+        batch.state = cross(i, start, stop, batch.state, bridge)
+        mx.eval(batch.state)
 
 
-def _tap(taps: Mapping[int, Tap], boundary: int, samples: Sequence[Sample]) -> None:
+def _tap(taps: Mapping[int, Tap], boundary: int, batches: Sequence[Batch]) -> None:
     tap = taps.get(boundary)
     if tap is not None:
-        for i, sample in enumerate(samples):
-            tap(i, sample.state)
+        for i, batch in enumerate(batches):
+            tap(i, batch.state)

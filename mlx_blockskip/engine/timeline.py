@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from mlx_blockskip.engine import memory
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.weights import BlockReader, Part
+from mlx_blockskip.engine.reader import BlockReader, Part
 
 KEPT_POINTS = 4096
 """Points of thinned sweeps that a timeline holds."""

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 
+from mlx_blockskip.engine.reader import BlockReader
 from mlx_blockskip.engine.stack import Context, Modulation, Stack
-from mlx_blockskip.engine.weights import BlockReader
 from mlx_blockskip.models.defaults import ModelDefaults
 from mlx_blockskip.models.flow import Fresh, Sampler
 from mlx_blockskip.models.schedulers import SchedulerConfig

@@ -8,8 +8,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_blockskip.engine import files
+from mlx_blockskip.engine.reader import BlockReader
+from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.engine.stack import Stack, Weights
-from mlx_blockskip.engine.weights import BlockReader, Shards
 from mlx_blockskip.models import flow, schedulers
 from mlx_blockskip.models.config import Config
 from mlx_blockskip.models.defaults import model_defaults

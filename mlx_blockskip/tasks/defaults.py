@@ -12,7 +12,8 @@ from mlx_blockskip.blockskip.patches import PatchSettings
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.defaults import ModelDefaults
 from mlx_blockskip.models.family import DiffusionModel
-from mlx_blockskip.settings import DrawingOptions, TrainSettings, parse_size
+from mlx_blockskip.options import parse_size
+from mlx_blockskip.settings import DrawingOptions, TrainSettings
 
 ANY = "any"
 """The memory budget of a caller in Python who sets none."""

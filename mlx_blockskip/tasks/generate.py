@@ -11,7 +11,8 @@ from PIL import Image as PillowImage
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.family import DiffusionModel
-from mlx_blockskip.settings import GenerateSettings, defaults_of, from_mapping, to_mapping
+from mlx_blockskip.options import defaults_of, from_mapping, to_mapping
+from mlx_blockskip.settings import GenerateSettings
 from mlx_blockskip.tasks.checkpoint.adapters import load_adapters
 from mlx_blockskip.tasks.checkpoint.resolve import open_named
 from mlx_blockskip.tasks.defaults import DrawConfig, draw_config

@@ -13,7 +13,7 @@ from mlx_blockskip.blockskip import selection
 from mlx_blockskip.blockskip.selection import FIRST, FULL, LAST, Distances
 from mlx_blockskip.engine import sweep
 from mlx_blockskip.engine.spill import Spilled
-from mlx_blockskip.engine.sweep import Sample
+from mlx_blockskip.engine.sweep import Batch
 from mlx_blockskip.models.registry import open_model
 
 TABLE = Distances((0.0, 0.1, 0.2, 0.9), (0.0, 0.3, 0.35, 0.5))
@@ -83,9 +83,7 @@ def test_windows_cover_the_stack():
 def probe_of(model, k, stride=1, tree=None, wait=lambda sample: sample):
     started = [start(model, number, batch=1)[:2] for number in range(2)]
     ahead = sweep.modulations(model.stack, model.reader, [sample.context for sample, _ in started])
-    waiting = [
-        Sample(s.state, s.context, by_block.__getitem__) for (s, _), by_block in zip(started, ahead, strict=True)
-    ]
+    waiting = [Batch(s.state, s.context, by_block.__getitem__) for (s, _), by_block in zip(started, ahead, strict=True)]
 
     def velocity(i, state):
         return model.final_layer(state, started[i][0].context, started[i][1])

@@ -12,7 +12,7 @@ from mlx_blockskip.blockskip.masking import image_to_text
 from mlx_blockskip.blockskip.plan import SkipPlan
 from mlx_blockskip.engine import kept, philox, sweep
 from mlx_blockskip.engine.stack import arrays
-from mlx_blockskip.engine.sweep import Sample
+from mlx_blockskip.engine.sweep import Batch
 from mlx_blockskip.models.family import Tokens
 from mlx_blockskip.models.registry import open_model
 
@@ -36,7 +36,7 @@ def start(model, number=0, batch=2):
     encoded = model.encode_prompts(["a small cat", "red"][:batch], model.defaults.max_sequence_length).prompts
     prompt = {key: mx.concatenate([p[key] for p in encoded]) for key in encoded[0]}
     context = model.context(mx.array(np.linspace(0.3, 0.8, batch, dtype=np.float32)), prompt, shape[1:3], 1.0)
-    return Sample(model.embed(latents, prompt), context), model.final_modulation(context), target, prompt
+    return Batch(model.embed(latents, prompt), context), model.final_modulation(context), target, prompt
 
 
 def loss_of(model, sample, modulation, target):
@@ -174,7 +174,7 @@ def test_the_context_comes_back_from_its_record(open_family):
     (by_block,) = sweep.modulations(model.stack, model.reader, [sample.context])
     record = {**model.prompt_conditioning(prompt), **model.conditioning(sample.context)}
     size = sample.context.size
-    restored = Sample(sample.state, model.context_from(size, record), by_block.__getitem__)
+    restored = Batch(sample.state, model.context_from(size, record), by_block.__getitem__)
     sweep.forward(model.stack, model.reader, [sample])
     sweep.forward(model.stack, model.reader, [restored])
     assert list(by_block) == [i for i in model.stack.path if model.stack.block(i).kind.modulate]
@@ -195,7 +195,7 @@ def test_masking_all_blocks_cuts_the_prompt_off(open_family):
             other["pooled"] = prompt["pooled"]  # not attention: it reaches the image by modulation
         latents = mx.array(philox.normal(8, shape=(1, *model.latent_shape(64, 64))))
         context = model.context(mx.array([0.5]), other, latents.shape[1:3], 1.0)
-        sample = Sample(model.embed(latents, other), context, masks=image_to_text(model.stack.path))
+        sample = Batch(model.embed(latents, other), context, masks=image_to_text(model.stack.path))
         sweep.forward(model.stack, model.reader, [sample])
         outputs.append(model.final_layer(sample.state, context, model.final_modulation(context)))
     assert same_bits(*outputs)

@@ -18,7 +18,7 @@ from support.tasks import drive
 from mlx_blockskip import convert
 from mlx_blockskip.engine import files, philox
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.weights import Shards
+from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.models.registry import open_model, read_config
 from mlx_blockskip.models.vae.kl import AutoencoderKLConfig
 from mlx_blockskip.tasks.checkpoint.convert import notes as convert_notes

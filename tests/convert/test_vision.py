@@ -13,7 +13,7 @@ from support.vision import PROCESSORS, pictures, random_encoder, save
 from mlx_blockskip import convert
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.weights import Shards
+from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.models.vision.encoder import open_encoder
 
 SOURCE = assets() / "tiny-clip"

@@ -13,6 +13,7 @@ from support.compare import same_bits
 from mlx_blockskip.engine import files, philox
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.files import SafetensorsWriter, TensorEntry
+from mlx_blockskip.engine.locks import lock
 
 TENSORS = {
     "a": mx.arange(6, dtype=mx.float32).reshape(2, 3),
@@ -151,15 +152,15 @@ def test_memory_stays_at_one_tensor_while_writing_many(tmp_path):
 def test_a_lock_is_held_against_other_processes_and_says_by_whom(tmp_path):
     code = (
         "import sys; from pathlib import Path; from mlx_blockskip.engine import files\n"
-        "with files.lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+        "with lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline().strip() == "held"
-    with pytest.raises(UserError, match=str(other.pid)), files.lock(tmp_path / ".lock"):
+    with pytest.raises(UserError, match=str(other.pid)), lock(tmp_path / ".lock"):
         pass
     other.communicate("")
-    with files.lock(tmp_path / ".lock"):
+    with lock(tmp_path / ".lock"):
         pass
 
 

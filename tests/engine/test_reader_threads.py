@@ -4,7 +4,7 @@ import threading
 
 from engine.test_sweep import make
 
-from mlx_blockskip.engine.weights import BlockReader
+from mlx_blockskip.engine.reader import BlockReader
 
 
 def test_walks_share_their_reading_thread(tmp_path):

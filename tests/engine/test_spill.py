@@ -8,9 +8,9 @@ from engine.test_sweep import Pair, factors, make, samples
 from support.compare import same_bits
 
 from mlx_blockskip.engine import sweep
+from mlx_blockskip.engine.reader import BlockReader
 from mlx_blockskip.engine.spill import Spilled
 from mlx_blockskip.engine.stack import arrays
-from mlx_blockskip.engine.weights import BlockReader
 
 
 @pytest.mark.parametrize("with_b", [True, False])
@@ -29,7 +29,7 @@ def test_a_sample_on_disk_goes_the_same_way(tmp_path, with_b):
 def test_a_state_on_disk_is_not_in_memory(tmp_path):
     state = Pair(mx.zeros((1, 1 << 20)) + 1.0)
     mx.eval(state)
-    sample = Spilled(sweep.Sample(state), tmp_path / "a.safetensors")
+    sample = Spilled(sweep.Batch(state), tmp_path / "a.safetensors")
     size = state.a.nbytes
     before = mx.get_active_memory()
     del state

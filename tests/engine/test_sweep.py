@@ -12,9 +12,10 @@ from support.component import save_component
 
 from mlx_blockskip.engine import memory, philox, sweep
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.reader import BlockReader, Prefetch
+from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.engine.stack import Block, BlockKind, Stack
-from mlx_blockskip.engine.sweep import Sample
-from mlx_blockskip.engine.weights import BlockReader, Flight, Shards
+from mlx_blockskip.engine.sweep import Batch
 from mlx_blockskip.models.layers import linear
 
 
@@ -66,7 +67,7 @@ def samples(count=2, width=32, with_b=True):
     made = []
     for i in range(count):
         a, b, context = (mx.array(philox.normal(3, i, j, shape=(2, 5, width))) for j in range(3))
-        made.append(Sample(Pair(a, b if with_b else None), context[:1, :1] * 0.1))
+        made.append(Batch(Pair(a, b if with_b else None), context[:1, :1] * 0.1))
     return made
 
 
@@ -189,8 +190,8 @@ def test_a_block_is_let_go_of_before_the_next_is_read(tmp_path, monkeypatch):
     width, depth, held = 256, 4, []
     stack, shards = make(tmp_path / "m", depth, width)
     tree, reader = factors(depth, width), BlockReader(shards, stack, 0)
-    take = Flight.take
-    monkeypatch.setattr(Flight, "take", lambda *more: (take(*more), held.append(mx.get_active_memory())))
+    take = Prefetch.take
+    monkeypatch.setattr(Prefetch, "take", lambda *more: (take(*more), held.append(mx.get_active_memory())))
     gc.collect()
     sweep.forward(stack, reader, samples(width=width))
     reader.release()
@@ -208,7 +209,7 @@ class Watch:
         self.changed = threading.Condition()
         self.asked = self.finished = 0
         self.waits = False
-        take, get = Flight.take, BlockReader._get
+        take, get = Prefetch.take, BlockReader._get
 
         def watched_take(flight, size):
             self._say(waits=not flight._fits(size))
@@ -221,7 +222,7 @@ class Watch:
             finally:
                 self._say(finished=self.finished + 1)
 
-        monkeypatch.setattr(Flight, "take", watched_take)
+        monkeypatch.setattr(Prefetch, "take", watched_take)
         monkeypatch.setattr(BlockReader, "_get", watched_get)
 
     def _say(self, **changes):

@@ -9,7 +9,7 @@ from support.models import random_tree
 
 from mlx_blockskip.engine import memory, sweep, timeline
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.sweep import Sample
+from mlx_blockskip.engine.sweep import Batch
 from mlx_blockskip.engine.timeline import FIRST_SWEEPS, Timeline
 from mlx_blockskip.events import Phase, listening
 from mlx_blockskip.lora import attach
@@ -37,14 +37,14 @@ def there_and_back(model):
     losses = sweep.backward(
         attach(model.stack, 1.0),
         model.reader,
-        [Sample(model.embed(noise, prompt), context)],
+        [Batch(model.embed(noise, prompt), context)],
         PATH,
         trainable=random_tree(model, PATH),
         loss=lambda i, tokens: mx.mean(mx.square(tokens.image)),
         on_grad=grads.__setitem__,
         bridge=lambda i, start, stop, tokens: tokens,
     )
-    waiting = [Sample(model.embed(noise, prompt), context)]
+    waiting = [Batch(model.embed(noise, prompt), context)]
     sweep.forward(model.stack, model.reader, waiting)
     arrays = [*losses, waiting[0].state.image, *(g for block in PATH for g in grads[block].values())]
     mx.eval(arrays)

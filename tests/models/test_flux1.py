@@ -8,7 +8,7 @@ from support.flux import checkpoint, random_transformer
 from support.golden import GOLDEN, PROMPTS
 from support.models import convert
 
-from mlx_blockskip.engine.sweep import Sample, forward
+from mlx_blockskip.engine.sweep import Batch, forward
 from mlx_blockskip.models.attention import IMAGE_TO_TEXT
 from mlx_blockskip.models.flux1 import transformer as net
 from mlx_blockskip.models.registry import open_model
@@ -17,7 +17,7 @@ from mlx_blockskip.models.registry import open_model
 def velocity(model, latents, sigma, prompt, guidance=None, masks=None):
     """The network's output, packed."""
     context = model.context(mx.array(sigma), prompt, latents.shape[1:3], guidance)
-    sample = Sample(model.embed(latents, prompt), context, masks=masks or {})
+    sample = Batch(model.embed(latents, prompt), context, masks=masks or {})
     forward(model.stack, model.reader, [sample])
     return net.pack(model.final_layer(sample.state, context, model.final_modulation(context)))
 

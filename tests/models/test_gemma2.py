@@ -10,7 +10,8 @@ from support.compare import assert_parity, relative_error, same_bits
 from support.component import save_component
 
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.weights import BlockReader, Shards
+from mlx_blockskip.engine.reader import BlockReader
+from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.models.text import gemma2
 
 SMALL = {

@@ -5,7 +5,7 @@ import pytest
 from support.compare import relative_error, same_bits
 
 from mlx_blockskip.engine import philox
-from mlx_blockskip.engine.sweep import Sample, forward
+from mlx_blockskip.engine.sweep import Batch, forward
 from mlx_blockskip.models import layers
 from mlx_blockskip.models.layers import by_rows, gelu_tanh, linear
 
@@ -67,7 +67,7 @@ def test_a_family_takes_many_tokens_by_rows(open_family, monkeypatch):
     for rows in (10**6, 3):
         monkeypatch.setattr(layers, "TOKEN_ROWS", rows)
         context = model.context(mx.array([0.5]), prompt, latents.shape[1:3], 1.0)
-        sample = Sample(model.embed(latents, prompt), context)
+        sample = Batch(model.embed(latents, prompt), context)
         forward(model.stack, model.reader, [sample])
         found.append(sample.state.image)
     assert relative_error(found[1], found[0]) <= 1e-5

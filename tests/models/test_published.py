@@ -11,7 +11,7 @@ from PIL import Image
 from support.published import HUB, family_of, hollow
 
 from mlx_blockskip.engine import files
-from mlx_blockskip.engine.sweep import Sample, forward
+from mlx_blockskip.engine.sweep import Batch, forward
 from mlx_blockskip.models import flow, presets
 from mlx_blockskip.models.vision import preprocess
 from mlx_blockskip.models.vision.encoder import KINDS
@@ -60,7 +60,7 @@ def test_a_block_of_every_kind_runs(name, tmp_path):
     prompt = model.blank_prompt(TEXT)
     latents = mx.zeros((1, height, width, channels))
     context = model.context(mx.array([0.5]), prompt, (height, width), model.defaults.guidance)
-    sample = Sample(model.embed(latents, prompt), context)
+    sample = Batch(model.embed(latents, prompt), context)
     forward(model.stack, model.reader, [sample])
     velocity = model.final_layer(sample.state, context, model.final_modulation(context))
     assert velocity.shape == latents.shape

@@ -6,7 +6,7 @@ import pytest
 from support.compare import relative_error
 from support.component import save_component
 
-from mlx_blockskip.engine.weights import Shards
+from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.models.text import t5
 
 SMALL = {"vocab_size": 99, "d_model": 32, "d_ff": 48, "d_kv": 6, "num_heads": 4, "num_layers": 3}

@@ -11,7 +11,7 @@ from support.golden import GOLDEN, PROMPTS
 from support.models import assets
 
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.weights import Shards
+from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.models.text import clip, t5, tokenize
 
 CLIP = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -3,7 +3,7 @@
 from mlx_blockskip.converters import run
 from mlx_blockskip.converters.source import open_source
 
-from mlx_blockskip.engine.weights import Shards
+from mlx_blockskip.engine.shards import Shards
 
 
 def random_autoencoder(path, cls, config, component, config_class):

@@ -5,8 +5,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_blockskip.engine import files
+from mlx_blockskip.engine.shards import INDEX
 from mlx_blockskip.engine.stack import Stack
-from mlx_blockskip.engine.weights import INDEX
 
 
 def save_component(path: Path, config: dict, tensors: dict[str, mx.array], stack: Stack | None = None) -> Path:

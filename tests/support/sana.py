@@ -7,8 +7,9 @@ from mlx_blockskip.converters import run, sana
 from mlx_blockskip.converters.source import open_source
 
 from mlx_blockskip.engine import files
-from mlx_blockskip.engine.sweep import Sample, forward
-from mlx_blockskip.engine.weights import BlockReader, Shards
+from mlx_blockskip.engine.reader import BlockReader
+from mlx_blockskip.engine.shards import Shards
+from mlx_blockskip.engine.sweep import Batch, forward
 from mlx_blockskip.models.family import Tokens
 from mlx_blockskip.models.sana import ATTENTION, FEED_FORWARD
 from mlx_blockskip.models.sana import transformer as net
@@ -63,12 +64,12 @@ class Network:
         self.reader = BlockReader(shards, self.stack, budget)
         self.rest = shards.load([name for name in shards.names if not name.startswith("transformer_blocks.")])
 
-    def sample(self, latents, sigma, text, mask, guidance=None, masks=None) -> Sample:
+    def sample(self, latents, sigma, text, mask, guidance=None, masks=None) -> Batch:
         """What waits at the first block. guidance: (B,); masks: by block."""
         temb, embedded = net.time_embedding(self.rest, self.config, mx.array(sigma), guidance)
         bias = net.text_bias(mx.array(mask), text.dtype)
         context = net.Context(net.caption(self.rest, text), bias, temb, embedded, latents.shape[1:3])
-        return Sample(Tokens(net.embed(self.rest, self.config, latents)), context, masks=masks or {})
+        return Batch(Tokens(net.embed(self.rest, self.config, latents)), context, masks=masks or {})
 
     def head(self, tokens: Tokens, context: net.Context) -> mx.array:
         return net.output(self.rest, self.config, tokens.image, context.embedded, context.size)

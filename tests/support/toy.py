@@ -8,8 +8,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_blockskip.engine import files, philox
+from mlx_blockskip.engine.reader import BlockReader
+from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.engine.stack import Block, BlockKind, Stack
-from mlx_blockskip.engine.weights import BlockReader, Shards
 from mlx_blockskip.models import flow, registry, schedulers
 from mlx_blockskip.models.attention import IMAGE_TO_TEXT, attention
 from mlx_blockskip.models.defaults import ModelDefaults

@@ -16,7 +16,8 @@ from mlx_blockskip.cli import app
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Image as Made
 from mlx_blockskip.events import Note, PhaseEnd, Saved, Table
-from mlx_blockskip.settings import EvaluateSettings, GenerateSettings, from_mapping
+from mlx_blockskip.options import from_mapping
+from mlx_blockskip.settings import EvaluateSettings, GenerateSettings
 from mlx_blockskip.tasks.checkpoint import encoders
 from mlx_blockskip.tasks.evaluate.subject import shipped
 from mlx_blockskip.tasks.memory import check

@@ -15,10 +15,11 @@ from support.models import HEDGEHOG, prepared
 from mlx_blockskip import generate, train
 from mlx_blockskip.engine import philox
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.sweep import Sample, forward
+from mlx_blockskip.engine.sweep import Batch, forward
 from mlx_blockskip.events import Note, PhaseEnd, Step
 from mlx_blockskip.models.registry import open_model
-from mlx_blockskip.settings import TrainSettings, from_mapping
+from mlx_blockskip.options import from_mapping
+from mlx_blockskip.settings import TrainSettings
 from mlx_blockskip.tasks.sampling.previews import CLASS_NOISE, class_images
 from mlx_blockskip.tasks.train import loop, precompute
 from mlx_blockskip.tasks.train import train as train_task
@@ -153,7 +154,7 @@ def test_the_loss_is_the_weighted_mean_over_both_kinds(quick, class_data):
     precompute.encode_images(samples, range(1), job.cache / "latents.safetensors")
     noisy, target, s = precompute.Noised(job.cache / "latents.safetensors").read(0)
     tokens, context = samples.embed(0, noisy, s)
-    (sample,) = waiting = [Sample(tokens, context)]
+    (sample,) = waiting = [Batch(tokens, context)]
     forward(model.stack, model.reader, waiting)
     error = model.final_layer(sample.state, context, model.final_modulation(context)) - target
     subject, prior = np.square(np.array(error, np.float64)).mean(axis=(1, 2, 3))

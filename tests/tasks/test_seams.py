@@ -14,7 +14,7 @@ from mlx_blockskip import generate, lora, select, train
 from mlx_blockskip.data import load_dataset
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.sweep import Sample, forward
+from mlx_blockskip.engine.sweep import Batch, forward
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.settings import TrainSettings
 from mlx_blockskip.tasks.checkpoint.adapters import load_adapter
@@ -32,7 +32,7 @@ def directly(samples, model, path):
     precompute.encode_images(samples, range(1), path)
     noisy, target, s = precompute.Noised(path).read(0)
     tokens, context = samples.embed(0, noisy, s)
-    (one,) = waiting = [Sample(tokens, context)]
+    (one,) = waiting = [Batch(tokens, context)]
     forward(model.stack, model.reader, waiting)
     velocity = model.final_layer(one.state, context, model.final_modulation(context))
     return float(mx.mean(mx.square(velocity - target)))

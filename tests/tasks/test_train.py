@@ -22,6 +22,7 @@ from mlx_blockskip.blockskip import patches
 from mlx_blockskip.data import to_pixels
 from mlx_blockskip.engine import files, interrupt
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.locks import lock
 from mlx_blockskip.events import Note, PhaseEnd, Step, Warning
 from mlx_blockskip.models import flow
 from mlx_blockskip.settings import TrainSettings
@@ -431,7 +432,7 @@ def test_resume_where_there_is_no_checkpoint_yet_starts_the_run(quick, tmp_path)
 
 def test_two_runs_cannot_write_one_directory(quick, tmp_path):
     (tmp_path / "a").mkdir()
-    with files.lock(tmp_path / "a" / ".lock"), pytest.raises(UserError, match=str(os.getpid())):
+    with lock(tmp_path / "a" / ".lock"), pytest.raises(UserError, match=str(os.getpid())):
         train(quick(iters=1))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_blockskip.engine.weights import Shards
+from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.models import flow
 from mlx_blockskip.models.family import Encoded, Posterior, Prompt, Size, Tokens
 from mlx_blockskip.models.flow import Fresh, Sampler

@@ -6,8 +6,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.engine.stack import Weights
-from mlx_blockskip.engine.weights import Shards
 from mlx_blockskip.models import flow
 from mlx_blockskip.models.family import Encoded, Posterior, Prompt, Size, Tokens
 from mlx_blockskip.models.flow import Fresh, Sampler

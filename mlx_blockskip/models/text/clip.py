@@ -9,9 +9,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_blockskip.engine.reader import BlockReader
+from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.engine.stack import Block, BlockKind, Stack, Trainable, Weights
-from mlx_blockskip.engine.sweep import Sample, forward
-from mlx_blockskip.engine.weights import BlockReader, Shards
+from mlx_blockskip.engine.sweep import Batch, forward
 from mlx_blockskip.models.attention import attention
 from mlx_blockskip.models.config import Config, NonNegativeInt, OneOf, PositiveFloat, PositiveInt
 from mlx_blockskip.models.layers import layer_norm, linear, merge_heads, quick_gelu, split_heads
@@ -105,7 +106,7 @@ def encode(
         embedded = shards.rows("embeddings.token_embedding.weight", row)
         hidden = embedded.astype(dtype or embedded.dtype) + position.astype(dtype or position.dtype)
         causal = mx.triu(mx.full((length, length), -float("inf")), k=1).astype(hidden.dtype)
-        samples.append(Sample(Hidden(hidden), causal))
+        samples.append(Batch(Hidden(hidden), causal))
     layers = stack(config)
     forward(layers, BlockReader(shards, layers, budget), samples)
     final = shards.load(shards.under("final_layer_norm."))

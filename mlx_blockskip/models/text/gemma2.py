@@ -12,9 +12,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.reader import BlockReader
+from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.engine.stack import Block, BlockKind, Stack, Trainable, Weights
-from mlx_blockskip.engine.sweep import Sample, Tap, forward
-from mlx_blockskip.engine.weights import BlockReader, Shards
+from mlx_blockskip.engine.sweep import Batch, Tap, forward
 from mlx_blockskip.models.config import Config, NonNegativeInt, OneOf, PositiveFloat, PositiveInt
 from mlx_blockskip.models.layers import gelu_tanh, linear, merge_heads, split_heads
 
@@ -148,7 +149,7 @@ def hidden_states(
     return found
 
 
-def begin(shards: Shards, config: Gemma2Config, ids: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> list[Sample]:
+def begin(shards: Shards, config: Gemma2Config, ids: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> list[Batch]:
     """Embedded ids and their contexts, as they wait before the first layer. Raises UserError for what is too long."""
     window, samples = config.sliding_window, []
     for row, mask in zip(ids, masks, strict=True):
@@ -156,7 +157,7 @@ def begin(shards: Shards, config: Gemma2Config, ids: Sequence[np.ndarray], masks
             raise UserError(f"Gemma-2: {row.shape[1]} tokens are more than its sliding window of {window}; use fewer")
         cos, sin = rope_tables(config, row.shape[1])
         context = Context(mx.array(cos), mx.array(sin), mx.array(causal(mask)))
-        samples.append(Sample(Hidden(embedded(shards, row, config.hidden_size)), context))
+        samples.append(Batch(Hidden(embedded(shards, row, config.hidden_size)), context))
     return samples
 
 

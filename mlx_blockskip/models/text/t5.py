@@ -8,9 +8,10 @@ from typing import Annotated, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_blockskip.engine.reader import BlockReader
+from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.engine.stack import Block, BlockKind, Stack, Trainable, Weights
-from mlx_blockskip.engine.sweep import Sample, forward
-from mlx_blockskip.engine.weights import BlockReader, Shards
+from mlx_blockskip.engine.sweep import Batch, forward
 from mlx_blockskip.models.attention import attention
 from mlx_blockskip.models.config import AtLeast, Config, NonNegativeInt, OneOf, PositiveFloat, PositiveInt
 from mlx_blockskip.models.layers import gelu_tanh, linear, merge_heads, rms_norm, split_heads
@@ -90,7 +91,7 @@ def hidden(shards: Shards, ids: Sequence[np.ndarray], budget: int | None = None)
     for row in ids:
         embedded = shards.rows("shared.weight", row)
         embedded = embedded.astype(mx.float32) if embedded.dtype == mx.float16 else embedded
-        samples.append(Sample(Hidden(embedded), biases[row.shape[1]]))
+        samples.append(Batch(Hidden(embedded), biases[row.shape[1]]))
     forward(layers, BlockReader(shards, layers, budget), samples)
     final = shards.load(["encoder.final_layer_norm.weight"])
     found = [rms_norm(final, "encoder.final_layer_norm", s.state.hidden, config.layer_norm_epsilon) for s in samples]

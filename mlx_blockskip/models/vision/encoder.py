@@ -18,8 +18,9 @@ from PIL import Image
 
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.sweep import Sample, forward
-from mlx_blockskip.engine.weights import BlockReader, Shards
+from mlx_blockskip.engine.reader import BlockReader
+from mlx_blockskip.engine.shards import Shards
+from mlx_blockskip.engine.sweep import Batch, forward
 from mlx_blockskip.models.layers import linear
 from mlx_blockskip.models.text import clip as text
 from mlx_blockskip.models.text import tokenize
@@ -116,7 +117,7 @@ class Opened:
 
     def _sweep(self, inputs: Iterable[np.ndarray]) -> list[mx.array]:
         tower, config, rest = self.kind.tower, self.config, self._outside()
-        samples = [Sample(tower.tokens(rest, config, mx.array(pixels)[None])) for pixels in inputs]
+        samples = [Batch(tower.tokens(rest, config, mx.array(pixels)[None])) for pixels in inputs]
         forward(self.stack, self.reader, samples)
         found = [tower.class_token(rest, config, sample.state) for sample in samples]
         if self.kind.projected:

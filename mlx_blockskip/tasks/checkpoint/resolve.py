@@ -15,6 +15,7 @@ from pathlib import Path
 from mlx_blockskip.converters.run import Precision, default_dtype
 from mlx_blockskip.engine import files, limits
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.locks import lock
 from mlx_blockskip.events import Note, emit
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import open_model
@@ -25,8 +26,8 @@ BUNDLED = ("tiny-flux", "tiny-sana")
 
 
 @dataclass(frozen=True)
-class Sort:
-    """What is looked for under a name. bundled: what of this sort is in the package. is_checkpoint: whether a
+class Kind:
+    """What is looked for under a name. bundled: what of this kind is in the package. is_checkpoint: whether a
     directory is one in Hugging Face layout. dtype: what it is converted to.
     """
 
@@ -37,8 +38,8 @@ class Sort:
     dtype: Callable[[], str]
 
 
-MODEL = Sort("model", BUNDLED, hub.PIPELINE, lambda path: (path / "model_index.json").is_file(), default_dtype)
-ENCODER = Sort("encoder", ("tiny-dino", "tiny-clip"), hub.ENCODER, is_encoder, lambda: ENCODER_DTYPE)
+MODEL = Kind("model", BUNDLED, hub.PIPELINE, lambda path: (path / "model_index.json").is_file(), default_dtype)
+ENCODER = Kind("encoder", ("tiny-dino", "tiny-clip"), hub.ENCODER, is_encoder, lambda: ENCODER_DTYPE)
 
 
 def cache_directory() -> Path:
@@ -50,24 +51,24 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-blockskip"
 
 
-def resolve(model: str, sort: Sort = MODEL) -> Path:
+def resolve(model: str, kind: Kind = MODEL) -> Path:
     """The MLX directory that `model` names: a directory of either layout, a repo id, or what is in the package.
 
     Raises UserError where there is none.
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        if not is_converted(path) and sort.is_checkpoint(path):
-            return _converted(lambda: path, model, _stamp(path), sort)
+        if not is_converted(path) and kind.is_checkpoint(path):
+            return _converted(lambda: path, model, _stamp(path), kind)
         return path
-    if model in sort.bundled:
+    if model in kind.bundled:
         source = bundled(model)
-        return _converted(lambda: source, model, _stamp(source), sort)
+        return _converted(lambda: source, model, _stamp(source), kind)
     if hub.looks_like_repo(model):
-        return _from_hub(model, sort)
+        return _from_hub(model, kind)
     raise UserError(
-        f"{model}: no such {sort.what}; give a directory, a repo id such as owner/name, or {', '.join(sort.bundled)}"
-        + _similar(path, model, sort)
+        f"{model}: no such {kind.what}; give a directory, a repo id such as owner/name, or {', '.join(kind.bundled)}"
+        + _similar(path, model, kind)
     )
 
 
@@ -92,46 +93,46 @@ def load(model: str = "tiny-flux", memory_budget: int | None = None) -> Diffusio
     return open_named(model, memory_budget)
 
 
-def _from_hub(model: str, sort: Sort) -> Path:
+def _from_hub(model: str, kind: Kind) -> Path:
     """A repo is converted once a commit, and then needs neither its download nor the Hub."""
     repo, _, revision = model.partition("@")
     try:
         info = hub.look_up(repo, revision or None)
-        if sort is ENCODER and not revision:
+        if kind is ENCODER and not revision:
             info = hub.in_safetensors(repo, info)
     except hub.UnreachableError as error:
-        if (kept := _converted_before(model, sort)) is not None:
+        if (kept := _converted_before(model, kind)) is not None:
             emit(Note(f"{error}; using what was converted before: {kept}"))
             return kept
         if (source := hub.downloaded_before(repo, revision or None)) is None:
             raise
         emit(Note(f"{error}; using what was downloaded before: {source}"))
-        return _converted(lambda: source, model, _repo_key(repo, source.name), sort)
-    return _converted(lambda: hub.fetch(repo, info, (sort.layout,)), model, _repo_key(repo, info.sha), sort)
+        return _converted(lambda: source, model, _repo_key(repo, source.name), kind)
+    return _converted(lambda: hub.fetch(repo, info, (kind.layout,)), model, _repo_key(repo, info.sha), kind)
 
 
 def _repo_key(repo: str, commit: str) -> str:
     return hashlib.sha256(f"{repo} {commit}".encode()).hexdigest()
 
 
-def _converted_before(model: str, sort: Sort) -> Path | None:
+def _converted_before(model: str, kind: Kind) -> Path | None:
     """The newest conversion of this model in the cache."""
     found = [
         path.parent
         for path in cache_directory().glob("[!.]*/config.json")
-        if (config := files.read_json(path)).get("source") == model and config.get("dtype") == sort.dtype()
+        if (config := files.read_json(path)).get("source") == model and config.get("dtype") == kind.dtype()
     ]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def _converted(source: Callable[[], Path], name: str, key: str, sort: Sort) -> Path:
+def _converted(source: Callable[[], Path], name: str, key: str, kind: Kind) -> Path:
     """The converted copy of a checkpoint, made now if it is not there; only then is `source` asked where it lies."""
-    dtype = sort.dtype()
+    dtype = kind.dtype()
     short = re.sub(r"[^A-Za-z0-9._-]+", "-", name.rstrip("/").split("/")[-1])
     target = cache_directory() / f"{short}-{dtype}-{key[:12]}"
     if is_converted(target):
         return target
-    with files.lock(target.with_name(f"{target.name}.lock")):
+    with lock(target.with_name(f"{target.name}.lock")):
         if is_converted(target):
             return target
         for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # of a process that was killed
@@ -142,11 +143,11 @@ def _converted(source: Callable[[], Path], name: str, key: str, sort: Sort) -> P
     return target
 
 
-def _similar(path: Path, model: str, sort: Sort) -> str:
+def _similar(path: Path, model: str, kind: Kind) -> str:
     """A hint for a name that is nearly right."""
     beside = [str(path.with_name(p.name)) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(str(path), beside, 1, 0.8) or difflib.get_close_matches(
-        model, sort.bundled, 1, 0.7
+        model, kind.bundled, 1, 0.7
     )
     return f"; did you mean {close[0]}?" if close else ""
 

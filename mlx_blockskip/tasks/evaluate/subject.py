@@ -45,7 +45,10 @@ def subject_of(captions: Sequence[str], phrase: str | None = None, noun: str | N
         words = ARTICLE.sub("", LEAD_IN.sub("", common_words(captions)))
         phrase = AFTER.split(f" {words}", maxsplit=1)[0].strip()
         if not phrase:
-            raise UserError("--subject: the captions do not say alike what they show; say it, e.g. --subject 'sks dog'")
+            raise UserError(
+                "--subject: the captions have no words in common that name the subject; "
+                "name it, e.g. --subject 'sks dog'"
+            )
     elif not phrase.strip():
         raise UserError("--subject: is empty; say how prompts call the subject, e.g. 'sks dog'")
     return Subject(phrase, noun or " ".join(phrase.split()[1:]) or phrase)

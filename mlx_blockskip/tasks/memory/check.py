@@ -10,7 +10,7 @@ from mlx_blockskip.engine import limits
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import family_named, read_config
-from mlx_blockskip.settings import parse_size
+from mlx_blockskip.options import parse_size
 from mlx_blockskip.tasks.defaults import ANY, DrawConfig, TrainConfig, model_draws
 from mlx_blockskip.tasks.memory import predict
 from mlx_blockskip.tasks.memory.predict import Phase, Shape, Tracer

@@ -20,9 +20,9 @@ from mlx_blockskip.blockskip import residuals
 from mlx_blockskip.blockskip.plan import SkipPlan
 from mlx_blockskip.engine import limits, memory, planner, sweep
 from mlx_blockskip.engine.planner import Cost
+from mlx_blockskip.engine.reader import BlockReader
 from mlx_blockskip.engine.stack import Modulation
-from mlx_blockskip.engine.sweep import Sample
-from mlx_blockskip.engine.weights import BlockReader
+from mlx_blockskip.engine.sweep import Batch
 from mlx_blockskip.models.family import DiffusionModel, Size
 from mlx_blockskip.tasks.memory.waiting import together, waiting_bytes
 
@@ -93,13 +93,13 @@ class Tracer:
         model.release()
         self._known: dict[tuple[str, str], Any] = {}
 
-    def _sample(self, shape: Shape) -> tuple[Sample, int]:
+    def _sample(self, shape: Shape) -> tuple[Batch, int]:
         """A sample, evaluated, and the bytes of another."""
         size: Size = self.model.latent_shape(shape.width, shape.height)[:2]
         latents = mx.zeros((shape.batch, *self.model.latent_shape(shape.width, shape.height)))
         prompt = {k: mx.concatenate([v] * shape.batch) for k, v in self.model.blank_prompt(shape.length).items()}
         context = self.model.context(mx.full((shape.batch,), 0.5), prompt, size, shape.guidance)
-        sample = Sample(self.model.embed(latents, prompt), context)
+        sample = Batch(self.model.embed(latents, prompt), context)
         self.model.final_modulation(context)  # its weights stay with the embedders'
         mx.eval(sample.state, context)
         return sample, waiting_bytes(self.model, sample.state, prompt, context)
@@ -162,10 +162,10 @@ class Tracer:
         return self._once("factors", kind, make)
 
     @cached_property
-    def recorded(self) -> Sample:
+    def recorded(self) -> Batch:
         """The sample as training and generation have it: modulation was computed ahead."""
         known, blocks = self._modulation, self.stack.blocks  # not self: a cycle would keep all this into the run
-        return Sample(self.sample.state, self.sample.context, lambda index: known[blocks[index].kind.name])
+        return Batch(self.sample.state, self.sample.context, lambda index: known[blocks[index].kind.name])
 
     def forward(self, index: int, *, modulated: bool, adapted: bool = False) -> Cost:
         """One block forward. modulated: its modulation was computed ahead; adapted: with the LoRA."""

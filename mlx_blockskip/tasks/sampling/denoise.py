@@ -12,7 +12,7 @@ from PIL import Image as PillowImage
 from mlx_blockskip import data
 from mlx_blockskip.engine import philox
 from mlx_blockskip.engine.stack import Mask, Trainable
-from mlx_blockskip.engine.sweep import Sample, forward, modulations
+from mlx_blockskip.engine.sweep import Batch, forward, modulations
 from mlx_blockskip.models import flow
 from mlx_blockskip.models.family import DiffusionModel, Prompt, Size
 
@@ -82,7 +82,7 @@ def sample(
         waiting = []
         for i, prompt in branches:
             context, modulation = ahead[id(prompt), step]
-            waiting.append(Sample(model.embed(latents[i], prompt), context, modulation.__getitem__, requests[i].masks))
+            waiting.append(Batch(model.embed(latents[i], prompt), context, modulation.__getitem__, requests[i].masks))
         forward(model.stack, model.reader, waiting, trainable=trainable)
         velocities: list[list[mx.array]] = [[] for _ in requests]
         for (i, prompt), done in zip(branches, waiting, strict=True):

@@ -15,7 +15,8 @@ from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, Saved, Table, emit
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.vision.encoder import Encoder
-from mlx_blockskip.settings import SelectSettings, to_mapping
+from mlx_blockskip.options import to_mapping
+from mlx_blockskip.settings import SelectSettings
 from mlx_blockskip.tasks.checkpoint.adapters import CONFIG, load_adapters
 from mlx_blockskip.tasks.checkpoint.encoders import clip_encoder, vision_encoder
 from mlx_blockskip.tasks.checkpoint.resolve import open_named

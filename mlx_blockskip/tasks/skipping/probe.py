@@ -19,7 +19,7 @@ from mlx_blockskip.data import Dataset, Example, load_image, to_pixels
 from mlx_blockskip.engine import philox
 from mlx_blockskip.engine.spill import Spilled
 from mlx_blockskip.engine.stack import Modulation, State, arrays
-from mlx_blockskip.engine.sweep import Sample, modulations
+from mlx_blockskip.engine.sweep import Batch, modulations
 from mlx_blockskip.models import flow
 from mlx_blockskip.models.family import DiffusionModel, Prompt
 from mlx_blockskip.tasks.memory.waiting import WAITING_BYTES
@@ -70,7 +70,7 @@ def probe_subject(
             return model.final_layer(state, samples[i].context, heads[i])
 
         for number, tree in enumerate(trees):
-            waiting = [Sample(sample.state, sample.context, sample.modulation) for sample in samples]
+            waiting = [Batch(sample.state, sample.context, sample.modulation) for sample in samples]
             with TemporaryDirectory(prefix="mlx-blockskip-") as directory:
                 found = selection.probe(
                     model.stack,
@@ -98,7 +98,7 @@ class _Room:
         self.taken = 0
         self.count = 0
 
-    def put(self, sample: Sample) -> Sample:
+    def put(self, sample: Batch) -> Batch:
         self.taken += sum(array.nbytes for array in arrays(sample.state))
         if self.limit is None or self.taken <= self.limit:
             return sample
@@ -128,7 +128,7 @@ def _samples(
     encoded: Mapping[str, Prompt],
     sigmas: Sequence[float],
     settings: ProbeSettings,
-) -> tuple[list[Sample], list[Modulation]]:
+) -> tuple[list[Batch], list[Modulation]]:
     """A sample for every image and noise level, and its head modulation."""
     contexts, states = [], []
     for i, (example, x0) in enumerate(zip(examples, latents, strict=True)):
@@ -142,4 +142,4 @@ def _samples(
     heads = [model.final_modulation(context) for context in contexts]
     mx.eval(heads)
     zipped = zip(states, contexts, ahead, strict=True)
-    return [Sample(state, context, by_block.__getitem__) for state, context, by_block in zipped], heads
+    return [Batch(state, context, by_block.__getitem__) for state, context, by_block in zipped], heads

@@ -13,7 +13,7 @@ from mlx_blockskip.blockskip import records, residuals
 from mlx_blockskip.blockskip.records import Chunk
 from mlx_blockskip.engine import kept, sweep
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.sweep import Sample
+from mlx_blockskip.engine.sweep import Batch
 from mlx_blockskip.events import Note, emit
 from mlx_blockskip.models.family import Tokens
 from mlx_blockskip.tasks.phases import phase
@@ -87,7 +87,7 @@ def train_step(job: Job, chunk: Chunk, state: State) -> float:
     waiting = []
     for batch in batches:
         context = model.context_from((height, width), chunk.conditioning(batch, job.samples.captions(batch)))
-        waiting.append(Sample(chunk.tokens(batch, "entry"), context, chunk.modulation(batch)))
+        waiting.append(Batch(chunk.tokens(batch, "entry"), context, chunk.modulation(batch)))
     weights = [job.samples.weights(batch) for batch in batches]
 
     def loss(i: int, tokens: Tokens) -> mx.array:

@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_blockskip.engine import files
-from mlx_blockskip.engine.weights import BlockReader
+from mlx_blockskip.engine.reader import BlockReader
 
 BlockMoments = dict[str, dict[str, mx.array]]
 """`{"attn.to_q.lora_a": {"m": array, "v": array}, ...}`, float32."""

@@ -11,7 +11,7 @@ from mlx_blockskip.blockskip.records import Chunk, Layout
 from mlx_blockskip.data import to_pixels
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.stack import Context, Modulation
-from mlx_blockskip.engine.sweep import Sample, Tap, forward, modulations
+from mlx_blockskip.engine.sweep import Batch, Tap, forward, modulations
 from mlx_blockskip.models import flow
 from mlx_blockskip.models.family import DiffusionModel, Posterior
 from mlx_blockskip.tasks.memory.waiting import together, waiting_bytes
@@ -136,7 +136,7 @@ def _write_group(job: Job, group: range, noised: Noised, write: records.Write, a
         tokens, context = job.samples.embed(batch, noisy, s)
         write(batch, _start(model, target, context))
         mx.eval(tokens)
-        waiting.append(Sample(tokens, context))
+        waiting.append(Batch(tokens, context))
         del noisy, target, tokens, context  # the sweep replaces what waits
     retained = set(plan.retained)
 

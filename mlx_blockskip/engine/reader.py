@@ -1,136 +1,26 @@
-"""A component's weights on disk: one shard a block, read lazily, verified once, kept where the budget allows.
-
-`Shards` is a directory; `BlockReader` walks the blocks of a stack over it, reading the next block in a thread while
-the current one works.
+"""Hands out the weights of a stack's blocks in the order of a walk: read ahead in a thread, kept where the budget
+allows.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
-from hashlib import sha256
-from pathlib import Path
 from threading import Condition
-from typing import Any, Literal
+from typing import Literal
 
 import mlx.core as mx
-import numpy as np
 
-from mlx_blockskip.engine import files, limits, memory
+from mlx_blockskip.engine import limits, memory
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.engine.stack import Stack
 
-INDEX = "model.safetensors.index.json"
 Part = Literal["all", "body", "modulation"]
 Work = tuple[Part, str, bool]
 """A part of the weights, a kind of block, and whether the walk meets the block again, on its way back."""
 
 
-class Shards:
-    """The tensors of one component directory (config.json, index, shards). Nothing is read before it is asked for.
-
-    A shard's checksum is verified once, at its first read.
-    Raises UserError for a missing, truncated or altered file.
-    """
-
-    def __init__(self, path: Path | str):
-        self.path = Path(path)
-        index = files.read_json(self.path / INDEX)
-        self.config: dict[str, Any] = files.read_json(self.path / "config.json")
-        self.weight_map: dict[str, str] = index["weight_map"]
-        metadata = index.get("metadata", {})
-        self.checksums: dict[str, str] = metadata.get("sha256", {})
-        self.group_sizes: dict[str, int] = metadata.get("group_sizes", {})
-        self._headers: dict[str, files.Header] = {}
-        self._verified: set[str] = set()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.weight_map)
-
-    @cached_property
-    def identity(self) -> str:
-        """A fingerprint of the component: its config and the checksums of its shards."""
-        return sha256(repr((sorted(self.config.items(), key=str), sorted(self.checksums.items()))).encode()).hexdigest()
-
-    def under(self, prefix: str) -> tuple[str, ...]:
-        """The names that start with `prefix`."""
-        return tuple(name for name in self.weight_map if name.startswith(prefix))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._entry(name).shape)
-
-    def nbytes(self, names: Iterable[str]) -> int:
-        """Bytes that the tensors take, on disk and in memory."""
-        return sum(self._entry(name).nbytes for name in names)
-
-    def load(self, names: Iterable[str], before: Callable[[int], None] | None = None) -> dict[str, mx.array]:
-        """Read these tensors and no others; they are evaluated when this returns.
-
-        before: told of each tensor's bytes before it is read, one tensor after the other.
-        """
-        by_file: dict[str, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self._file(name), []).append(name)
-        found: dict[str, mx.array] = {}
-        for file, wanted in by_file.items():
-            self._verify(file)
-            try:
-                lazy = files.load_lazily(self.path / file)
-                part = {name: lazy[name] for name in wanted}
-                del lazy
-                if before is not None:
-                    for name in wanted:
-                        before(self.nbytes([name]))
-                        mx.eval(part[name])
-                mx.eval(part)
-            except (RuntimeError, KeyError, ValueError) as error:
-                raise UserError(f"{self.path / file}: cannot be read ({error}); convert the model again") from error
-            found |= part
-        return found
-
-    def rows(self, name: str, ids: np.ndarray) -> mx.array:
-        """Rows `ids` (any shape, ints) of a 2-D table, gathered from the file: (*ids.shape, width)."""
-        file = self._file(name)
-        self._verify(file)
-        entry = self._entry(name)
-        count, width = entry.shape
-        if ids.size and (ids.min() < 0 or ids.max() >= count):
-            raise UserError(f"{self.path}: {name} has {count} rows, and row {ids.max()} was asked for")
-        raw = np.memmap(self.path / file, mode="r", offset=entry.start, shape=(count, entry.nbytes // count))
-        data = np.ascontiguousarray(raw[ids.reshape(-1)])
-        del raw
-        return mx.array(data).view(files.mlx_dtype(entry.dtype)).reshape(*ids.shape, width)
-
-    def _file(self, name: str) -> str:
-        try:
-            return self.weight_map[name]
-        except KeyError:
-            raise UserError(f"{self.path}: has no tensor {name}; convert the model again") from None
-
-    def _entry(self, name: str) -> files.TensorEntry:
-        file = self._file(name)
-        if file not in self._headers:
-            self._headers[file] = files.read_header(self.path / file)
-        try:
-            return self._headers[file].entries[name]
-        except KeyError:
-            raise UserError(f"{self.path / file}: has no tensor {name}; convert the model again") from None
-
-    def _verify(self, file: str) -> None:
-        if file in self._verified:
-            return
-        path = self.path / file
-        if not path.is_file():
-            raise UserError(f"{path}: this part of the model is missing; convert the model again")
-        files.read_header(path)
-        expected = self.checksums.get(file)
-        if expected is not None and files.sha256(path) != expected:
-            raise UserError(f"{path}: is not what was converted (its checksum differs); convert the model again")
-        self._verified.add(file)
-
-
-class Flight:
+class Prefetch:
     """What may be read ahead while a block is at work. Reading waits for room, or for the block at work to be done."""
 
     def __init__(self) -> None:
@@ -217,29 +107,29 @@ class BlockReader:
         """
         order = list(blocks)
         self._room = self._to_keep(order, part)
-        flight, seen = Flight(), set[int]()
+        room, seen = Prefetch(), set[int]()
         with _reading_thread() as pool:
-            ahead: Future | None = pool.submit(self._get, order[0], part, flight) if order else None
+            next_block: Future | None = pool.submit(self._get, order[0], part, room) if order else None
             weights: dict[str, mx.array] = {}
             try:
                 for position, index in enumerate(order):
-                    if ahead is not None:
-                        weights, ahead = ahead.result(), None
+                    if next_block is not None:
+                        weights, next_block = next_block.result(), None
                     work = part, self.stack.block(index).kind.name, index in seen
                     seen.add(index)
-                    flight.begin(self._beside(index, work))
+                    room.begin(self._beside(index, work))
                     following = order[position + 1 : position + 2]
                     if following and following != [index]:
-                        ahead = pool.submit(self._get, following[0], part, flight)
+                        next_block = pool.submit(self._get, following[0], part, room)
                     held = dict(weights) if following == [index] else {}  # a walk there and back turns here
                     with self._measured(index, work):
                         yield index, _handed_over(weights)
                     weights = held
-                    flight.done()
+                    room.done()
             finally:
-                flight.cancel()
-                if ahead is not None and not ahead.cancel():
-                    ahead.exception()
+                room.cancel()
+                if next_block is not None and not next_block.cancel():
+                    next_block.exception()
 
     def _to_keep(self, order: Sequence[int], part: Part) -> int:
         """Bytes of blocks that may stay between walks, as far as is known what the work takes."""
@@ -305,7 +195,7 @@ class BlockReader:
         if part in self.overhead:
             self.overhead[part] += size
 
-    def _get(self, index: int, part: Part, flight: Flight) -> dict[str, mx.array]:
+    def _get(self, index: int, part: Part, ahead: Prefetch) -> dict[str, mx.array]:
         kept = self._kept.get((index, part))
         if kept is not None:
             return dict(kept)
@@ -313,7 +203,7 @@ class BlockReader:
         names = self.names(index, part)
         if not names and part != "modulation":
             raise UserError(f"{self.shards.path}: has no tensors under {prefix}; convert the model again")
-        loaded = self.shards.load(names, flight.take)
+        loaded = self.shards.load(names, ahead.take)
         weights = {name[len(prefix) :]: array for name, array in loaded.items()}
         size = self.shards.nbytes(names)
         self.bytes_read += size

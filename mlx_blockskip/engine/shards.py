@@ -1,0 +1,119 @@
+"""A component's weights on disk: one shard a block, read lazily, verified once."""
+
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_blockskip.engine import files
+from mlx_blockskip.engine.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+
+
+class Shards:
+    """The tensors of one component directory (config.json, index, shards). Nothing is read before it is asked for.
+
+    A shard's checksum is verified once, at its first read.
+    Raises UserError for a missing, truncated or altered file.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        index = files.read_json(self.path / INDEX)
+        self.config: dict[str, Any] = files.read_json(self.path / "config.json")
+        self.weight_map: dict[str, str] = index["weight_map"]
+        metadata = index.get("metadata", {})
+        self.checksums: dict[str, str] = metadata.get("sha256", {})
+        self.group_sizes: dict[str, int] = metadata.get("group_sizes", {})
+        self._headers: dict[str, files.Header] = {}
+        self._verified: set[str] = set()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.weight_map)
+
+    @cached_property
+    def identity(self) -> str:
+        """A fingerprint of the component: its config and the checksums of its shards."""
+        return sha256(repr((sorted(self.config.items(), key=str), sorted(self.checksums.items()))).encode()).hexdigest()
+
+    def under(self, prefix: str) -> tuple[str, ...]:
+        """The names that start with `prefix`."""
+        return tuple(name for name in self.weight_map if name.startswith(prefix))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._entry(name).shape)
+
+    def nbytes(self, names: Iterable[str]) -> int:
+        """Bytes that the tensors take, on disk and in memory."""
+        return sum(self._entry(name).nbytes for name in names)
+
+    def load(self, names: Iterable[str], before: Callable[[int], None] | None = None) -> dict[str, mx.array]:
+        """Read these tensors and no others; they are evaluated when this returns.
+
+        before: told of each tensor's bytes before it is read, one tensor after the other.
+        """
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._file(name), []).append(name)
+        found: dict[str, mx.array] = {}
+        for file, wanted in by_file.items():
+            self._verify(file)
+            try:
+                lazy = files.load_lazily(self.path / file)
+                part = {name: lazy[name] for name in wanted}
+                del lazy
+                if before is not None:
+                    for name in wanted:
+                        before(self.nbytes([name]))
+                        mx.eval(part[name])
+                mx.eval(part)
+            except (RuntimeError, KeyError, ValueError) as error:
+                raise UserError(f"{self.path / file}: cannot be read ({error}); convert the model again") from error
+            found |= part
+        return found
+
+    def rows(self, name: str, ids: np.ndarray) -> mx.array:
+        """Rows `ids` (any shape, ints) of a 2-D table, gathered from the file: (*ids.shape, width)."""
+        file = self._file(name)
+        self._verify(file)
+        entry = self._entry(name)
+        count, width = entry.shape
+        if ids.size and (ids.min() < 0 or ids.max() >= count):
+            raise UserError(f"{self.path}: {name} has {count} rows, and row {ids.max()} was asked for")
+        raw = np.memmap(self.path / file, mode="r", offset=entry.start, shape=(count, entry.nbytes // count))
+        data = np.ascontiguousarray(raw[ids.reshape(-1)])
+        del raw
+        return mx.array(data).view(files.mlx_dtype(entry.dtype)).reshape(*ids.shape, width)
+
+    def _file(self, name: str) -> str:
+        try:
+            return self.weight_map[name]
+        except KeyError:
+            raise UserError(f"{self.path}: has no tensor {name}; convert the model again") from None
+
+    def _entry(self, name: str) -> files.TensorEntry:
+        file = self._file(name)
+        if file not in self._headers:
+            self._headers[file] = files.read_header(self.path / file)
+        try:
+            return self._headers[file].entries[name]
+        except KeyError:
+            raise UserError(f"{self.path / file}: has no tensor {name}; convert the model again") from None
+
+    def _verify(self, file: str) -> None:
+        if file in self._verified:
+            return
+        path = self.path / file
+        if not path.is_file():
+            raise UserError(f"{path}: this part of the model is missing; convert the model again")
+        files.read_header(path)
+        expected = self.checksums.get(file)
+        if expected is not None and files.sha256(path) != expected:
+            raise UserError(f"{path}: is not what was converted (its checksum differs); convert the model again")
+        self._verified.add(file)
