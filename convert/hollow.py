@@ -69,11 +69,3 @@ def _write_component(component: Component, folder: Path, precision: Precision) -
             file.write(header)
         os.truncate(folder / shard.file, size)
     files.write_json(folder / INDEX, index_of(component, shards, precision, checksums={}))
-
-
-def bytes_by_block(component: Component, precision: Precision) -> dict[str | None, int]:
-    """Bytes of each block by its prefix, and of the rest under None."""
-    return {
-        component.block(shard.rows[0].name): sum(e.nbytes for e in shard_entries(component, shard, precision))
-        for shard in plan_shards(component, precision)
-    }

@@ -1,24 +1,8 @@
-"""Products with a frozen weight. On Metal these are MLX's own.
-
-MLX's CPU backend has a fast product for float32 alone: bfloat16 runs about 30 times and 4 bit 400 times slower there.
-So on the CPU such a weight is turned into float32 some rows at a time, inputs go in as float32, and the sum, taken in
-float32, is rounded once. The same is done on the way back. The copies are bounded by WEIGHT_BYTES and TOKEN_BYTES.
-"""
-
-from collections.abc import Callable, Sequence
-from typing import cast
+"""Products with a frozen weight: MLX's own, but for those that its CPU backend is slow at (`models/cpu.py`)."""
 
 import mlx.core as mx
 
-WEIGHT_BYTES = 8 << 20
-"""Some rows of a weight, in float32. A constant, so that parts follow from shapes alone."""
-
-TOKEN_BYTES = 32 << 20
-"""Some tokens, in float32."""
-
-Pull = Callable[[mx.array], mx.array]
-Slab = Callable[[int, int, Sequence[mx.array]], mx.array]
-"""`(start, stop, after) -> columns start..stop-1 of a matrix in float32`, made when `after` is there."""
+from mlx_blockskip.models import cpu
 
 
 def matmul(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
@@ -26,17 +10,10 @@ def matmul(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.ar
 
     On the CPU a weight that is not in float32 gets no gradient.
     """
-    if weight.dtype == mx.float32 or not on_cpu():
-        return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
-
-    def rows(start: int, stop: int, after: Sequence[mx.array]) -> mx.array:
-        return _after(weight[start:stop], after).astype(mx.float32).T
-
-    def columns(start: int, stop: int, after: Sequence[mx.array]) -> mx.array:
-        return _after(weight[:, start:stop], after).astype(mx.float32)
-
-    y = _frozen(rows, columns, weight.shape[0], 1)(x)
-    return y if bias is None else y + bias
+    if weight.dtype != mx.float32 and cpu.in_use():
+        y = cpu.matmul(x, weight)
+        return y if bias is None else y + bias
+    return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
 
 
 def quantized_matmul(
@@ -45,70 +22,15 @@ def quantized_matmul(
     """x W^T + b for a weight of `mx.quantize`; bits and group size follow from the shapes."""
     group = x.shape[-1] // scales.shape[-1]
     bits = packed.shape[-1] * 32 // x.shape[-1]
-    if not on_cpu():
+    if cpu.in_use():
+        y = cpu.quantized_matmul(x, packed, scales, biases, group, bits)
+    else:
         y = mx.quantized_matmul(x, packed, scales, biases, transpose=True, group_size=group, bits=bits)
-        return y if bias is None else y + bias
-
-    def whole(p: mx.array, s: mx.array, b: mx.array, after: Sequence[mx.array]) -> mx.array:
-        return mx.dequantize(_after(p, after), s, b, group_size=group, bits=bits).astype(mx.float32)
-
-    def rows(start: int, stop: int, after: Sequence[mx.array]) -> mx.array:
-        return whole(packed[start:stop], scales[start:stop], biases[start:stop], after).T
-
-    def columns(start: int, stop: int, after: Sequence[mx.array]) -> mx.array:
-        these = slice(start // group, stop // group)
-        return whole(packed[:, start * bits // 32 : stop * bits // 32], scales[:, these], biases[:, these], after)
-
-    y = _frozen(rows, columns, packed.shape[0], group)(x)
     return y if bias is None else y + bias
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
-    """MLX's fused attention, whose products are in float32 on the CPU. q (B, H, Lq, d); k, v (B, H, Lk, d)."""
-    dtype = q.dtype
-    if on_cpu():
-        q, k, v = (x.astype(mx.float32) for x in (q, k, v))
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask).astype(dtype)
-
-
-def on_cpu() -> bool:
-    """Whether arrays are computed by the CPU backend."""
-    return bool(mx.default_device().type == mx.DeviceType.cpu)
-
-
-def _frozen(rows: Slab, columns: Slab, outputs: int, group: int) -> Pull:
-    """x -> x W^T with a gradient for x alone. rows: of W, transposed; columns: of W, in multiples of `group`."""
-
-    @mx.custom_function
-    def product(x: mx.array) -> mx.array:
-        return _product(x, rows, outputs, 1)
-
-    @product.vjp
-    def pull_back(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-        return _product(cotangent, columns, x.shape[-1], group)
-
-    return cast(Pull, product)
-
-
-def _product(x: mx.array, slab: Slab, outputs: int, multiple: int) -> mx.array:
-    """x M for a matrix M (in, outputs) given by slabs of its columns, one slab and some tokens at a time."""
-    width = x.shape[-1]
-    flat = x.reshape(-1, width)
-    step = max(1, WEIGHT_BYTES // (4 * width) // multiple) * multiple
-    count = max(1, TOKEN_BYTES // (4 * width))
-    done: list[mx.array] = []
-    after: list[mx.array] = []
-    for first in range(0, flat.shape[0], count):
-        tokens = _after(flat[first : first + count], after).astype(mx.float32)
-        parts: list[mx.array] = []
-        for start in range(0, outputs, step):
-            parts.append((tokens @ slab(start, min(start + step, outputs), after)).astype(x.dtype))
-            after = parts[-1:]
-        done.append(mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0])
-    found = mx.concatenate(done, axis=0) if len(done) > 1 else done[0]
-    return found.reshape(*x.shape[:-1], outputs)
-
-
-def _after(array: mx.array, others: Sequence[mx.array]) -> mx.array:
-    """The same array, there once the others are: MLX evaluates many branches of a graph side by side."""
-    return mx.depends([array], list(others))[0] if others else array
+    """MLX's fused attention: q (B, H, Lq, d); k, v (B, H, Lk, d); mask is added to the scores."""
+    if cpu.in_use():
+        return cpu.attention(q, k, v, scale, mask)
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)

@@ -2,7 +2,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_blockskip.engine import limits
-from mlx_blockskip.models import product
+from mlx_blockskip.models import cpu, product
 from mlx_blockskip.models.layers import linear
 
 WIDTH, OUT = 192, 320
@@ -27,8 +27,8 @@ def close(found, expected, bound):
 @pytest.mark.parametrize("parts", [False, True])
 def test_bfloat16_products_are_summed_in_float32_both_ways(inputs, parts, monkeypatch):
     if parts:  # 7 rows or columns of the weight and 2 tokens at a time
-        monkeypatch.setattr(product, "WEIGHT_BYTES", 4 * WIDTH * 7)
-        monkeypatch.setattr(product, "TOKEN_BYTES", 4 * WIDTH * 2)
+        monkeypatch.setattr(cpu, "WEIGHT_BYTES", 4 * WIDTH * 7)
+        monkeypatch.setattr(cpu, "TOKEN_BYTES", 4 * WIDTH * 2)
     x, weight, bias = (array.astype(mx.bfloat16) for array in inputs)
     y = product.matmul(x, weight, bias)
     exact = x.astype(mx.float32) @ weight.astype(mx.float32).T
@@ -42,8 +42,8 @@ def test_bfloat16_products_are_summed_in_float32_both_ways(inputs, parts, monkey
 @pytest.mark.parametrize(("bits", "group"), [(4, 64), (6, 64), (8, 32)])
 def test_quantized_products_are_those_of_the_weight_it_stands_for(inputs, bits, group, parts, monkeypatch):
     if parts:
-        monkeypatch.setattr(product, "WEIGHT_BYTES", 4 * OUT * group)
-        monkeypatch.setattr(product, "TOKEN_BYTES", 4 * WIDTH * 2)
+        monkeypatch.setattr(cpu, "WEIGHT_BYTES", 4 * OUT * group)
+        monkeypatch.setattr(cpu, "TOKEN_BYTES", 4 * WIDTH * 2)
     x, weight, bias = inputs
     quantized = mx.quantize(weight, group_size=group, bits=bits)
     whole = mx.dequantize(*quantized, group_size=group, bits=bits)
@@ -65,7 +65,7 @@ def test_it_is_what_mlx_computes(inputs):
 def test_a_part_of_the_weight_at_a_time_is_in_memory(monkeypatch):
     weight = mx.zeros((4096, 1024), mx.bfloat16)
     x = mx.zeros((1, 8, 1024), mx.bfloat16)
-    monkeypatch.setattr(product, "WEIGHT_BYTES", 1 << 20)
+    monkeypatch.setattr(cpu, "WEIGHT_BYTES", 1 << 20)
     mx.eval(weight, x)
     mx.clear_cache()
     mx.reset_peak_memory()
