@@ -1,6 +1,7 @@
 """Choosing blocks from end to end, by each method, and training on what was chosen."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -63,6 +64,15 @@ def test_a_selection_holds_its_table_and_the_best_plan_for_every_budget(small, m
     assert any(isinstance(event, Table) for event in events)
     with PillowImage.open(result.path.with_suffix(".png")) as picture:
         assert picture.size[0] > 300
+
+
+def test_without_matplotlib_the_selection_is_written_and_the_picture_is_said_to_be_missing(small, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    events = []
+    result = select(small("probe"), on_event=events.append)
+    assert files.read_json(result.path)["plans"]
+    assert not result.path.with_suffix(".png").exists()
+    assert any(isinstance(e, Note) and "pip install 'mlx-blockskip[plot]'" in e.message for e in events)
 
 
 def test_the_probe_says_how_much_work_it_saves(small):

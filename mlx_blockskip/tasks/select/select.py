@@ -23,7 +23,6 @@ from mlx_blockskip.tasks.checkpoint.resolve import open_named
 from mlx_blockskip.tasks.defaults import check_size, draw_config
 from mlx_blockskip.tasks.memory.check import budget_of, check_generation
 from mlx_blockskip.tasks.memory.trace import trace_paths, traced
-from mlx_blockskip.tasks.sampling.pictures import write_png
 from mlx_blockskip.tasks.select import plot
 from mlx_blockskip.tasks.select.masked import Masks, Series, distances, make
 from mlx_blockskip.tasks.skipping.probe import ProbeSettings, probe_subject
@@ -85,10 +84,10 @@ def select(settings: SelectSettings) -> Selection:
         **measured,
     }
     files.write_json(target, record)
-    write_png(picture, plot.draw(record, model.stack.kinds))
     emit(summary(record, table, depth))
     emit(Saved(target, "block selection"))
-    emit(Saved(picture, "picture of it"))
+    drawn = plot.write(picture, record, model.stack.kinds)
+    emit(Saved(picture, "picture of it") if drawn else Note(plot.ABSENT))
     return Selection(target, table)
 
 
