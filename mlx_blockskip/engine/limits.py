@@ -6,17 +6,27 @@ limit decides the peak of any graph, and never a result.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import mlx.core as mx
 
 _own: int | None = None  # MLX's own limit, known once it was replaced
 
 
-def machine() -> int:
-    """Bytes that one program may well take here: what Metal recommends; elsewhere three quarters of all memory."""
+@dataclass(frozen=True)
+class Machine:
+    """Bytes of memory that there are, and of them what Metal recommends that one program works with; None elsewhere."""
+
+    memory: int
+    recommended: int | None = None
+
+
+def machine() -> Machine:
+    """This one."""
     if mx.metal.is_available():
-        return int(mx.device_info()["max_recommended_working_set_size"])
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 0.75)
+        info = mx.device_info()
+        return Machine(int(info["memory_size"]), int(info["max_recommended_working_set_size"]))
+    return Machine(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def bound(budget: int | None) -> None:

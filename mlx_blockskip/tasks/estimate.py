@@ -1,7 +1,8 @@
 """`estimate`: what converting, training and drawing would take, before anything is downloaded or converted.
 
 A hollow model (zeros that take no disk) stands in for the real one: one block of each kind is traced on this machine at
-the shapes of the run, in bfloat16. What a block takes beside its weights is the same where they are quantized.
+the shapes of the run, in bfloat16. What a block takes beside its weights is the same where they are quantized. One
+trace gives both bytes and seconds.
 """
 
 import os
@@ -31,7 +32,7 @@ from mlx_blockskip.tasks.checkpoint.convert import family_of, is_converted
 from mlx_blockskip.tasks.checkpoint.resolve import BUNDLED, bundled
 from mlx_blockskip.tasks.defaults import known_defaults
 from mlx_blockskip.tasks.memory import predict
-from mlx_blockskip.tasks.memory.check import AUTO, budget_of
+from mlx_blockskip.tasks.memory.limit import AUTO, budget_of, fits
 from mlx_blockskip.tasks.memory.predict import Phase, Shape, Tracer
 from mlx_blockskip.tasks.phases import phase
 
@@ -39,6 +40,9 @@ PRECISIONS = {"bf16": 0, "8 bit": 8, "4 bit": 4}
 RATIOS = (0.0, 0.3, 0.4, 0.5)
 SAMPLE_BYTES = 256 << 20
 """What is written and read back to measure the disk."""
+
+SHORT = 16
+"""Text tokens of a prompt that is encoded only to see what other weights take."""
 
 
 @dataclass(frozen=True)
@@ -74,45 +78,66 @@ class Estimate:
         return max(phase.peak for phase in self.phases)
 
 
+@dataclass(frozen=True)
+class Traces:
+    """What was traced, all of it in bfloat16 but for the prompts, by precision. speed: bytes a second from the disk."""
+
+    train: Tracer
+    generate: Tracer
+    encoding: Phase
+    decoding: Phase
+    prompts: dict[str, Phase]
+    speed: float
+
+
 def estimate(settings: EstimateSettings) -> list[Estimate]:
-    """Yield two tables, of memory and of time, and the flags to use; returns their rows."""
+    """Emits two tables, of memory and of time, and the flags to use; returns their rows."""
     memory = budget_of(settings.memory)
     if not memory:
         raise UserError(f"--memory {settings.memory}: give a size such as 8GB, or auto")
     subject = find(settings.model)
     settings = complete(settings, subject)
     limits.bound(memory)
-    rows: list[Estimate] = []
-    with tempfile.TemporaryDirectory(prefix="mlx-blockskip-") as directory, phase("trace blocks", 5, "part") as track:
+    with tempfile.TemporaryDirectory(prefix="mlx-blockskip-") as directory:
         models = {name: _hollow(subject, bits, Path(directory) / f"{bits}") for name, bits in PRECISIONS.items()}
-        speed = disk_speed(Path(directory))
-        track.step(1)
-        first = next(iter(models.values()))
-        patch, tracers = _patches(settings, first).output_side, {}
-        family = subject.family
-        tracers["train"] = Tracer(
-            first, Shape(patch, patch, settings.max_sequence_length or 0, settings.batch_size or 1),
-            settings.rank or 0, lora.targets(family.lora_targets, "all"), timed=True,
-        )  # fmt: skip
-        tracers["train"].train(range(first.stack.depth))
-        track.step(2)
-        width, height = first.native_size(settings.width or 0, settings.height or 0)
-        tracers["generate"] = Tracer(first, Shape(width, height, settings.max_sequence_length or 0), timed=True)
-        drawing = [tracers["generate"].generate(settings.steps or 1)]
-        track.step(3)
-        drawing.append(predict.images(first, width, height, decoding=True))
-        encoding = predict.images(first, patch, patch, decoding=False)
-        track.step(4)
-        for name, model in models.items():
-            small = _hollow(subject, PRECISIONS[name], Path(directory) / f"{PRECISIONS[name]}-shallow", shallow=True)
-            prompt = predict.prompts(small, settings.max_sequence_length or 0)
-            for ratio in RATIOS:
-                rows.append(
-                    _row(settings, subject, name, ratio, model, tracers, [prompt, encoding, drawing[1]], memory, speed)
-                )
-        track.step(5)
-    _tables(subject, settings, rows, memory, speed)
+        traces = _trace(settings, subject, models["bf16"], Path(directory))
+        rows = [
+            _row(settings, subject, name, ratio, model, traces, memory)
+            for name, model in models.items()
+            for ratio in RATIOS
+        ]
+    _tables(subject, settings, rows, memory, traces.speed)
     return rows
+
+
+def _trace(settings: EstimateSettings, subject: Subject, model: DiffusionModel, directory: Path) -> Traces:
+    """Trace everything once. settings: complete."""
+    length, patch = settings.max_sequence_length or 0, _patches(settings, model).output_side
+    width, height = model.native_size(settings.width or 0, settings.height or 0)
+    modules = lora.targets(subject.family.lora_targets, "all")
+    with phase("trace blocks", 5, "part") as track:
+        speed = disk_speed(directory)
+        track.step(1)
+        train = Tracer(model, Shape(patch, patch, length, settings.batch_size or 1), settings.rank or 0, modules)
+        train.train(range(train.stack.depth))
+        track.step(2)
+        generate = train.at(Shape(width, height, length))
+        generate.generate(1)
+        track.step(3)
+        encoding = predict.images(model, patch, patch, decoding=False)
+        decoding = predict.images(model, width, height, decoding=True)
+        track.step(4)
+        traces = Traces(train, generate, encoding, decoding, _prompts(subject, length, directory), speed)
+        track.step(5)
+    return traces
+
+
+def _prompts(subject: Subject, length: int, directory: Path) -> dict[str, Phase]:
+    """Encoding a prompt, by precision: traced in bfloat16, and what other weights take or spare on a SHORT one."""
+    small = {name: _hollow(subject, bits, directory / f"{bits}-shallow", True) for name, bits in PRECISIONS.items()}
+    short = {name: predict.prompts(model, min(SHORT, length)).peak for name, model in small.items()}
+    whole = predict.prompts(small["bf16"], length)
+    return {name: replace(whole, peak=whole.peak + peak - short["bf16"]) for name, peak in short.items()}
 
 
 def find(model: str) -> Subject:
@@ -150,23 +175,29 @@ def disk_speed(directory: Path) -> float:
     """Bytes a second that are read from the disk of `directory`, not from memory."""
     path = directory / "sample"
     with path.open("wb") as file:
+        _past_memory(file.fileno())
         for _ in range(SAMPLE_BYTES >> 20):
             file.write(os.urandom(1 << 20))
         file.flush()
         os.fsync(file.fileno())
     with path.open("rb", buffering=0) as file:
-        if sys.platform == "darwin":
-            import fcntl
-
-            fcntl.fcntl(file, fcntl.F_NOCACHE, 1)
-        else:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        _past_memory(file.fileno())
         started = time.perf_counter()
         while file.read(8 << 20):
             pass
         seconds = time.perf_counter() - started
     path.unlink()
     return SAMPLE_BYTES / seconds
+
+
+def _past_memory(descriptor: int) -> None:
+    """What is written or read here does not stay in the system's memory."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
+    else:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _patches(settings: EstimateSettings, model: DiffusionModel) -> PatchSettings:
@@ -190,40 +221,34 @@ def _row(
     precision: str,
     ratio: float,
     model: DiffusionModel,
-    tracers: dict[str, Tracer],
-    others: list[Phase],
+    traces: Traces,
     memory: int,
-    speed: float,
 ) -> Estimate:
     plan = plans.choose(model.stack.depth, ratio=ratio, recorded=subject.defaults.get("plans"))
-    tracer = tracers["train"].on(model)
-    iters, batch = settings.iters or 1, settings.batch_size or 1
+    tracer, iters = traces.train.on(model), settings.iters or 1
     waiting = tracer.together(iters)
     precompute, train = tracer.precompute(plan, "base", waiting), tracer.train(plan.retained)
-    prompt, encoding, decoding = others
-    encoding = tracer.beside_adapter(encoding, plan)
-    drawing = tracers["generate"].on(model).generate(settings.steps or 1)
-    resident = train.ample <= memory
-    spare = max(0, memory - train.peak)
-    read = 0 if resident else max(0, train.read - 2 * spare)
-    seconds = max(train.seconds * (2 / 3 if resident else 1), read / speed)
-    record = tracer.record_bytes(plan)
-    groups = -(-iters // waiting)
-    ahead = max(precompute.seconds / waiting * iters, groups * precompute.read / speed)
+    encoding = tracer.beside_adapter(traces.encoding, plan)
+    drawing = traces.generate.on(model).generate(settings.steps or 1)
+    resident = fits(train.ample, memory)
+    read = 0 if resident else max(0, train.read - 2 * max(0, memory - train.peak))
+    seconds = max(train.seconds * (2 / 3 if resident else 1), read / traces.speed)
+    ahead = max(precompute.seconds / waiting * iters, -(-iters // waiting) * precompute.read / traces.speed)
     if _patches(settings, model).mode not in ("resize", "none"):  # there each image is encoded once
-        ahead += encoding.seconds * iters * batch
+        ahead += encoding.seconds * iters * (settings.batch_size or 1)
     components = run.components_of(subject.family.name, subject.configs)
+    record = tracer.layout(plan, "base").nbytes
     limit = parse_size(settings.cache_limit, "--cache-limit") or 0
     return Estimate(
-        precision, ratio, plan, (prompt, encoding, precompute, train, drawing, decoding),
+        precision, ratio, plan, (traces.prompts[precision], encoding, precompute, train, drawing, traces.decoding),
         sum(size_of(component, Precision("bfloat16", PRECISIONS[precision])) for component in components),
-        min(limit, record * iters), read, seconds, (iters * seconds + ahead) / 3600,
+        min(iters, limit // record) * record, read, seconds, (iters * seconds + ahead) / 3600,
     )  # fmt: skip
 
 
 def recommended(rows: list[Estimate], memory: int) -> Estimate | None:
     """The finest precision that fits, and with it the smallest skip ratio; None where nothing fits."""
-    return next((row for row in rows if row.peak <= memory), None)
+    return next((row for row in rows if fits(row.peak, memory)), None)
 
 
 def _tables(subject: Subject, settings: EstimateSettings, rows: list[Estimate], memory: int, speed: float) -> None:
@@ -235,7 +260,7 @@ def _tables(subject: Subject, settings: EstimateSettings, rows: list[Estimate], 
         ("weights", "skipped", "plan (n, m)", *names, f"fits {memory / gib:.1f} GiB"),
         tuple(
             (row.precision, f"{row.ratio:.0%}", f"({row.plan.n}, {row.plan.m})",
-             *(f"{phase.peak / size:.2f}" for phase in row.phases), "yes" if row.peak <= memory else "no")
+             *(f"{phase.peak / size:.2f}" for phase in row.phases), "yes" if fits(row.peak, memory) else "no")
             for row in rows
         ),
     ))  # fmt: skip

@@ -19,16 +19,18 @@ def limit():
     return found
 
 
-def test_the_machine_has_what_metal_recommends(monkeypatch):
+def test_the_machine_says_what_metal_recommends(monkeypatch):
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 11 << 30, "memory_size": 1})
-    assert limits.machine() == 11 << 30
+    monkeypatch.setattr(
+        mx, "device_info", lambda: {"max_recommended_working_set_size": 11 << 30, "memory_size": 16 << 30}
+    )
+    assert limits.machine() == limits.Machine(16 << 30, 11 << 30)
 
 
-def test_without_metal_the_machine_has_three_quarters_of_its_memory(monkeypatch):
+def test_without_metal_the_machine_has_all_its_memory(monkeypatch):
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}.__getitem__)
-    assert limits.machine() == 3 * 4096 * 250
+    assert limits.machine() == limits.Machine(4096 * 1000)
 
 
 def test_a_budget_becomes_mlx_s_limit_and_no_budget_gives_its_own_back():

@@ -3,7 +3,6 @@
 import gc
 import math
 import re
-import shutil
 from dataclasses import replace
 
 import mlx.core as mx
@@ -15,11 +14,13 @@ from support.models import likely_plan
 from mlx_blockskip import generate, train
 from mlx_blockskip.engine import files, kept, limits
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.limits import Machine
 from mlx_blockskip.events import Phase, PhaseEnd
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.settings import GenerateSettings, TrainSettings
 from mlx_blockskip.tasks.defaults import draw_config, train_config
 from mlx_blockskip.tasks.memory import check, predict
+from mlx_blockskip.tasks.memory.limit import MARGIN, budget_of
 
 SETTINGS = [
     {"skip_first": 1, "skip_last": 0, "batch_size": 1, "rank": 2},
@@ -57,14 +58,18 @@ def without_images(monkeypatch):
     monkeypatch.setattr(predict, "images", lambda *a, **b: predict.Phase("images", 1000))
 
 
-def assert_predicted(predict, measure, names):
-    """The least of two of each: threads race, and what is tiny may take an operation's output more by chance."""
-    measured = [measure() for _ in range(2)]
-    predicted = [{phase.name: phase.peak for phase in predict()} for _ in range(2)]
-    for name in names:
-        ours, theirs = (min(found[name] for found in both) for both in (predicted, measured))
-        shown = f"{name}: predicted {ours / 2**20:.2f} MiB, measured {theirs / 2**20:.2f}"
-        assert 0.95 <= ours / theirs <= 1.10, shown
+UNDER, OVER = 1 / MARGIN, 1.2
+"""Bounds of predicted over measured (seen: 0.89 to 1.05). One trace of a block, and one run, may be an operation's
+output off by chance, which is a tenth of what a tiny model takes; what is below is covered by MARGIN.
+"""
+
+
+def assert_predicted(phases, measured, names):
+    for phase in phases:
+        if phase.name in names:
+            peak = measured[phase.name]
+            shown = f"{phase.name}: predicted {phase.peak / 2**20:.2f} MiB, measured {peak / 2**20:.2f}"
+            assert UNDER <= phase.peak / peak <= OVER, shown
 
 
 @pytest.mark.parametrize(
@@ -76,16 +81,10 @@ def test_training_takes_what_is_predicted(request, tmp_path, monkeypatch, name, 
     without_images(monkeypatch)
     settings = training(model_path, tmp_path, iters=3, memory_budget="0", patch_mode="resize", **options)
 
-    def predict():
-        model = open_model(model_path, 0)
-        whole = train_config(settings, model)
-        return check.training_phases(whole, model, likely_plan(whole, model))
-
-    def measure():
-        shutil.rmtree(tmp_path / "a", ignore_errors=True)
-        return peaks(train, settings=settings)
-
-    assert_predicted(predict, measure, ("precompute", "train"))
+    measured = peaks(train, settings=settings)
+    model = open_model(model_path, 0)
+    phases = check.training_phases(train_config(settings, model), model, likely_plan(settings, model))
+    assert_predicted(phases, measured, ("precompute", "train"))
 
 
 def test_the_adapter_lies_beside_images_that_are_encoded_for_training(tiny_flux, tmp_path, monkeypatch):
@@ -119,17 +118,16 @@ def test_generation_takes_what_is_predicted(request, tmp_path, monkeypatch, name
         memory_budget="0", output=str(tmp_path / "o.png"),
     )  # fmt: skip
 
-    def predict():
-        model = open_model(model_path, 0)
-        return check.generation_phases(replace(draw_config(settings, model), n_images=settings.n_images), model, count)
-
-    assert_predicted(predict, lambda: peaks(generate, settings=settings), ("generate",))
+    measured = peaks(generate, settings=settings)
+    model = open_model(model_path, 0)
+    config = replace(draw_config(settings, model), n_images=settings.n_images)
+    assert_predicted(check.generation_phases(config, model, count), measured, ("generate",))
 
 
 def test_images_beyond_the_traced_sizes_follow_the_line(tiny_flux, monkeypatch):
     traced = []
 
-    def image(model, width, height, decoding, once):
+    def image(model, width, height, decoding):
         traced.append((width, height))
         return 1000 + 3 * width * height, 2e-6 * width * height
 
@@ -144,27 +142,26 @@ def test_images_beyond_the_traced_sizes_follow_the_line(tiny_flux, monkeypatch):
 
 def test_training_that_cannot_fit_is_refused_before_it_begins_and_what_it_names_fits(tiny_flux, tmp_path):
     events = []
-    options = {"batch_size": 8, "train_resolution": 64, "resolution": 64, "memory_budget": "6MB", "rank": 4}
-    with pytest.raises(UserError, match=r"--memory-budget 6MB: too small, '.+' takes (\d+)MB at least") as refused:
+    options = {"batch_size": 16, "train_resolution": 64, "resolution": 64, "memory_budget": "8MB", "rank": 4}
+    with pytest.raises(UserError, match=r"--memory-budget 8MB: too small, '.+' takes (\d+)MB at least") as refused:
         train(settings=training(tiny_flux, tmp_path, **options), on_event=events.append)
     assert not [event for event in events if isinstance(event, Phase)]
     assert not list((tmp_path / "a").glob("*"))
-    need = re.search(r"takes (\d+MB) at least", str(refused.value))[1]
+    need = re.search(r"give --memory-budget (\d+MB)", str(refused.value))[1]
     named = str(refused.value).split("the nearest that fits: ")[1]
     change = {name.replace("-", "_"): int(value) for name, value in re.findall(r"--(\S+) (\d+)", named)}
     assert change
     for fitting in ({"memory_budget": need}, change):
         directory = tmp_path / next(iter(fitting))
         found = peaks(train, settings=training(tiny_flux, directory, **{**options, **fitting, "iters": 2}))
-        limit = check.budget_of(fitting.get("memory_budget", "6MB"))
+        limit = budget_of(fitting.get("memory_budget", "8MB"))
         assert max(found[name] for name in ("encode images", "precompute", "train")) <= 1.05 * limit  # one operation
 
 
 def test_what_is_proposed_instead_is_always_possible(tiny_flux, tmp_path):
     settings = training(tiny_flux, tmp_path, batch_size=2, train_resolution=48, patch_mode="resize", iters=1)
     model = open_model(tiny_flux, 0)
-    settings = train_config(settings, model)
-    plan = likely_plan(settings, model)
+    plan, settings = likely_plan(settings, model), train_config(settings, model)
     found = list(check._smaller_training(settings, model, plan, 1 << 30))
     assert found == [*["--batch-size 1"] * 2, *["--train-resolution 16 --batch-size 1"] * 2]
     assert list(check._smaller_training(settings, model, plan, 1)) == []
@@ -176,11 +173,11 @@ def test_nothing_of_a_prediction_stays_in_memory(request, tmp_path, name):
     options = {"class_prompt": ["an animal"], "class_images": 2, "steps_per_sample": 1, "iters": 1}
     settings = training(model_path, tmp_path, **options)
     model = open_model(model_path, 0)
-    settings = train_config(settings, model)
+    plan, settings = likely_plan(settings, model), train_config(settings, model)
     gc.collect()
     gc.disable()  # a cycle would be left over
     try:
-        check.training_phases(settings, model, likely_plan(settings, model), once=True)
+        check.training_phases(settings, model, plan)
         left = mx.get_active_memory()
         gc.collect()
         assert mx.get_active_memory() == left
@@ -215,6 +212,16 @@ def test_activations_are_kept_where_they_fit_and_the_adapter_is_the_same(tiny_fl
     assert_same_adapter(path, least)
 
 
-def test_auto_is_what_the_machine_has(monkeypatch):
-    monkeypatch.setattr(limits, "machine", lambda: 12345)
-    assert check.budget_of("auto") == 12345
+@pytest.mark.parametrize(
+    ("machine", "budget"),
+    [(Machine(16 << 30, 10 << 30), 8 << 30), (Machine(16 << 30), 12 << 30)],
+)
+def test_auto_leaves_the_system_its_share(machine, budget):
+    assert budget_of("auto", machine) == budget
+    assert budget_of("2GB", machine) == 2 << 30
+    assert budget_of(None, machine) is None
+
+
+def test_auto_is_of_this_machine(monkeypatch):
+    monkeypatch.setattr(limits, "machine", lambda: Machine(4000))
+    assert budget_of("auto") == 3000

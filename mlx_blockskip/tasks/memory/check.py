@@ -6,34 +6,14 @@ from typing import Any
 
 from mlx_blockskip import lora
 from mlx_blockskip.blockskip.plan import SkipPlan
-from mlx_blockskip.engine import limits
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import family_named, read_config
-from mlx_blockskip.options import parse_size
-from mlx_blockskip.tasks.defaults import ANY, DrawConfig, TrainConfig, model_draws
+from mlx_blockskip.tasks.defaults import DrawConfig, TrainConfig, model_draws
 from mlx_blockskip.tasks.memory import predict
+from mlx_blockskip.tasks.memory.limit import LEAST, MARGIN, budget_of, fits
 from mlx_blockskip.tasks.memory.predict import Phase, Shape, Tracer
 from mlx_blockskip.tasks.sampling.previews import WAITING as CLASS_WAITING
-
-AUTO = "auto"
-MARGIN = 1.2
-"""A phase that did not fit has to fit with this much to spare in what is proposed: a peak differs by an operation's
-output from run to run.
-"""
-
-ROOM = 2
-"""Where a budget is so many times what one trace of a block says, no other is made."""
-
-LEAST = 0
-"""A budget of 0 asks for the least that is possible, whatever that is; nothing is refused then."""
-
-
-def budget_of(text: str | None) -> int | None:
-    """Bytes of a --memory-budget: a size, or "auto" for what this machine has. None: any. Raises UserError."""
-    if text in (None, ANY):
-        return None
-    return limits.machine() if text == AUTO else parse_size(text, "--memory-budget")
 
 
 def check_training(settings: TrainConfig, model: DiffusionModel, plan: SkipPlan) -> bool:
@@ -41,12 +21,9 @@ def check_training(settings: TrainConfig, model: DiffusionModel, plan: SkipPlan)
     budget = budget_of(settings.memory_budget)
     if budget is None or budget == LEAST:
         return budget is None
-    phases = _check(
-        settings.memory_budget, budget,
-        lambda once: training_phases(settings, model, plan, once),
-        lambda too_large: _smaller_training(settings, model, plan, budget, too_large),
-    )  # fmt: skip
-    return next(phase for phase in phases if phase.name == "train").ample <= budget
+    phases = training_phases(settings, model, plan)
+    _check(settings.memory_budget, budget, phases, _smaller_training(settings, model, plan, budget))
+    return fits(next(phase for phase in phases if phase.name == "train").ample, budget)
 
 
 def check_generation(settings: DrawConfig, model: DiffusionModel, images: int) -> None:
@@ -54,11 +31,8 @@ def check_generation(settings: DrawConfig, model: DiffusionModel, images: int) -
     budget = budget_of(settings.memory_budget)
     if budget is None or budget == LEAST:
         return
-    _check(
-        settings.memory_budget, budget,
-        lambda once: generation_phases(settings, model, images, once),
-        lambda too_large: _smaller_generation(settings, model, budget, too_large),
-    )  # fmt: skip
+    phases = generation_phases(settings, model, images)
+    _check(settings.memory_budget, budget, phases, _smaller_generation(settings, model, budget))
 
 
 def images_at_once(settings: DrawConfig, model: DiffusionModel, most: int) -> int:
@@ -71,92 +45,79 @@ def images_at_once(settings: DrawConfig, model: DiffusionModel, most: int) -> in
     if budget == LEAST:
         return 1
     step = _generating(replace(settings, n_images=1), model)
-    while most > 1 and step(most).peak > budget:
+    while most > 1 and not fits(step(most).peak, budget):
         most //= 2
     return most
 
 
-def training_phases(settings: TrainConfig, model: DiffusionModel, plan: SkipPlan, once: bool = False) -> list[Phase]:
-    """What the phases of a training run take, but for prompts, whose encoders were not opened. once: see Tracer."""
+def training_phases(settings: TrainConfig, model: DiffusionModel, plan: SkipPlan) -> list[Phase]:
+    """What the phases of a training run take, but for prompts, whose encoders were not opened."""
     s_max, length, batch, rank = settings.resolution, settings.max_sequence_length, settings.batch_size, settings.rank
     side = settings.patch.output_side
     family = family_named(read_config(model.path)["family"])
     modules = lora.targets(family.lora_targets, settings.lora_targets)
-    tracer = Tracer(model, Shape(side, side, length, batch, settings.guidance), rank, modules, once=once)
-    images = predict.images(model, side, side, decoding=False, once=once)
-    phases = [tracer.beside_adapter(images, plan)]
-    phases += [
+    tracer = Tracer(model, Shape(side, side, length, batch), rank, modules)
+    images = predict.images(model, side, side, decoding=False)
+    phases = [
+        tracer.beside_adapter(images, plan),
         tracer.precompute(plan, settings.residuals, tracer.together(settings.batches)),
         tracer.train(plan.retained, settings.grad_accumulation, settings.residuals == "fresh"),
     ]
     if settings.class_prompt and settings.class_images:
-        phases += _drawing(model, s_max, s_max, CLASS_WAITING, len(settings.class_prompt), once)
+        phases += _drawing(model, s_max, s_max, CLASS_WAITING, len(settings.class_prompt))
     if settings.steps_per_sample:
         prompts = max(1, len(settings.sample_prompt))
-        phases += _drawing(model, model.defaults.width, model.defaults.height, prompts, prompts, once)
+        phases += _drawing(model, model.defaults.width, model.defaults.height, prompts, prompts)
     return phases
 
 
-def generation_phases(settings: DrawConfig, model: DiffusionModel, images: int, once: bool = False) -> list[Phase]:
+def generation_phases(settings: DrawConfig, model: DiffusionModel, images: int) -> list[Phase]:
     """What a step of all images takes, and decoding one."""
     width, height = model.native_size(settings.width, settings.height)
-    decoding = predict.images(model, width, height, decoding=True, once=once)
-    return [_generating(settings, model, once)(images), decoding]
+    decoding = predict.images(model, width, height, decoding=True)
+    return [_generating(settings, model)(images), decoding]
 
 
-def _generating(settings: DrawConfig, model: DiffusionModel, once: bool = False) -> Callable[[int], Phase]:
+def _generating(settings: DrawConfig, model: DiffusionModel) -> Callable[[int], Phase]:
     """Says what a step of so many images takes."""
-    branches, steps = 2 if settings.guided else 1, settings.steps
+    branches = 2 if settings.guided else 1
     size = model.native_size(settings.width, settings.height)
-    shape = Shape(*size, settings.max_sequence_length, guidance=settings.guidance)
-    tracer = Tracer(model, shape, once=once)
+    tracer = Tracer(model, Shape(*size, settings.max_sequence_length))
 
     def step(images: int) -> Phase:
         prompts = images // settings.n_images + branches - 1
-        return tracer.generate(steps, images * branches, prompts)
+        return tracer.generate(settings.steps, images * branches, prompts)
 
     return step
 
 
-def _drawing(model: DiffusionModel, width: int, height: int, images: int, prompts: int, once: bool) -> list[Phase]:
+def _drawing(model: DiffusionModel, width: int, height: int, images: int, prompts: int) -> list[Phase]:
     settings = replace(model_draws(model, width, height), n_images=max(1, images // max(1, prompts)))
-    return generation_phases(settings, model, images, once)
+    return generation_phases(settings, model, images)
 
 
-def _check(
-    text: str | None,
-    budget: int,
-    trace: Callable[[bool], list[Phase]],
-    smaller: Callable[[Sequence[Phase]], Iterator[str]],
-) -> list[Phase]:
-    """The phases, traced once, and with more care unless there is ROOM. Raises UserError where some do not fit."""
-    phases = trace(True)
-    if ROOM * max(phase.peak for phase in phases) > budget:
-        phases = trace(False)
-    if too_large := [phase for phase in phases if phase.peak > budget]:
-        _refuse(text, too_large, smaller(too_large))
-    return phases
+def _check(text: str, budget: int, phases: Sequence[Phase], smaller: Iterator[str]) -> None:
+    """Raise UserError where a phase does not fit. smaller: settings that do, lazily.
 
-
-def _fit(phases: Sequence[Phase], budget: int, too_large: Sequence[Phase]) -> bool:
-    """Whether all do, those that were too large with MARGIN."""
-    names = {phase.name for phase in too_large}
-    return all((MARGIN if phase.name in names else 1) * phase.peak <= budget for phase in phases)
-
-
-def _refuse(budget: str | None, too_large: Sequence[Phase], fitting: Iterator[str]) -> None:
-    worst = max(too_large, key=lambda phase: phase.peak)
-    need = f"{1.05 * worst.peak / 2**20 + 1:.0f}MB"  # predictions are held to 5 % under what is measured
-    found = next(fitting, None)
+    What a user asks for is refused only where the peak that was traced is over the budget. What we choose ourselves
+    (what is proposed instead, how many images at once, whether activations are kept) has to fit with MARGIN.
+    """
+    worst = max(phases, key=lambda phase: phase.peak)
+    if worst.peak <= budget:
+        return
+    least, enough = (f"{share * worst.peak / 2**20 + 1:.0f}MB" for share in (1, MARGIN))
+    nearest = next(smaller, None)
     raise UserError(
-        f"--memory-budget {budget}: too small, {worst.name!r} takes {need} at least; give --memory-budget {need}"
-        + (f"; the nearest that fits: {found}" if found else "")
+        f"--memory-budget {text}: too small, {worst.name!r} takes {least} at least; give --memory-budget {enough}"
+        + (f"; the nearest that fits: {nearest}" if nearest else "")
     )
 
 
-def _smaller_training(
-    settings: TrainConfig, model: DiffusionModel, plan: SkipPlan, budget: int, too_large: Sequence[Phase] = ()
-) -> Iterator[str]:
+def _fit(phases: Sequence[Phase], budget: int) -> bool:
+    return all(fits(phase.peak, budget) for phase in phases)
+
+
+def _smaller_training(settings: TrainConfig, model: DiffusionModel, plan: SkipPlan, budget: int) -> Iterator[str]:
     """Changes that make a training run fit, the mildest first."""
     batch, side, rank = settings.batch_size, settings.train_resolution, settings.rank
     smaller = max(model.size_multiple, side // 2 // model.size_multiple * model.size_multiple)
@@ -170,7 +131,7 @@ def _smaller_training(
     ]
     for change in milder:
         changed = replace(settings, **change)
-        if changed != settings and _fit(training_phases(changed, model, plan), budget, too_large):
+        if changed != settings and _fit(training_phases(changed, model, plan), budget):
             yield " ".join(
                 f"--{name.replace('_', '-')} {value}"
                 for name, value in change.items()
@@ -178,14 +139,12 @@ def _smaller_training(
             )
 
 
-def _smaller_generation(
-    settings: DrawConfig, model: DiffusionModel, budget: int, too_large: Sequence[Phase]
-) -> Iterator[str]:
+def _smaller_generation(settings: DrawConfig, model: DiffusionModel, budget: int) -> Iterator[str]:
     """Changes that make the images fit: one at a time, then smaller ones."""
     width, height = settings.width, settings.height
     g = model.size_multiple
     for share, count in ((1, 1), (0.75, 1), (0.5, 1), (0.25, 1)):
         w, h = (max(g, int(side * share) // g * g) for side in (width, height))
         changed = replace(settings, width=w, height=h, n_images=1)
-        if _fit(generation_phases(changed, model, count), budget, too_large):
+        if _fit(generation_phases(changed, model, count), budget):
             yield "one image at a time" if share == 1 else f"--width {w} --height {h}"

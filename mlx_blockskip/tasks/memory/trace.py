@@ -12,7 +12,7 @@ from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.timeline import FIRST_SWEEPS, Point, Timeline
 from mlx_blockskip.events import Saved, Warning, emit
 from mlx_blockskip.settings import MemoryOptions
-from mlx_blockskip.tasks.memory.check import AUTO, budget_of
+from mlx_blockskip.tasks.memory.limit import AUTO, budget_of
 from mlx_blockskip.tasks.memory.trace_plot import draw
 
 SUFFIXES = (".json", ".png")
