@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_blockskip.engine import limits, memory, sweep
+from mlx_blockskip.engine.reader import BlockReader
+from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.engine.stack import Modulation, Stack, Trainable, Weights, arrays, like
-from mlx_blockskip.engine.sweep import Sample
-from mlx_blockskip.engine.weights import BlockReader, Shards
+from mlx_blockskip.engine.sweep import Batch
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def measured(run: Callable[[], None]) -> tuple[int, float]:
     return highest.read() - before, seconds
 
 
-def forward_cost(stack: Stack, shards: Shards, sample: Sample, index: int, trainable: Trainable | None = None) -> Cost:
+def forward_cost(stack: Stack, shards: Shards, sample: Batch, index: int, trainable: Trainable | None = None) -> Cost:
     """Block `index` applied. sample: evaluated."""
     apply = stack.block(index).kind.apply
     with _bound(stack, shards, sample, index) as (weights, modulation):
@@ -58,7 +59,7 @@ def forward_cost(stack: Stack, shards: Shards, sample: Sample, index: int, train
     return Cost(peak, seconds)
 
 
-def backward_cost(stack: Stack, shards: Shards, sample: Sample, index: int, trainable: Trainable) -> Cost:
+def backward_cost(stack: Stack, shards: Shards, sample: Batch, index: int, trainable: Trainable) -> Cost:
     """Block `index` recomputed and pulled back, with the gradients of its input and of its trainable tree."""
     apply, own, kept = stack.block(index).kind.apply, arrays(sample.state), 0
     with _bound(stack, shards, sample, index) as (weights, modulation):
@@ -100,7 +101,7 @@ def carried(points: Sequence[tuple[int, Cost]], tokens: int) -> Cost:
 
 
 @contextmanager
-def _bound(stack: Stack, shards: Shards, sample: Sample, index: int) -> Iterator[tuple[Weights, Modulation]]:
+def _bound(stack: Stack, shards: Shards, sample: Batch, index: int) -> Iterator[tuple[Weights, Modulation]]:
     """The weights of a block, in memory, and its modulation."""
     ((_, weights),) = BlockReader(shards, stack, 0, prefetch=False).walk([index], sweep.part_of([sample]))
     modulation = sweep.modulation_of(stack.block(index), weights, sample, index)

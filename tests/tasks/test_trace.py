@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +11,30 @@ from support.compare import assert_same_adapter
 from support.models import HEDGEHOG
 
 from mlx_blockskip import generate, train
+from mlx_blockskip.engine import timeline
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.events import PhaseEnd, Saved, Step
+from mlx_blockskip.engine.timeline import Point, Visit
+from mlx_blockskip.events import PhaseEnd, Saved, Step, listening
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.settings import GenerateSettings
-from mlx_blockskip.tasks.memory import trace, trace_plot
+from mlx_blockskip.tasks.memory import trace
 
 
 def written(path):
-    """The JSON beside `path`, after a look at the picture."""
-    with Image.open(path.with_name(path.name + ".png")) as image:
-        assert image.width == trace_plot.WIDTH
-        assert len(image.getcolors(1 << 20)) > 5
-    return json.loads(path.with_name(path.name + ".json").read_text())
+    """What the trace file beside `path` says, after a look at whether it is one: phases, points, and what is of the
+    whole run.
+    """
+    trace = json.loads(path.with_name(path.name + ".json").read_text())
+    events = trace["traceEvents"]
+    assert {event["ph"] for event in events} == {"M", "C", "X"}
+    assert all(type(event["ts"]) is int and event["ts"] >= 0 for event in events if event["ph"] != "M")
+    slices = [event for event in events if event["ph"] == "X"]
+    assert all(event["dur"] >= 0 for event in slices)
+    phases = [{"name": event["name"], **event["args"]} for event in slices if "highest" in event["args"]]
+    points = [event["args"] for event in slices if "number" in event["args"]]
+    counters = [event["args"] for event in events if event["ph"] == "C"]
+    assert counters == [{"active": point["active"], "peak": point["peak"]} for point in points]
+    return {**trace["otherData"], "phases": phases, "points": points}
 
 
 def assert_explains(record, events):
@@ -33,8 +43,8 @@ def assert_explains(record, events):
     assert [phase["name"] for phase in record["phases"]] == [end.phase for end in ends]
     for index, (phase, end) in enumerate(zip(record["phases"], ends, strict=True)):
         own = [point for point in record["points"] if point["phase"] == index]
-        assert max(point["peak_memory"] for point in own) == phase["peak_memory"] == end.peak_memory
-        assert next(p for p in own if p["number"] == phase["highest"])["peak_memory"] == end.peak_memory
+        assert max(point["peak"] for point in own) == phase["peak"] == end.peak_memory
+        assert next(p for p in own if p["number"] == phase["highest"])["peak"] == end.peak_memory
         assert (own[0]["what"], own[-1]["what"]) == ("start", "end")
     assert sorted(p["number"] for p in record["points"]) == list(range(1, len(record["points"]) + 1))
 
@@ -69,12 +79,12 @@ def test_a_training_run_is_explained_block_by_block(quick, tmp_path, budget):
             assert (point["kind"], point["prefix"]) == (block.kind.name, block.prefix)
             assert point["weights"] > 0
     saved = [event.path for event in events if isinstance(event, Saved)]
-    assert saved[-2:] == [tmp_path / "new" / "m.json", tmp_path / "new" / "m.png"]
+    assert saved[-1] == tmp_path / "new" / "m.json"
 
 
 def test_a_resumed_run_may_ask_for_a_timeline(quick, tmp_path):
     train(quick(iters=2))
-    assert train(quick(iters=3, resume=True, trace_memory=str(tmp_path / "m.png"))).steps == 3
+    assert train(quick(iters=3, resume=True, trace_memory=str(tmp_path / "m"))).steps == 3
     assert written(tmp_path / "m")["phases"]
 
 
@@ -118,7 +128,7 @@ def test_ctrl_c_still_writes(quick, tmp_path):
     assert record["stopped"] == "KeyboardInterrupt"
     assert record["phases"][-1]["name"] == "train"
     assert record["points"][-2]["what"] == "end"
-    assert [e.path.name for e in events if isinstance(e, Saved)] == ["m.json", "m.png"]
+    assert [e.path.name for e in events if isinstance(e, Saved)] == ["m.json"]
     assert len(list((tmp_path / "a" / "checkpoints").glob("step-*"))) == 1
 
 
@@ -148,8 +158,10 @@ def test_a_timeline_that_cannot_be_written_in_the_end_does_not_undo_the_run(quic
 
     monkeypatch.setattr(trace.files, "write_json", full)
     events = []
-    record = {"phases": [{}]}
-    events = list(trace._written(trace.trace_paths(str(tmp_path / "m")), record))
+    with timeline.recording() as recorded:
+        recorded.begin("work")
+    with listening(events.append):
+        trace._write(tmp_path / "m.json", recorded, "train", None, None)
     assert "No space left" in events[0].message
 
 
@@ -172,60 +184,23 @@ def test_a_path_that_cannot_be_written_is_refused_before_work_begins(tmp_path, m
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "taken"]
 
 
-@pytest.mark.parametrize("path", ["out.png", "out", "out.json"])
-def test_a_timeline_never_takes_the_place_of_an_image(tmp_path, path):
-    with pytest.raises(UserError, match="image of this run"):
-        generate(prompt=["a dog"], output=str(tmp_path / "out.png"), trace_memory=str(tmp_path / path))
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
-    ("path", "stem"), [("m", "m"), ("m.png", "m"), ("x/m.JSON", "x/m"), ("run.2", "run.2"), ("run.2.png", "run.2")]
+    ("path", "name"), [("m", "m.json"), ("m.json", "m.json"), ("x/m.JSON", "x/m.JSON"), ("run.2", "run.2.json")]
 )
-def test_names_of_the_files(path, stem):
-    assert trace.trace_paths(path) == (Path(stem + ".json"), Path(stem + ".png"))
+def test_names_of_the_file(path, name):
+    assert trace.trace_paths(path) == (Path(name),)
     assert trace.trace_paths(GenerateSettings().trace_memory) == ()
 
 
-def made_up(phases, points, peak, budget=None):
-    """A record of as many phases, each of as many points that rise to `peak` bytes."""
-    found, spans = [], []
-    for phase in range(phases):
-        for i in range(points):
-            what = "start" if i == 0 else "end" if i == points - 1 else "step"
-            found.append(
-                {"number": len(found) + 1, "phase": phase, "what": what, "done": i, "seconds": float(len(found)),
-                 "active_memory": peak * i // points, "peak_memory": peak * (i + 1) // points}
-            )  # fmt: skip
-        end = found[-1]
-        spans.append(
-            {"name": f"phase {phase % 12}", "seconds": [0.0, None], "peak_memory": peak, "highest": end["number"]}
-        )
-    return {"task": "train", "memory_budget": budget, "stopped": None, "kept": "all", "phases": spans, "points": found}
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        made_up(1, 2, 0),
-        made_up(1, 2, 900, budget=0),
-        made_up(3, 5, 3 << 30, budget=4 << 30),
-        made_up(3, 5, 3 << 30, budget=400 << 30),
-        made_up(3000, 3, 50 << 20),
-        made_up(2, 20000, 5 << 40),
-    ],
-)
-def test_any_run_can_be_drawn(record):
-    image = trace_plot.draw(record)
-    assert image.width == trace_plot.WIDTH
-    axis = trace_plot.axis_for(record)
-    highest = max(point["peak_memory"] for point in record["points"])
-    assert 3 <= axis.top / axis.tick <= 8
-    assert axis.top > highest
-    assert axis.unit[0] == ("GiB" if highest >= 1 << 30 else "MiB")
-    budget = record["memory_budget"]
-    green = tuple(bytes.fromhex(trace_plot.BUDGET[1:])) in {color for _, color in image.getcolors(1 << 20)}
-    assert green == (budget is not None and budget <= trace_plot.ABOVE * highest)
-    bands = trace_plot.bands(record)
-    assert bands[-1].right == pytest.approx(trace_plot.WIDTH - trace_plot.RIGHT)
-    assert all(a.right == b.left for a, b in pairwise(bands))
+def test_a_slice_covers_what_was_done_since_the_point_before():
+    span = Point(1, 0, "start", 0, 1.0, 10, 10)
+    block = Point(2, 0, "block", 0, 1.5, 20, 30, Visit("forward", 3, "double", "blocks.3.", 7))
+    later = Point(9, 0, "step", 4, 5.0, 20, 25)
+    slices = [event for event in trace._points([span, block, later]) if event["ph"] == "X"]
+    assert [(s["name"], s["ts"], s["dur"]) for s in slices] == [
+        ("start", 1000000, 0), ("forward 3 double", 1000000, 500000), ("step", 5000000, 0)
+    ]  # fmt: skip
+    assert slices[1]["args"] == {
+        "number": 2, "what": "block", "phase": 0, "done": 0, "weights": 7, "direction": "forward", "block": 3,
+        "kind": "double", "prefix": "blocks.3.", "active": 20, "peak": 30,
+    }  # fmt: skip

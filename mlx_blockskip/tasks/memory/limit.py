@@ -2,7 +2,7 @@
 
 from mlx_blockskip.engine import limits
 from mlx_blockskip.engine.limits import Machine
-from mlx_blockskip.settings import parse_size
+from mlx_blockskip.options import parse_size
 from mlx_blockskip.tasks.defaults import ANY
 
 AUTO = "auto"

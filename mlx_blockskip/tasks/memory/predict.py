@@ -18,9 +18,9 @@ from mlx_blockskip.blockskip.plan import SkipPlan
 from mlx_blockskip.blockskip.records import Layout
 from mlx_blockskip.engine import planner, sweep
 from mlx_blockskip.engine.planner import Cost
+from mlx_blockskip.engine.reader import BlockReader
 from mlx_blockskip.engine.stack import Modulation, arrays
-from mlx_blockskip.engine.sweep import Sample
-from mlx_blockskip.engine.weights import BlockReader
+from mlx_blockskip.engine.sweep import Batch
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.tasks.memory.waiting import together, waiting_bytes
 
@@ -98,7 +98,7 @@ class Tracer:
         prompt = {k: mx.concatenate([v] * shape.batch) for k, v in model.blank_prompt(shape.length).items()}
         self.target = mx.zeros((shape.batch, *size))
         context = model.context(mx.full((shape.batch,), 0.5), prompt, size[:2], 1.0)
-        self.sample = Sample(model.embed(self.target, prompt), context)
+        self.sample = Batch(model.embed(self.target, prompt), context)
         self.head = model.final_modulation(context)
         mx.eval(self.sample.state, context, self.head)
         self.waiting = waiting_bytes(model, self.sample.state, prompt, context)
