@@ -62,7 +62,7 @@ class MemoryOptions:
         group=MEMORY,
     )
     trace_memory: str | None = option(
-        None, "Write a timeline of MLX memory, block by block, as PATH.json and PATH.png.", group=MEMORY
+        None, "Write a timeline of MLX memory, block by block, as PATH.json; ui.perfetto.dev draws it.", group=MEMORY
     )
 
 
