@@ -58,6 +58,8 @@ def test_two_processes_do_not_convert_the_same_model(tmp_path):
     refused = []
 
     def again(event):
+        if refused:  # the last ones come when the model is there
+            return
         with pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
             resolve("tiny-flux")
         refused.append(event)
