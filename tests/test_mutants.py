@@ -1,5 +1,6 @@
 """What examples/bench/mutants.py changes, and what it leaves alone."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -93,4 +94,16 @@ def test_every_file_that_is_changed_has_tests_that_are_there():
     assert len(files) > 10
     for file in files:
         assert tests_of(file)
-        assert all((ROOT / test).is_file() for test in tests_of(file))
+        for path, words in ((path, words.split()) for path, _, words in (one.partition(":") for one in tests_of(file))):
+            names = re.findall(r"^def (test_\w+)", (ROOT / path).read_text(), re.MULTILINE)
+            assert names
+            assert all(any(word in name for name in names) for word in words), (file, words)
+
+
+def test_of_a_files_tests_those_are_run_that_are_named():
+    from mutants import LARGE, selection
+
+    files, expression = selection(("tests/test_flow.py", "tests/tasks/test_train.py: plan_is_said not_finite"))
+    assert files == ["tests/test_flow.py", "tests/tasks/test_train.py"]
+    assert expression.startswith("(test_flow or plan_is_said or not_finite) and not tiny_")
+    assert expression.count(" and not ") == len(LARGE)

@@ -34,34 +34,45 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE, CONVERTERS = "mlx_blockskip", "converters"
-TRAINING = ("train", "job", "recipe", "precompute", "optimizer", "moments", "checkpoints")
+TRAINING = f"{PACKAGE}/tasks/train"
 DEFAULT = (
-    *(f"{PACKAGE}/flow.py", f"{PACKAGE}/lora.py", f"{PACKAGE}/blockskip/*.py", f"{PACKAGE}/engine/sweep.py"),
-    *(f"{PACKAGE}/tasks/{name}.py" for name in TRAINING),
-    f"{PACKAGE}/tasks/train/*.py",
+    *(f"{PACKAGE}/models/flow.py", f"{PACKAGE}/lora.py", f"{PACKAGE}/blockskip/*.py", f"{PACKAGE}/engine/sweep.py"),
+    *(f"{TRAINING}/*.py", f"{PACKAGE}/tasks/defaults.py"),
 )
-"""Files to change; patterns that fit nothing are left out, so that the list outlives a move."""
+"""Files to change."""
 
 FAMILY = "tests/contract/test_family.py"
+RUNS, PRIOR, OPTIMIZER, SAMPLES = (f"tests/tasks/test_{name}.py" for name in ("train", "prior", "optimizer", "samples"))
+STOPPED = f"{PRIOR}: stopped_among"
 QUICK: dict[str, tuple[str, ...]] = {
-    f"{PACKAGE}/flow.py": ("tests/test_flow.py", "tests/models/test_sana_sampling.py"),
+    f"{PACKAGE}/models/flow.py": ("tests/test_flow.py", "tests/models/test_sana_sampling.py"),
     f"{PACKAGE}/lora.py": ("tests/test_lora.py", FAMILY),
     f"{PACKAGE}/blockskip/plan.py": ("tests/blockskip/test_plan.py",),
     f"{PACKAGE}/blockskip/patches.py": ("tests/blockskip/test_patches.py",),
     f"{PACKAGE}/blockskip/masking.py": ("tests/blockskip/test_masking.py",),
     f"{PACKAGE}/blockskip/selection.py": ("tests/blockskip/test_selection.py",),
+    f"{PACKAGE}/blockskip/records.py": ("tests/blockskip/test_records.py", f"{RUNS}: inner_runs"),
     f"{PACKAGE}/blockskip/*.py": ("tests/blockskip/test_residuals.py", "tests/blockskip/test_records.py", FAMILY),
     f"{PACKAGE}/engine/sweep.py": ("tests/engine/test_sweep.py", FAMILY),
     f"{PACKAGE}/engine/*.py": ("tests/engine/*.py",),
-    f"{PACKAGE}/tasks/*": (
-        *("tests/tasks/**/test_optimizer.py", "tests/tasks/**/test_recipe.py", "tests/tasks/**/test_train.py"),
-    ),
+    f"{PACKAGE}/tasks/defaults.py": (SAMPLES, f"{RUNS}: bad_settings", f"{PRIOR}: mean_nothing recorded what_it_was"),
+    f"{TRAINING}/checkpoints.py": (STOPPED, f"{RUNS}: other_settings says_what"),
+    f"{TRAINING}/job.py": (f"{RUNS}: streamed_run_gives says_what",),
+    f"{TRAINING}/loop.py": (f"{RUNS}: says_what not_finite fresh_residuals", f"{PRIOR}: weighted_mean stopped_among"),
+    f"{TRAINING}/moments.py": (OPTIMIZER, STOPPED, f"{RUNS}: moments_stay"),
+    f"{TRAINING}/optimizer.py": (OPTIMIZER, f"{RUNS}: learning_rate bias_corrected"),
+    f"{TRAINING}/precompute.py": (f"{RUNS}: encoded_once any_length base_residuals fresh_residuals same_fingerprint",),
+    f"{TRAINING}/samples.py": (SAMPLES, f"{RUNS}: encoded_once", f"{PRIOR}: every_other weighted_mean"),
+    f"{TRAINING}/setup.py": (f"{RUNS}: enlarged bad_settings other_settings fresh_residuals", f"{PRIOR}: once refused"),
+    f"{TRAINING}/train.py": (f"{RUNS}: says_what refuses_to plan_is_said fresh_residuals not_finite", STOPPED),
 }
-"""Tests by file, quickest first; the first pattern that fits holds. Those that are not there drop out."""
+"""Tests by file, quickest first; the first pattern that fits holds. After a colon: words, one of which a test's name
+has to contain.
+"""
 
-FALLBACK = (FAMILY, "tests/tasks/**/test_train.py")
-SMALL = "not tiny_"
-"""Of tests over every family, only those on the smallest: the others take longest, and see little more."""
+FALLBACK = (FAMILY, RUNS)
+LARGE = ("tiny_", "killed_run", "ctrl_c_", "does_not_grow", "learning_to_reduce", "generate_takes", "generate_draws")
+"""Words in the names of tests that take longest, and see little more: on other than the smallest family."""
 
 SLACK, FACTOR = 30.0, 4.0
 """A mutant may take FACTOR times as long as its tests do without one, and SLACK seconds; then it is killed."""
@@ -265,14 +276,20 @@ def sample(files: Sequence[str], count: int, seed: int) -> list[Mutant]:
 
 
 def tests_of(file: str) -> tuple[str, ...]:
-    """The tests of a file that are there."""
-    wanted = next((tests for pattern, tests in QUICK.items() if fnmatch(file, pattern)), ())
-    return _present(wanted) or _present(FALLBACK)
+    """A file's tests, each `path` or `path: words`."""
+    wanted = next((tests for pattern, tests in QUICK.items() if fnmatch(file, pattern)), FALLBACK)
+    return tuple(one for test in wanted for one in _expanded(*test.partition(":")))
 
 
-def _present(patterns: Sequence[str]) -> tuple[str, ...]:
-    found = (str(path.relative_to(ROOT)) for pattern in patterns for path in sorted(ROOT.glob(pattern)))
-    return tuple(dict.fromkeys(found))
+def _expanded(pattern: str, *words: str) -> list[str]:
+    return ["".join((str(path.relative_to(ROOT)), *words)) for path in sorted(ROOT.glob(pattern))]
+
+
+def selection(tests: Sequence[str]) -> tuple[list[str], str]:
+    """Files, and pytest's expression for those of their tests that are wanted."""
+    parts = [(path, words.split()) for path, _, words in (test.partition(":") for test in tests)]
+    wanted = " or ".join(word for path, words in parts for word in words or [Path(path).stem])
+    return [path for path, _ in parts], f"({wanted})" + "".join(f" and not {word}" for word in LARGE)
 
 
 class Workshop:
@@ -298,9 +315,10 @@ class Workshop:
     def test(self, tests: Sequence[str], seconds: float | None) -> int | None:
         """pytest's exit status; None where it took longer than it may."""
         command = [sys.executable, "-P", "-m", "pytest", "-c", "../pyproject.toml", "--rootdir", ".."]
-        command += ["-x", "-q", "-k", SMALL, "-p", "no:cacheprovider", "--basetemp", "../tmp"]
+        files, expression = selection(tests)
+        command += ["-x", "-q", "-k", expression, "-p", "no:cacheprovider", "--basetemp", "../tmp"]
         process = subprocess.Popen(
-            [*command, *(f"../{test}" for test in tests)], env=self.environment, cwd=self.path / "tests",
+            [*command, *(f"../{file}" for file in files)], env=self.environment, cwd=self.path / "tests",
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         try:
