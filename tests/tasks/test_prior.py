@@ -134,6 +134,15 @@ def test_every_other_sample_is_a_class_image_and_all_take_turns(quick, class_dat
     assert samples.weights(0).flatten().tolist() == [1.0, 0.25]
 
 
+def test_the_two_kinds_are_in_orders_of_their_own(quick, class_data):
+    """As many of each: an image of the subject does not always meet the same class image."""
+    count = len(prepared(quick("probe")).samples.examples)
+    samples = prepared(quick(class_data=class_data("given", count))).samples
+    own, theirs = ([samples.image_of(2 * k + kind) for k in range(4 * count)] for kind in (0, 1))
+    assert sorted(own) == sorted(image - count for image in theirs)
+    assert own != [image - count for image in theirs]
+
+
 def test_at_weight_zero_class_images_change_no_bit(quick, class_data):
     directories = [
         train(quick(f"a{i}", class_data=class_data(f"c{i}", i), prior_weight=0.0)).adapter_path for i in (1, 4)
