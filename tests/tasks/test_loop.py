@@ -1,0 +1,155 @@
+"""The training loop around its steps, which are scripted here: chunks, losses, checkpoints, and how it stops."""
+
+import math
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+from support.tasks import drive
+
+from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.events import Note, Step
+from mlx_blockskip.models.registry import open_model
+from mlx_blockskip.settings import TrainSettings
+from mlx_blockskip.tasks.defaults import train_config
+from mlx_blockskip.tasks.train import loop, optimizer
+from mlx_blockskip.tasks.train.checkpoints import State
+
+QUIET = {"steps_per_save": 0, "class_images": 0, "warmup": 4}
+
+
+def tree(value):
+    return {1: {"m.lora_a": mx.full((2, 2), float(value)), "m.lora_b": mx.full((2, 2), 1.0)}}
+
+
+@pytest.fixture
+def scripted(toy, tmp_path, monkeypatch):
+    """A job whose steps give these losses, each with another adapter (an error is raised instead), and what is done."""
+    done = SimpleNamespace(chunks=[], saved=[], sampled=[], released=0)
+
+    def compute(job, batches, path, expected, adapter):
+        path.write_bytes(b"")
+        done.chunks.append(SimpleNamespace(batches=batches, path=path, expected=expected, adapter=adapter))
+
+    def release():
+        done.released += 1
+
+    def make(losses=(), chunk_length=100, identity=(), **given):
+        config = train_config(TrainSettings(**{**QUIET, "iters": len(losses) or 1, **given}), open_model(toy))
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        left = iter(losses)
+
+        def step(job, chunk, state):
+            loss = next(left)
+            if isinstance(loss, BaseException):
+                raise loss
+            state.step += 1
+            state.tree = tree(state.step)
+            return loss
+
+        monkeypatch.setattr(loop, "train_step", step)
+        model = SimpleNamespace(release=release, stack="stack")
+        job = SimpleNamespace(config=config, chunk_length=chunk_length, identity=dict(identity), model=model)
+        job.directory, job.cache = tmp_path, tmp_path / "cache"
+        return job, done
+
+    def save(directory, state, stack, identity):
+        done.saved.append(state.step)
+        return directory / "step"
+
+    def sample(model, prompts, adapter, directory, step, seed):
+        done.sampled.append((step, prompts, directory.name, seed, done.released))
+
+    monkeypatch.setattr(loop, "compute_chunk", compute)
+    monkeypatch.setattr(loop.checkpoints, "save", save)
+    monkeypatch.setattr(loop, "write_samples", sample)
+    return make
+
+
+def test_chunks_hold_every_micro_batch_once_and_only_the_last_ones_file_stays(scripted):
+    job, done = scripted([1.0] * 5, chunk_length=4, grad_accumulation=2)
+    loop.run(job, State(tree(0)))
+    assert [chunk.batches for chunk in done.chunks] == [range(4), range(4, 8), range(8, 10)]
+    assert [chunk.path.name for chunk in done.chunks] == [f"chunk-{i:04d}.safetensors" for i in range(3)]
+    assert list(job.cache.iterdir()) == [done.chunks[2].path]
+
+
+@pytest.mark.parametrize(("residuals", "adapters"), [("base", [None] * 3), ("none", [None] * 3), ("fresh", [0, 2, 4])])
+def test_the_records_of_fresh_residuals_are_made_with_the_adapter_of_the_chunks_start(scripted, residuals, adapters):
+    job, done = scripted([1.0] * 5, chunk_length=2, residuals=residuals)
+    loop.run(job, State(tree(0)))
+    found = [float(c.adapter[1]["m.lora_a"][0, 0]) if c.adapter else None for c in done.chunks]
+    assert found == adapters
+
+
+def test_a_run_that_goes_on_within_a_chunk_takes_the_adapter_of_its_start(scripted):
+    job, done = scripted([1.0] * 2, iters=5, chunk_length=3, residuals="fresh")
+    whole, _ = scripted([1.0] * 5, chunk_length=3, residuals="fresh")
+    loop.next_chunk(job, State(tree(4), step=4, at_chunk=tree(3)))
+    loop.next_chunk(whole, State(tree(3), step=3))
+    assert done.chunks[0].batches == done.chunks[1].batches == range(3, 5)
+    assert done.chunks[0].expected == done.chunks[1].expected
+
+
+def test_records_are_made_again_for_another_chunk_adapter_or_run(scripted):
+    job, done = scripted(iters=9, chunk_length=3, residuals="fresh", identity={"seed": 1})
+    for step, value in ((0, 0), (0, 0), (3, 0), (0, 1)):
+        loop.next_chunk(job, State(tree(value), step=step))
+    loop.next_chunk(scripted(iters=9, chunk_length=3, residuals="fresh", identity={"seed": 2})[0], State(tree(0)))
+    first, same, *others = [chunk.expected for chunk in done.chunks]
+    assert first == same
+    assert len({first, *others}) == 4
+
+
+def test_ten_losses_in_a_row_that_are_not_finite_stop_a_run_and_nine_do_not(scripted):
+    nan = math.nan
+    job, _ = scripted([1.0, *[nan] * 9, 2.0, *[math.inf] * 9, 6.0])
+    assert loop.run(job, State(tree(0))) == 3.0, "the mean of those that are"
+    job, _ = scripted([1.0, *[nan] * 10, 2.0], learning_rate=0.25)
+    state = State(tree(0))
+    with pytest.raises(UserError, match=r"10 steps in a row; lower --learning-rate \(now 0.25\)"):
+        loop.run(job, state)
+    assert state.step == 11
+
+
+def test_the_loss_of_a_run_is_the_mean_of_its_last_fifty(scripted):
+    assert loop.run(scripted([1000.0, *range(50)])[0], State(tree(0))) == pytest.approx(24.5)
+    assert loop.run(scripted([2.0, 3.0])[0], State(tree(0))) == 2.5
+    assert loop.run(scripted([math.nan])[0], State(tree(0))) == 0.0
+
+
+def test_each_step_is_told_with_its_loss_and_its_own_learning_rate(scripted):
+    job, _ = scripted([float(i) for i in range(6)], chunk_length=2)
+    _, events = drive(loop.run, job, State(tree(0)))
+    steps = [event for event in events if isinstance(event, Step) and event.phase == "train"]
+    assert [(event.done, event.loss) for event in steps] == [(i + 1, float(i)) for i in range(6)]
+    rates = [optimizer.learning_rate(job.config, i) for i in range(6)]
+    assert [event.learning_rate for event in steps] == rates
+    assert len(set(rates)) == 4
+
+
+def test_ctrl_c_saves_what_is_done_and_nothing_where_nothing_is(scripted):
+    for losses, saved in (((1.0, KeyboardInterrupt()), [1]), ((KeyboardInterrupt(),), [])):
+        job, done = scripted(losses, iters=4)
+        done.saved.clear()
+        said = []
+
+        def stopped(job=job, said=said):
+            with pytest.raises(KeyboardInterrupt):
+                loop.run(job, State(tree(0)))
+
+        _, said = drive(stopped)
+        assert done.saved == saved
+        assert sum("--resume" in event.message for event in said if isinstance(event, Note)) == len(saved)
+
+
+def test_checkpoints_are_between_steps_and_samples_after_the_last_one_too(scripted):
+    job, done = scripted([1.0] * 6, steps_per_save=2, steps_per_sample=3, sample_prompt=["a cat"], seed=5)
+    loop.run(job, State(tree(0)))
+    assert done.saved == [2, 4], "the last is for the end of the run"
+    assert [sample[:4] for sample in done.sampled] == [(step, ("a cat",), "samples", 5) for step in (3, 6)]
+    assert done.sampled[0][4] == 1, "the memory of training is let go of first"
+    job, done = scripted([1.0] * 3, steps_per_save=1)
+    done.saved.clear(), done.sampled.clear()
+    loop.run(job, State(tree(0)))
+    assert (done.saved, done.sampled) == ([1, 2], [])
