@@ -58,7 +58,9 @@ QUICK: dict[str, tuple[str, ...]] = {
     f"{PACKAGE}/tasks/defaults.py": ("tests/tasks/test_defaults.py", SAMPLES, f"{PRIOR}: settings_make"),
     f"{TRAINING}/checkpoints.py": ("tests/tasks/test_checkpoints.py", STOPPED),
     f"{TRAINING}/job.py": ("tests/tasks/test_job.py", f"{RUNS}: says_what"),
-    f"{TRAINING}/loop.py": ("tests/tasks/test_loop.py", f"{PRIOR}: weighted_mean stopped_among", f"{RUNS}: any_length not_finite"),
+    f"{TRAINING}/loop.py": (
+        *("tests/tasks/test_loop.py", f"{PRIOR}: weighted_mean stopped_among", f"{RUNS}: any_length not_finite"),
+    ),
     f"{TRAINING}/moments.py": (OPTIMIZER, STOPPED, f"{RUNS}: moments_stay"),
     f"{TRAINING}/optimizer.py": (OPTIMIZER, f"{RUNS}: learning_rate bias_corrected"),
     f"{TRAINING}/precompute.py": (f"{RUNS}: encoded_once any_length base_residuals fresh_residuals same_fingerprint",),
