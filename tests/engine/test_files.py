@@ -151,7 +151,7 @@ def test_memory_stays_at_one_tensor_while_writing_many(tmp_path):
 
 def test_a_lock_is_held_against_other_processes_and_says_by_whom(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from mlx_blockskip.engine import files\n"
+        "import sys; from pathlib import Path; from mlx_blockskip.engine.locks import lock\n"
         "with lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
