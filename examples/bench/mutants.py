@@ -61,12 +61,12 @@ QUICK: dict[str, tuple[str, ...]] = {
     f"{TRAINING}/loop.py": (
         *("tests/tasks/test_loop.py", f"{PRIOR}: weighted_mean stopped_among", f"{RUNS}: any_length not_finite"),
     ),
-    f"{TRAINING}/moments.py": (OPTIMIZER, STOPPED, f"{RUNS}: moments_stay"),
+    f"{TRAINING}/moments.py": ("tests/tasks/test_moments.py", f"{OPTIMIZER}: moments_in_files", STOPPED),
     f"{TRAINING}/optimizer.py": (OPTIMIZER, f"{RUNS}: learning_rate bias_corrected"),
     f"{TRAINING}/precompute.py": (f"{RUNS}: encoded_once any_length base_residuals fresh_residuals same_fingerprint",),
     f"{TRAINING}/samples.py": (SAMPLES, f"{RUNS}: encoded_once", f"{PRIOR}: every_other orders_of weighted_mean"),
-    f"{TRAINING}/setup.py": (f"{RUNS}: enlarged bad_settings other_settings fresh_residuals", f"{PRIOR}: once refused"),
-    f"{TRAINING}/train.py": (f"{RUNS}: says_what refuses_to plan_is_said fresh_residuals not_finite", STOPPED),
+    f"{TRAINING}/setup.py": ("tests/tasks/test_setup.py", f"{RUNS}: enlarged", f"{PRIOR}: made_once on_resume one_class_prompt"),
+    f"{TRAINING}/train.py": (f"{RUNS}: says_what refuses_to plan_is_said", "tests/tasks/test_setup.py: crops made_anew", STOPPED),
 }
 """Tests by file, quickest first; the first pattern that fits holds. After a colon: words, one of which a test's name
 has to contain.
