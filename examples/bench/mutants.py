@@ -42,7 +42,8 @@ DEFAULT = (
 """Files to change."""
 
 FAMILY = "tests/contract/test_family.py"
-RUNS, PRIOR, OPTIMIZER, SAMPLES = (f"tests/tasks/test_{name}.py" for name in ("train", "prior", "optimizer", "samples"))
+TASKS = ("train", "prior", "optimizer", "samples", "setup", "loop")
+RUNS, PRIOR, OPTIMIZER, SAMPLES, SETUP, LOOP = (f"tests/tasks/test_{name}.py" for name in TASKS)
 STOPPED = f"{PRIOR}: stopped_among"
 QUICK: dict[str, tuple[str, ...]] = {
     f"{PACKAGE}/models/flow.py": ("tests/test_flow.py", "tests/models/test_sana_sampling.py"),
@@ -58,15 +59,13 @@ QUICK: dict[str, tuple[str, ...]] = {
     f"{PACKAGE}/tasks/defaults.py": ("tests/tasks/test_defaults.py", SAMPLES, f"{PRIOR}: settings_make"),
     f"{TRAINING}/checkpoints.py": ("tests/tasks/test_checkpoints.py", STOPPED),
     f"{TRAINING}/job.py": ("tests/tasks/test_job.py", f"{RUNS}: says_what"),
-    f"{TRAINING}/loop.py": (
-        *("tests/tasks/test_loop.py", f"{PRIOR}: weighted_mean stopped_among", f"{RUNS}: any_length not_finite"),
-    ),
+    f"{TRAINING}/loop.py": (LOOP, f"{PRIOR}: weighted_mean stopped_among", f"{RUNS}: any_length not_finite"),
     f"{TRAINING}/moments.py": ("tests/tasks/test_moments.py", f"{OPTIMIZER}: moments_in_files", STOPPED),
     f"{TRAINING}/optimizer.py": (OPTIMIZER, f"{RUNS}: learning_rate bias_corrected"),
     f"{TRAINING}/precompute.py": (f"{RUNS}: encoded_once any_length base_residuals fresh_residuals same_fingerprint",),
     f"{TRAINING}/samples.py": (SAMPLES, f"{RUNS}: encoded_once", f"{PRIOR}: every_other orders_of weighted_mean"),
-    f"{TRAINING}/setup.py": ("tests/tasks/test_setup.py", f"{RUNS}: enlarged", f"{PRIOR}: made_once on_resume one_class_prompt"),
-    f"{TRAINING}/train.py": (f"{RUNS}: says_what refuses_to plan_is_said", "tests/tasks/test_setup.py: crops made_anew", STOPPED),
+    f"{TRAINING}/setup.py": (SETUP, f"{RUNS}: enlarged", f"{PRIOR}: made_once on_resume one_class_prompt"),
+    f"{TRAINING}/train.py": (f"{RUNS}: says_what refuses_to plan_is_said", f"{SETUP}: crops made_anew", STOPPED),
 }
 """Tests by file, quickest first; the first pattern that fits holds. After a colon: words, one of which a test's name
 has to contain.

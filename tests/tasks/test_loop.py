@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
+from support.models import HEDGEHOG, prepared
 from support.tasks import drive
 
 from mlx_blockskip.engine.errors import UserError
@@ -13,6 +14,7 @@ from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.settings import TrainSettings
 from mlx_blockskip.tasks.defaults import train_config
 from mlx_blockskip.tasks.train import loop, optimizer
+from mlx_blockskip.tasks.train import train as train_task
 from mlx_blockskip.tasks.train.checkpoints import State
 
 QUIET = {"steps_per_save": 0, "class_images": 0, "warmup": 4}
@@ -153,3 +155,37 @@ def test_checkpoints_are_between_steps_and_samples_after_the_last_one_too(script
     done.saved.clear(), done.sampled.clear()
     loop.run(job, State(tree(0)))
     assert (done.saved, done.sampled) == ([1, 2], [])
+
+
+@pytest.fixture
+def small(toy, tmp_path):
+    """A run of the toy, set up and not begun."""
+    fixed = {"model": str(toy), "data": str(HEDGEHOG), "resolution": 64, "train_resolution": 32, "class_images": 0}
+    fixed |= {"adapter_path": str(tmp_path / "a"), "iters": 3, "rank": 2, "skip_first": 1, "skip_last": 1}
+    return lambda: prepared(TrainSettings(**fixed))
+
+
+@pytest.mark.parametrize("ample", [True, False])
+def test_activations_are_kept_where_memory_is_ample_and_made_again_elsewhere(small, monkeypatch, ample):
+    job = small()
+    job.ample, called = ample, []
+    for way in (loop.kept, loop.sweep):
+        given = way.backward
+        monkeypatch.setattr(way, "backward", lambda *a, own=way, do=given, **k: called.append(own) or do(*a, **k))
+    state = train_task.first_state(job)
+    _, chunk = loop.next_chunk(job, state)
+    assert math.isfinite(loop.train_step(job, chunk, state))
+    assert called == [loop.kept if ample else loop.sweep]
+    assert (state.step, state.updates, state.skipped) == (1, 1, 0)
+
+
+def test_a_step_without_a_finite_loss_is_counted_and_changes_nothing(small, monkeypatch):
+    job = small()
+    state = train_task.first_state(job)
+    before = state.tree
+    _, chunk = loop.next_chunk(job, state)
+    for norm in (math.nan, math.inf):
+        monkeypatch.setattr(loop.optimizer, "global_norm", lambda grads, norm=norm: norm)
+        assert math.isnan(loop.train_step(job, chunk, state))
+    assert (state.step, state.updates, state.skipped) == (2, 0, 2)
+    assert state.tree is before
