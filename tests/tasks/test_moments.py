@@ -81,3 +81,10 @@ def test_they_move_where_a_step_has_been_measured_and_both_of_each_factor_fit(tm
     assert_as_drawn(moments)
     moments.settle(room, TREE)
     assert len(room.taken) == int(moves), "once"
+
+
+def test_they_may_move_before_the_first_update(tmp_path):
+    """After a step that was skipped there is nothing on disk yet."""
+    moments = Moments(tmp_path / "m")
+    moments.settle(reader(None), TREE)
+    assert (moments.directory, moments.blocks) == (None, [])
