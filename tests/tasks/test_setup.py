@@ -12,10 +12,10 @@ from mlx_blockskip.blockskip.patches import coverage
 from mlx_blockskip.blockskip.plan import SkipPlan
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.events import Note, PhaseEnd, Step, Warning
+from mlx_blockskip.events import Note, PhaseEnd, Saved, Step, Warning
 from mlx_blockskip.models.family import Encoded
 from mlx_blockskip.settings import TrainSettings
-from mlx_blockskip.tasks.train import setup
+from mlx_blockskip.tasks.train import checkpoints, setup
 from mlx_blockskip.tasks.train import train as train_task
 
 
@@ -127,3 +127,38 @@ def test_fresh_residuals_that_are_never_made_anew_are_said(job):
     for one, count in ((fits, 1), (longer, 0), (base, 0), (first, 0)):
         warnings = said(Warning, drive(train_task.describe, one)[1])
         assert sum("fits into one chunk" in text for text in warnings) == count
+
+
+def test_moments_begin_in_memory_where_it_is_ample_and_else_in_files(job):
+    own = job()
+    assert train_task.first_state(replace(own, ample=True)).moments.directory is None
+    assert train_task.first_state(replace(own, ample=False)).moments.directory == own.cache / "moments"
+
+
+def test_a_run_goes_on_from_its_last_checkpoint_only_where_it_should_and_says_so(job):
+    own = job(resume=True)
+    first, events = drive(train_task.first_state, own)
+    assert first.step == 0
+    assert said(Note, events) == [f"{own.directory} has no checkpoint yet; the run starts at its first step"]
+    for step in (2, 4):
+        checkpoints.save(own.directory, replace(first, step=step), own.model.stack, own.identity)
+    last, events = drive(train_task.first_state, own)
+    assert (last.step, said(Note, events)) == (4, ["Going on from step-000004"])
+    new, events = drive(train_task.first_state, replace(own, config=replace(own.config, resume=False)))
+    assert (new.step, said(Note, events)) == (0, [])
+
+
+def test_an_adapter_says_how_it_was_made_and_the_run_what_went_wrong(job):
+    own = job(scale=0.5)
+    given = TrainSettings(data="as given", prompt="a thing")
+    for skipped in (0, 3):
+        state = replace(train_task.first_state(own), step=6, skipped=skipped)
+        _, events = drive(train_task.finish, own, state, given)
+        assert len(said(Warning, events)) == bool(skipped)
+        assert any(isinstance(event, Saved) and event.path == own.directory for event in events)
+    found = files.read_json(own.directory / "adapter_config.json")
+    assert (found["steps"], found["skipped_steps"], found["rank"], found["scale"]) == (6, 3, 2, 0.5)
+    assert found["base_model_identity"] == own.model.identity
+    assert found["settings"]["prompt"] == "a thing", "what the run itself does not need"
+    assert found["settings"]["data"] == str(HEDGEHOG), "as it was taken"
+    assert [path.name for path in checkpoints.found(own.directory)] == ["step-000006"]
