@@ -62,7 +62,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     f"{TRAINING}/loop.py": (LOOP, f"{PRIOR}: weighted_mean stopped_among", f"{RUNS}: any_length not_finite"),
     f"{TRAINING}/moments.py": ("tests/tasks/test_moments.py", f"{OPTIMIZER}: moments_in_files", STOPPED),
     f"{TRAINING}/optimizer.py": (OPTIMIZER, f"{RUNS}: learning_rate bias_corrected"),
-    f"{TRAINING}/precompute.py": (f"{RUNS}: encoded_once any_length base_residuals fresh_residuals same_fingerprint",),
+    f"{TRAINING}/precompute.py": ("tests/tasks/test_precompute.py", f"{RUNS}: encoded_once any_length fresh_residuals"),
     f"{TRAINING}/samples.py": (SAMPLES, f"{RUNS}: encoded_once", f"{PRIOR}: every_other orders_of weighted_mean"),
     f"{TRAINING}/setup.py": (SETUP, f"{RUNS}: enlarged", f"{PRIOR}: made_once on_resume one_class_prompt"),
     f"{TRAINING}/train.py": (SETUP, f"{RUNS}: says_what refuses_to plan_is_said", STOPPED),

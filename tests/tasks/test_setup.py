@@ -64,11 +64,11 @@ def encoding(*lengths, limit=4):
         assert most == limit
         return Encoded(prompts, [len(caption) > limit for caption in captions])
 
-    return SimpleNamespace(encode_prompts=encode), prompts
+    return SimpleNamespace(encode_prompts=encode)
 
 
 def test_captions_are_stored_under_their_numbers_and_those_that_are_cut_are_said(tmp_path):
-    model, prompts = encoding(3, 3, 3)
+    model = encoding(3, 3, 3)
     config = SimpleNamespace(max_sequence_length=4, batch_size=2, grad_accumulation=1)
     _, events = drive(setup.encode_captions, config, model, ["a", "abcde", "abcd"], tmp_path / "prompts.safetensors")
     stored = files.MappedTensors(tmp_path / "prompts.safetensors")
@@ -79,7 +79,7 @@ def test_captions_are_stored_under_their_numbers_and_those_that_are_cut_are_said
 
 
 def test_captions_of_two_lengths_do_not_go_into_one_micro_batch(tmp_path):
-    model, _ = encoding(3, 2)
+    model = encoding(3, 2)
     config = SimpleNamespace(max_sequence_length=4, batch_size=1, grad_accumulation=3)
     setup.encode_captions(config, model, ["a", "b"], tmp_path / "prompts.safetensors")
     config.batch_size = 2
