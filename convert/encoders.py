@@ -4,7 +4,6 @@ import re
 from dataclasses import replace
 
 from mlx_blockskip.converters.table import Component, Row, conv, linear, norm
-
 from mlx_blockskip.models.text.clip import CLIPTextConfig, Layers
 from mlx_blockskip.models.text.gemma2 import Gemma2Config
 from mlx_blockskip.models.text.t5 import T5Config

@@ -5,7 +5,6 @@ from typing import Any
 
 from mlx_blockskip.converters.encoders import autoencoder_kl, block_of, clip_text, t5_encoder
 from mlx_blockskip.converters.table import Component, Row, linear, norm
-
 from mlx_blockskip.models.flux1.config import CONFIGS
 from mlx_blockskip.models.flux1.transformer import FluxTransformer2DConfig
 

@@ -20,7 +20,6 @@ from mlx_blockskip.converters.run import (
     shard_entries,
 )
 from mlx_blockskip.converters.table import Component
-
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.shards import INDEX
 from mlx_blockskip.models.family import Configs

@@ -10,9 +10,9 @@ from types import ModuleType
 from typing import Any, cast
 
 import mlx.core as mx
+
 from mlx_blockskip.converters.source import FLOATS, Source, open_source
 from mlx_blockskip.converters.table import Component, Row
-
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.shards import INDEX

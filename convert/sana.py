@@ -5,7 +5,6 @@ from typing import Any
 
 from mlx_blockskip.converters.encoders import autoencoder_dc, block_of, gemma2_encoder
 from mlx_blockskip.converters.table import Component, Row, conv, linear, norm
-
 from mlx_blockskip.models.sana.config import CONFIGS
 from mlx_blockskip.models.sana.transformer import SanaTransformer2DConfig
 

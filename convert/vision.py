@@ -17,7 +17,6 @@ from mlx_blockskip.converters.encoders import block_of, clip_layers, clip_text
 from mlx_blockskip.converters.run import Precision
 from mlx_blockskip.converters.source import Source, open_source
 from mlx_blockskip.converters.table import Component, Row, conv, linear, norm
-
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.config import Config

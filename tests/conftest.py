@@ -3,12 +3,12 @@ import mlx_blockskip  # noqa: F401  (before mlx.core is imported: it opens OpenB
 # isort: split
 
 import pytest
-from support.compare import gather, parity_table, worst
-from support.models import HEDGEHOG, assets, convert
-from support.toy import make_toy
 
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.settings import TrainSettings
+from support.compare import gather, parity_table, worst
+from support.models import HEDGEHOG, assets, convert
+from support.toy import make_toy
 
 QUICK = {"data": str(HEDGEHOG), "iters": 6, "rank": 2, "learning_rate": 1e-3, "steps_per_save": 2, "class_images": 0}
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+
 from support.models import HEDGEHOG
 
 ROOT = Path(__file__).parents[1]

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support import icc
 
 from mlx_blockskip import data
 from mlx_blockskip.data import load_dataset, load_image, to_image, to_pixels
 from mlx_blockskip.engine.errors import UserError
+from support import icc
 
 COLOURS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[255, 255, 255], [0, 0, 0], [200, 120, 40]]], np.uint8)
 

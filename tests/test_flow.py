@@ -6,12 +6,12 @@ from statistics import NormalDist
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.compare import assert_parity, relative_error, same_bits
 
 from mlx_blockskip.engine import philox
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models import flow, schedulers
 from mlx_blockskip.tasks.sampling.denoise import fresh_noise
+from support.compare import assert_parity, relative_error, same_bits
 
 SHAPE = (1, 4, 6, 8)
 DPM = {

@@ -5,9 +5,8 @@ import sys
 from importlib import resources
 from pathlib import Path
 
-import mlx_blockskip.converters
-
 import mlx_blockskip
+import mlx_blockskip.converters
 from mlx_blockskip.engine.blas import preload
 
 

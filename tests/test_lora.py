@@ -6,14 +6,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from engine.test_sweep import make
-from support.compare import relative_error, same_bits
-from support.models import random_tree
-from support.toy import FAMILY, MODULES, WIDTH
 
 from mlx_blockskip import lora
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.reader import BlockReader
 from mlx_blockskip.models.registry import open_model
+from support.compare import relative_error, same_bits
+from support.models import random_tree
+from support.toy import FAMILY, MODULES, WIDTH
 
 FILE = Path("own/adapters.safetensors")
 ALL = FAMILY.lora_targets["all"]

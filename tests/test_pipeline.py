@@ -6,14 +6,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
-from support.compare import PIPELINE, assert_parity, assert_same_image, relative_error
-from support.flux import checkpoint, random_transformer
-from support.golden import GOLDEN, PROMPTS, STEPS
 
 from mlx_blockskip import generate
 from mlx_blockskip.engine import files, philox
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models import flow, schedulers
+from support.compare import PIPELINE, assert_parity, assert_same_image, relative_error
+from support.flux import checkpoint, random_transformer
+from support.golden import GOLDEN, PROMPTS, STEPS
 
 HALVES = slice(0, None, 2), slice(1, None, 2)
 """Of the prompts; each case takes one, so that each prompt is drawn in both sizes, in one of them with guidance."""

@@ -133,7 +133,6 @@ def hollow(job: dict, encoders: bool = False) -> Path:
     """A hollow model. encoders: text encoders at full depth."""
     from mlx_blockskip.converters.hollow import write_hollow
     from mlx_blockskip.converters.run import Precision
-
     from mlx_blockskip.tasks.checkpoint.resolve import bundled
 
     name, bits, depth = job["model"], job["bits"], job["depth"]
@@ -153,7 +152,6 @@ def make_source(target: Path, name: str) -> None:
     import shutil
 
     from mlx_blockskip.converters.run import components_of, load_table
-
     from mlx_blockskip.engine import files
     from mlx_blockskip.tasks.checkpoint.resolve import bundled
 

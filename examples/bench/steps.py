@@ -77,7 +77,6 @@ def hollow_model(target: Path, transformer: dict[str, Any], dtype: str) -> None:
     """A model directory of zeros with this transformer; its encoders and VAE are tiny-flux's."""
     from mlx_blockskip.converters.hollow import write_hollow
     from mlx_blockskip.converters.run import Precision
-
     from mlx_blockskip.engine import files
 
     tiny = Path(str(resources.files("mlx_blockskip") / "assets" / "tiny-flux"))

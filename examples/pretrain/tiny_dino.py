@@ -22,9 +22,9 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from mlx_blockskip.converters import vision
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from mlx_blockskip.converters import vision
 from mlx_blockskip.engine import files
 from mlx_blockskip.models.layers import linear
 from mlx_blockskip.models.vision import clip, vit

@@ -26,10 +26,10 @@ from unittest import mock
 
 import mlx.core as mx
 import numpy as np
-from mlx_blockskip.converters import encoders, sana
-from mlx_blockskip.converters.table import Component
 from PIL import Image
 
+from mlx_blockskip.converters import encoders, sana
+from mlx_blockskip.converters.table import Component
 from mlx_blockskip.data import grid
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.stack import Stack, Weights

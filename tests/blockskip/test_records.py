@@ -2,12 +2,12 @@
 
 import mlx.core as mx
 import pytest
-from support.compare import same_bits
 
 from mlx_blockskip.blockskip import records
 from mlx_blockskip.blockskip.plan import SkipPlan
 from mlx_blockskip.engine import files, philox
 from mlx_blockskip.models.family import Tokens
+from support.compare import same_bits
 
 PLAN = SkipPlan(6, ((0, 1), (2, 3), (5, 6)))
 

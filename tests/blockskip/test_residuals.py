@@ -2,12 +2,12 @@
 
 import mlx.core as mx
 import numpy as np
-from support.compare import relative_error, same_bits
 
 from mlx_blockskip.blockskip import residuals
 from mlx_blockskip.blockskip.plan import SkipPlan
 from mlx_blockskip.engine import philox
 from mlx_blockskip.models.family import Tokens
+from support.compare import relative_error, same_bits
 
 
 def tokens(number):

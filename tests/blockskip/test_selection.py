@@ -6,8 +6,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from contract.test_family import start
-from support.compare import relative_error, same_bits
-from support.models import random_tree
 
 from mlx_blockskip.blockskip import selection
 from mlx_blockskip.blockskip.selection import FIRST, FULL, LAST, Distances
@@ -15,6 +13,8 @@ from mlx_blockskip.engine import sweep
 from mlx_blockskip.engine.spill import Spilled
 from mlx_blockskip.engine.sweep import Batch
 from mlx_blockskip.models.registry import open_model
+from support.compare import relative_error, same_bits
+from support.models import random_tree
 
 TABLE = Distances((0.0, 0.1, 0.2, 0.9), (0.0, 0.3, 0.35, 0.5))
 

@@ -3,8 +3,6 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.compare import relative_error, same_bits
-from support.models import random_tree
 
 from mlx_blockskip import lora
 from mlx_blockskip.blockskip import residuals
@@ -15,6 +13,8 @@ from mlx_blockskip.engine.stack import arrays
 from mlx_blockskip.engine.sweep import Batch
 from mlx_blockskip.models.family import Tokens
 from mlx_blockskip.models.registry import open_model
+from support.compare import relative_error, same_bits
+from support.models import random_tree
 
 
 @pytest.fixture(scope="module", params=["tiny_flux", "tiny_sana", "toy", "toy_with_prelude"])

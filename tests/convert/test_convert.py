@@ -6,22 +6,22 @@ from dataclasses import asdict
 
 import mlx.core as mx
 import pytest
+
+from mlx_blockskip import convert
 from mlx_blockskip.converters import run
 from mlx_blockskip.converters.encoders import autoencoder_kl
 from mlx_blockskip.converters.source import open_source
 from mlx_blockskip.converters.table import Component, Row
-from support.compare import relative_error, same_bits
-from support.models import assets
-from support.models import convert as convert_directory
-from support.tasks import drive
-
-from mlx_blockskip import convert
 from mlx_blockskip.engine import files, philox
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.models.registry import open_model, read_config
 from mlx_blockskip.models.vae.kl import AutoencoderKLConfig
 from mlx_blockskip.tasks.checkpoint.convert import notes as convert_notes
+from support.compare import relative_error, same_bits
+from support.models import assets
+from support.models import convert as convert_directory
+from support.tasks import drive
 
 SOURCE = assets() / "tiny-flux"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

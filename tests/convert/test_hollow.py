@@ -2,15 +2,15 @@ import os
 
 import mlx.core as mx
 import pytest
+
 from mlx_blockskip.converters.hollow import write_hollow
 from mlx_blockskip.converters.run import Precision
-from support.models import assets, convert
-
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models import presets
 from mlx_blockskip.models.flux1 import FAMILY
 from mlx_blockskip.models.registry import open_model
+from support.models import assets, convert
 
 FOLDERS = ("transformer", "text_encoder", "text_encoder_2", "vae")
 

@@ -5,14 +5,14 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
-from mlx_blockskip.converters.run import load_table
 from PIL import Image
-from support.models import assets
 
 from mlx_blockskip import convert, generate
+from mlx_blockskip.converters.run import load_table
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models import schedulers
+from support.models import assets
 
 MODELS = {"tiny-flux": "flux1", "tiny-sana": "sana"}
 

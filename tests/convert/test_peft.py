@@ -6,17 +6,17 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_blockskip.converters.peft import from_peft, to_peft
 from PIL import Image
-from support.compare import assert_same_image, same_bits
-from support.golden import GOLDEN, PROMPTS
-from support.models import assets, random_tree
 
 from mlx_blockskip import export, generate
+from mlx_blockskip.converters.peft import from_peft, to_peft
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.tasks.checkpoint.adapters import save_adapter
+from support.compare import assert_same_image, same_bits
+from support.golden import GOLDEN, PROMPTS
+from support.models import assets, random_tree
 
 TINY = assets() / "tiny-flux"
 STEPS = 2

@@ -3,14 +3,14 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+
 from mlx_blockskip.converters import sana
 from mlx_blockskip.converters.peft import from_peft, to_peft
 from mlx_blockskip.converters.run import Precision, exceptions, plan_shards
-from support.compare import assert_parity, relative_error
-from support.sana import MODULES, Network, converted, random_transformer
-
 from mlx_blockskip.engine import philox
 from mlx_blockskip.models.sana.transformer import SanaTransformer2DConfig
+from support.compare import assert_parity, relative_error
+from support.sana import MODULES, Network, converted, random_transformer
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")

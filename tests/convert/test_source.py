@@ -5,11 +5,11 @@ import shutil
 
 import mlx.core as mx
 import pytest
-from mlx_blockskip.converters.source import open_source, variant
-from support.models import assets
 
+from mlx_blockskip.converters.source import open_source, variant
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
+from support.models import assets
 
 MAIN = "diffusion_pytorch_model.safetensors"
 INDEX = f"{MAIN}.index.json"

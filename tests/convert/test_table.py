@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 import pytest
+
 from mlx_blockskip.converters.table import Row, conv, linear, norm
 from support.compare import same_bits
 

@@ -5,16 +5,16 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_blockskip.converters import vision
-from support.compare import same_bits
-from support.models import assets
-from support.vision import PROCESSORS, pictures, random_encoder, save
 
 from mlx_blockskip import convert
+from mlx_blockskip.converters import vision
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.models.vision.encoder import open_encoder
+from support.compare import same_bits
+from support.models import assets
+from support.vision import PROCESSORS, pictures, random_encoder, save
 
 SOURCE = assets() / "tiny-clip"
 WEIGHTS = "model.safetensors"

@@ -8,12 +8,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors import safe_open
-from support.compare import same_bits
 
 from mlx_blockskip.engine import files, philox
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.files import SafetensorsWriter, TensorEntry
 from mlx_blockskip.engine.locks import lock
+from support.compare import same_bits
 
 TENSORS = {
     "a": mx.arange(6, dtype=mx.float32).reshape(2, 3),

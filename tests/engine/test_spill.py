@@ -5,12 +5,12 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 from engine.test_sweep import Pair, factors, make, samples
-from support.compare import same_bits
 
 from mlx_blockskip.engine import sweep
 from mlx_blockskip.engine.reader import BlockReader
 from mlx_blockskip.engine.spill import Spilled
 from mlx_blockskip.engine.stack import arrays
+from support.compare import same_bits
 
 
 @pytest.mark.parametrize("with_b", [True, False])

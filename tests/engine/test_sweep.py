@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import pytest
-from support.compare import relative_error, same_bits
-from support.component import save_component
 
 from mlx_blockskip.engine import memory, philox, sweep
 from mlx_blockskip.engine.errors import UserError
@@ -17,6 +15,8 @@ from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.engine.stack import Block, BlockKind, Stack
 from mlx_blockskip.engine.sweep import Batch
 from mlx_blockskip.models.layers import linear
+from support.compare import relative_error, same_bits
+from support.component import save_component
 
 
 class Pair(NamedTuple):

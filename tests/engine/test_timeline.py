@@ -4,8 +4,6 @@ from itertools import pairwise
 
 import mlx.core as mx
 import pytest
-from support.compare import same_bits
-from support.models import random_tree
 
 from mlx_blockskip.engine import memory, sweep, timeline
 from mlx_blockskip.engine.errors import UserError
@@ -15,6 +13,8 @@ from mlx_blockskip.events import Phase, listening
 from mlx_blockskip.lora import attach
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.tasks.phases import phase
+from support.compare import same_bits
+from support.models import random_tree
 
 PATH = [1, 2, 4]
 

@@ -3,10 +3,10 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.compare import relative_error, same_bits
 
 from mlx_blockskip.engine import philox
 from mlx_blockskip.models.attention import IMAGE_TO_TEXT, attention
+from support.compare import relative_error, same_bits
 
 TEXT = 5
 Q, K, V = (mx.array(philox.normal(0, i, shape=(2, 3, 17, 8))) for i in range(3))

@@ -3,14 +3,14 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_blockskip.converters.encoders import autoencoder_dc
-from support.autoencoder import random_autoencoder
-from support.compare import assert_parity, relative_error
 
+from mlx_blockskip.converters.encoders import autoencoder_dc
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models import presets
 from mlx_blockskip.models.vae import dc_ae
 from mlx_blockskip.models.vae.dc_ae import AutoencoderDCConfig
+from support.autoencoder import random_autoencoder
+from support.compare import assert_parity, relative_error
 
 RES, VIT = "ResBlock", "EfficientViTBlock"
 

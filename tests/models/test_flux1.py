@@ -3,15 +3,15 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.compare import assert_parity, relative_error, same_bits
-from support.flux import checkpoint, random_transformer
-from support.golden import GOLDEN, PROMPTS
-from support.models import convert
 
 from mlx_blockskip.engine.sweep import Batch, forward
 from mlx_blockskip.models.attention import IMAGE_TO_TEXT
 from mlx_blockskip.models.flux1 import transformer as net
 from mlx_blockskip.models.registry import open_model
+from support.compare import assert_parity, relative_error, same_bits
+from support.flux import checkpoint, random_transformer
+from support.golden import GOLDEN, PROMPTS
+from support.models import convert
 
 
 def velocity(model, latents, sigma, prompt, guidance=None, masks=None):

@@ -3,16 +3,16 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+
 from mlx_blockskip.converters import run
 from mlx_blockskip.converters.encoders import gemma2_encoder
 from mlx_blockskip.converters.source import open_source
-from support.compare import assert_parity, relative_error, same_bits
-from support.component import save_component
-
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.reader import BlockReader
 from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.models.text import gemma2
+from support.compare import assert_parity, relative_error, same_bits
+from support.component import save_component
 
 SMALL = {
     **{"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 12},

@@ -2,12 +2,12 @@
 
 import mlx.core as mx
 import pytest
-from support.compare import relative_error, same_bits
 
 from mlx_blockskip.engine import philox
 from mlx_blockskip.engine.sweep import Batch, forward
 from mlx_blockskip.models import layers
 from mlx_blockskip.models.layers import by_rows, gelu_tanh, linear
+from support.compare import relative_error, same_bits
 
 W = {
     "up.weight": mx.array(philox.normal(0, 1, shape=(64, 8))),

@@ -5,16 +5,16 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
+from PIL import Image
+
 from mlx_blockskip.converters import vision
 from mlx_blockskip.converters.run import read_components
-from PIL import Image
-from support.published import HUB, family_of, hollow
-
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.sweep import Batch, forward
 from mlx_blockskip.models import flow, presets
 from mlx_blockskip.models.vision import preprocess
 from mlx_blockskip.models.vision.encoder import KINDS
+from support.published import HUB, family_of, hollow
 
 BLOCKS = {
     "flux1-dev": {"transformer": 57, "text_encoder": 12, "text_encoder_2": 24},

@@ -3,13 +3,13 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.compare import assert_parity, relative_error, same_bits
-from support.sana import MODULES, Network, converted, random_transformer
 
 from mlx_blockskip.engine import philox, sweep
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.attention import IMAGE_TO_TEXT
 from mlx_blockskip.models.sana import transformer as net
+from support.compare import assert_parity, relative_error, same_bits
+from support.sana import MODULES, Network, converted, random_transformer
 
 SIGMA = np.array([0.3, 0.9], np.float32)
 TEXT, LENGTHS = 7, (7, 4)

@@ -4,8 +4,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
-from support.compare import assert_same_image, relative_error
-from support.models import random_tree
 
 from mlx_blockskip import data, export, generate, load
 from mlx_blockskip.engine import files, philox
@@ -14,6 +12,8 @@ from mlx_blockskip.models.sana.prompting import INSTRUCTION
 from mlx_blockskip.models.sana.sizes import binned
 from mlx_blockskip.models.sana.transformer import SanaTransformer2DConfig
 from mlx_blockskip.tasks.checkpoint.adapters import save_adapter
+from support.compare import assert_same_image, relative_error
+from support.models import random_tree
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")

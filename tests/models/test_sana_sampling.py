@@ -3,14 +3,14 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.compare import PIPELINE, assert_parity
-from support.sana import Network, converted, random_transformer
 
 from mlx_blockskip.engine import philox
 from mlx_blockskip.models import flow, schedulers
 from mlx_blockskip.models.family import Tokens
 from mlx_blockskip.models.sana import transformer as net
 from mlx_blockskip.tasks.sampling.denoise import Request, fresh_noise, sample
+from support.compare import PIPELINE, assert_parity
+from support.sana import Network, converted, random_transformer
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")

@@ -3,11 +3,11 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.compare import relative_error
-from support.component import save_component
 
 from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.models.text import t5
+from support.compare import relative_error
+from support.component import save_component
 
 SMALL = {"vocab_size": 99, "d_model": 32, "d_ff": 48, "d_kv": 6, "num_heads": 4, "num_layers": 3}
 

@@ -3,16 +3,16 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+
 from mlx_blockskip.converters import run
 from mlx_blockskip.converters.encoders import clip_text, t5_encoder
 from mlx_blockskip.converters.source import open_source
-from support.compare import assert_parity
-from support.golden import GOLDEN, PROMPTS
-from support.models import assets
-
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.models.text import clip, t5, tokenize
+from support.compare import assert_parity
+from support.golden import GOLDEN, PROMPTS
+from support.models import assets
 
 CLIP = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 T5 = {"vocab_size": 99, "d_model": 32, "d_ff": 48, "d_kv": 6, "num_heads": 4, "num_layers": 3}

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.compare import assert_parity
-from support.models import assets
-from support.vision import pictures
 
 from mlx_blockskip import convert
 from mlx_blockskip.engine import files
 from mlx_blockskip.models.vision import preprocess
 from mlx_blockskip.models.vision.encoder import open_encoder
+from support.compare import assert_parity
+from support.models import assets
+from support.vision import pictures
 
 SOURCE = assets() / "tiny-dino"
 SHEET = Path(__file__).parents[2] / "examples" / "quality"

@@ -7,12 +7,12 @@ import sys
 
 import numpy as np
 import pytest
-from support.golden import GOLDEN, PROMPTS
-from support.models import assets
-from support.sana import gemma_tokenizer
 
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.text import tokenize
+from support.golden import GOLDEN, PROMPTS
+from support.models import assets
+from support.sana import gemma_tokenizer
 
 TEXTS = [
     *(*PROMPTS, "", "UPPER case", "ünïcødé 🦔 日本", "word " * 200, "a  b\tc\n d", "don't I'M they'RE 123abc !!?..."),

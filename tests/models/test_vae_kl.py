@@ -3,18 +3,18 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_blockskip.converters.encoders import autoencoder_kl
-from support.autoencoder import random_autoencoder
-from support.compare import assert_parity, relative_error
-from support.flux import checkpoint
-from support.golden import GOLDEN
-from support.models import convert
 
+from mlx_blockskip.converters.encoders import autoencoder_kl
 from mlx_blockskip.engine import philox
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.models.vae import kl
 from mlx_blockskip.models.vae.kl import AutoencoderKLConfig
+from support.autoencoder import random_autoencoder
+from support.compare import assert_parity, relative_error
+from support.flux import checkpoint
+from support.golden import GOLDEN
+from support.models import convert
 
 SMALL = {
     "block_out_channels": (8, 16),

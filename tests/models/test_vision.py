@@ -4,15 +4,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
-from support.compare import assert_parity, record, relative_error
-from support.models import assets
-from support.vision import CLIP_VISION, pictures, random_encoder, save
 
 from mlx_blockskip import convert
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.vision import patches, preprocess, vit
 from mlx_blockskip.models.vision.encoder import open_encoder
+from support.compare import assert_parity, record, relative_error
+from support.models import assets
+from support.vision import CLIP_VISION, pictures, random_encoder, save
 
 
 def opened(source, target, **options):

@@ -2,7 +2,6 @@
 
 from mlx_blockskip.converters import run
 from mlx_blockskip.converters.source import open_source
-
 from mlx_blockskip.engine.shards import Shards
 
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import mlx.core as mx
+
 from mlx_blockskip.converters import run, sana
 from mlx_blockskip.converters.source import open_source
-
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.reader import BlockReader
 from mlx_blockskip.engine.shards import Shards

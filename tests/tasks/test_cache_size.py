@@ -1,12 +1,12 @@
 """Bytes of the residual cache that are predicted, against the chunk that training writes."""
 
 import pytest
-from support.models import prepared
 
 from mlx_blockskip.blockskip import records
 from mlx_blockskip.blockskip.residuals import MODES
 from mlx_blockskip.tasks.memory.predict import Shape, Tracer
 from mlx_blockskip.tasks.train.precompute import compute_chunk, prompt_records
+from support.models import prepared
 
 PLANS = [(1, 1), (0, 2), (2, 0), (0, 0)]
 

@@ -2,8 +2,6 @@
 
 import mlx.core as mx
 import pytest
-from support.compare import same_bits
-from support.models import random_tree
 
 from mlx_blockskip.engine import files, philox
 from mlx_blockskip.engine.errors import UserError
@@ -11,6 +9,8 @@ from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.tasks.train import checkpoints
 from mlx_blockskip.tasks.train.checkpoints import State
 from mlx_blockskip.tasks.train.moments import Moments
+from support.compare import same_bits
+from support.models import random_tree
 
 SETTINGS = {"seed": 3, "rank": 2}
 

@@ -4,8 +4,6 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from support.models import assets
-from support.tasks import drive
 
 from mlx_blockskip import convert
 from mlx_blockskip.engine.errors import UserError
@@ -13,6 +11,8 @@ from mlx_blockskip.events import Note, listening
 from mlx_blockskip.tasks.checkpoint import encoders, hub
 from mlx_blockskip.tasks.checkpoint.encoders import clip_encoder, vision_encoder
 from mlx_blockskip.tasks.checkpoint.resolve import cache_directory
+from support.models import assets
+from support.tasks import drive
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@ import json
 from dataclasses import replace
 
 import pytest
-from support.models import assets
 from typer.testing import CliRunner
 
 from mlx_blockskip import estimate
@@ -10,6 +9,7 @@ from mlx_blockskip.cli import app
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, Table
 from mlx_blockskip.tasks import estimate as task
+from support.models import assets
 
 QUICK = {"iters": 20, "batch_size": 1, "train_resolution": 32, "resolution": 32, "width": 64, "height": 64, "steps": 2}
 

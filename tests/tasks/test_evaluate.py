@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.models import HEDGEHOG
 from typer.testing import CliRunner
 
 from mlx_blockskip import evaluate, export, generate, train
@@ -21,6 +20,7 @@ from mlx_blockskip.settings import EvaluateSettings, GenerateSettings
 from mlx_blockskip.tasks.checkpoint import encoders
 from mlx_blockskip.tasks.evaluate.subject import shipped
 from mlx_blockskip.tasks.memory import check
+from support.models import HEDGEHOG
 
 PROMPTS = ["a {} on a red background", "small {}, brown background"]
 OTHERS = ["a ghost on a blue background"]

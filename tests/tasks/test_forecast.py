@@ -8,8 +8,6 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 from conftest import QUICK
-from support.compare import assert_same_adapter
-from support.models import likely_plan
 
 from mlx_blockskip import generate, train
 from mlx_blockskip.engine import files, kept, limits
@@ -21,6 +19,8 @@ from mlx_blockskip.settings import GenerateSettings, TrainSettings
 from mlx_blockskip.tasks.defaults import draw_config, train_config
 from mlx_blockskip.tasks.memory import check, predict
 from mlx_blockskip.tasks.memory.limit import MARGIN, budget_of
+from support.compare import assert_same_adapter
+from support.models import likely_plan
 
 SETTINGS = [
     {"skip_first": 1, "skip_last": 0, "batch_size": 1, "rank": 2},

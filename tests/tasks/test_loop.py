@@ -5,8 +5,6 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
-from support.models import HEDGEHOG, prepared
-from support.tasks import drive
 
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, Step
@@ -16,6 +14,8 @@ from mlx_blockskip.tasks.defaults import train_config
 from mlx_blockskip.tasks.train import loop, optimizer
 from mlx_blockskip.tasks.train import train as train_task
 from mlx_blockskip.tasks.train.checkpoints import State
+from support.models import HEDGEHOG, prepared
+from support.tasks import drive
 
 QUIET = {"steps_per_save": 0, "class_images": 0, "warmup": 4}
 

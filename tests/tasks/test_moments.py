@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
-from support.compare import same_bits
 
 from mlx_blockskip.engine import philox
 from mlx_blockskip.tasks.train.moments import Moments
+from support.compare import same_bits
 
 SHAPES = {"attn.to_q.lora_a": (6, 2), "ff/0.lora_b": (2, 5)}
 TREE = {block: {name: mx.zeros(shape) for name, shape in SHAPES.items()} for block in (1, 3)}

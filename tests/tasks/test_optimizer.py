@@ -3,13 +3,13 @@
 import mlx.core as mx
 import mlx.optimizers as optim
 import pytest
-from support.compare import relative_error, same_bits
 
 from mlx_blockskip.engine import philox
 from mlx_blockskip.settings import TrainSettings
 from mlx_blockskip.tasks.train.checkpoints import State
 from mlx_blockskip.tasks.train.moments import Moments
 from mlx_blockskip.tasks.train.optimizer import global_norm, update
+from support.compare import relative_error, same_bits
 
 STEPS, WARMUP, RATE, DECAY = 10, 3, 2e-2, 0.1
 SHAPES = {"attn.to_q.lora_a": (6, 2), "attn.to_q.lora_b": (2, 5), "ff.lora_a": (4, 2), "ff.lora_b": (2, 6)}

@@ -1,12 +1,12 @@
 """Making a chunk's records: told as it goes, the same however many wait together, and only where they are not there."""
 
 import pytest
-from support.models import HEDGEHOG, prepared
-from support.tasks import drive
 
 from mlx_blockskip.events import PhaseEnd, Step
 from mlx_blockskip.settings import TrainSettings
 from mlx_blockskip.tasks.train import precompute
+from support.models import HEDGEHOG, prepared
+from support.tasks import drive
 
 BATCHES = range(2, 6)
 

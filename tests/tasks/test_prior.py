@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import save_file
-from support.compare import assert_same_adapter, factors, same_bits
-from support.models import HEDGEHOG, prepared
 
 from mlx_blockskip import generate, train
 from mlx_blockskip.engine import philox
@@ -24,6 +22,8 @@ from mlx_blockskip.tasks.sampling.previews import CLASS_NOISE, class_images
 from mlx_blockskip.tasks.train import loop, precompute
 from mlx_blockskip.tasks.train import train as train_task
 from mlx_blockskip.tasks.train.samples import ORDER
+from support.compare import assert_same_adapter, factors, same_bits
+from support.models import HEDGEHOG, prepared
 
 CLASSES = {"class_prompt": ["a ghost on a blue background", "a dog on a red background"], "class_images": 3}
 

@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
-from mlx_blockskip.converters import flux1
-from support.models import assets
-from support.tasks import drive
 
 from mlx_blockskip import convert
+from mlx_blockskip.converters import flux1
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, listening
 from mlx_blockskip.tasks.checkpoint import hub
 from mlx_blockskip.tasks.checkpoint.resolve import cache_directory, resolve
+from support.models import assets
+from support.tasks import drive
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support.models import HEDGEHOG
 
 from mlx_blockskip.data import load_dataset
 from mlx_blockskip.models import schedulers
@@ -13,6 +12,7 @@ from mlx_blockskip.models.defaults import ModelDefaults
 from mlx_blockskip.settings import TrainSettings
 from mlx_blockskip.tasks.defaults import train_config
 from mlx_blockskip.tasks.train.samples import TrainingSamples
+from support.models import HEDGEHOG
 
 
 def samples(scheduler, mean=0.0, std=1.0):

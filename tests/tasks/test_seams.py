@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from conftest import QUICK
 from PIL import Image
-from support.compare import assert_same_adapter, factors, same_bits
-from support.models import HEDGEHOG, prepared, random_tree
 
 from mlx_blockskip import generate, lora, select, train
 from mlx_blockskip.data import load_dataset
@@ -20,6 +18,8 @@ from mlx_blockskip.settings import TrainSettings
 from mlx_blockskip.tasks.checkpoint.adapters import load_adapter
 from mlx_blockskip.tasks.train import loop, precompute
 from mlx_blockskip.tasks.train import train as task
+from support.compare import assert_same_adapter, factors, same_bits
+from support.models import HEDGEHOG, prepared, random_tree
 
 
 def settings(model, path, **options):

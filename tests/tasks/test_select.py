@@ -6,7 +6,6 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image as PillowImage
-from support.models import HEDGEHOG, random_tree
 
 from mlx_blockskip import select, train
 from mlx_blockskip.blockskip import selection
@@ -17,6 +16,7 @@ from mlx_blockskip.events import Note, Table
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.settings import SelectSettings
 from mlx_blockskip.tasks.checkpoint.adapters import save_adapter
+from support.models import HEDGEHOG, random_tree
 
 
 @pytest.fixture

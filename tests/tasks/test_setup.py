@@ -5,8 +5,6 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
-from support.models import HEDGEHOG, prepared
-from support.tasks import drive
 
 from mlx_blockskip.blockskip.patches import coverage
 from mlx_blockskip.blockskip.plan import SkipPlan
@@ -17,6 +15,8 @@ from mlx_blockskip.models.family import Encoded
 from mlx_blockskip.settings import TrainSettings
 from mlx_blockskip.tasks.train import checkpoints, setup
 from mlx_blockskip.tasks.train import train as train_task
+from support.models import HEDGEHOG, prepared
+from support.tasks import drive
 
 
 @pytest.fixture

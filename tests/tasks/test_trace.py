@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.compare import assert_same_adapter
-from support.models import HEDGEHOG
 
 from mlx_blockskip import generate, train
 from mlx_blockskip.engine import timeline
@@ -18,6 +16,8 @@ from mlx_blockskip.events import PhaseEnd, Saved, Step, listening
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.settings import GenerateSettings
 from mlx_blockskip.tasks.memory import trace
+from support.compare import assert_same_adapter
+from support.models import HEDGEHOG
 
 
 def written(path):

@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 from conftest import QUICK
 from PIL import Image
-from support.compare import assert_same_adapter, factors, same_bits
-from support.models import HEDGEHOG, prepared
 
 from mlx_blockskip import generate, train
 from mlx_blockskip.blockskip import patches
@@ -30,6 +28,8 @@ from mlx_blockskip.tasks.train import optimizer, precompute
 from mlx_blockskip.tasks.train import train as train_task
 from mlx_blockskip.tasks.train.checkpoints import State
 from mlx_blockskip.tasks.train.moments import Moments
+from support.compare import assert_same_adapter, factors, same_bits
+from support.models import HEDGEHOG, prepared
 
 
 def test_writes_an_adapter_directory_that_says_what_it_is(quick):
