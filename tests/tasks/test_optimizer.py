@@ -111,3 +111,12 @@ def test_the_largest_norm_bounds_some_of_these_steps_and_not_others():
     assert min(norms) < 1.0 < max(norms)
     flat = mx.concatenate([g.reshape(-1) for own in gradients(2).values() for g in own.values()])
     assert norms[2] == pytest.approx(float(mx.linalg.norm(flat)), rel=1e-6)
+
+
+def test_a_step_is_computed_when_it_is_over():
+    """While a Ctrl-C waits; nothing of it is left for later, so no gradient stays in memory."""
+    state, grads = State(tree(0), Moments()), gradients(0)
+    update(state, grads, settings(), global_norm(grads))
+    before = mx.get_active_memory()
+    mx.eval(state.tree, [state.moments.get(block) for block in BLOCKS])
+    assert mx.get_active_memory() == before
