@@ -162,3 +162,8 @@ def test_an_adapter_says_how_it_was_made_and_the_run_what_went_wrong(job):
     assert found["settings"]["prompt"] == "a thing", "what the run itself does not need"
     assert found["settings"]["data"] == str(HEDGEHOG), "as it was taken"
     assert [path.name for path in checkpoints.found(own.directory)] == ["step-000006"]
+
+
+def test_errors_about_class_images_name_their_own_option(job):
+    with pytest.raises(UserError, match="nowhere: no such directory; --class-data takes"):
+        job(class_data="nowhere")
