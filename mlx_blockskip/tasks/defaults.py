@@ -5,7 +5,6 @@ fields.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from mlx_blockskip.blockskip.patches import PatchSettings
@@ -183,8 +182,3 @@ def check_size(model: DiffusionModel, width: int, height: int) -> None:
     if width < 1 or height < 1 or any(side % g for side in model.native_size(width, height)):
         near = " x ".join(str(max(g, round(side / g) * g)) for side in (width, height))
         raise UserError(f"{width} x {height}: the sides must be multiples of {g}; the nearest is {near}")
-
-
-def adapter_directory(settings: TrainSettings) -> Path:
-    """Where the adapter goes."""
-    return Path(settings.adapter_path).expanduser()

@@ -17,7 +17,7 @@ from mlx_blockskip.tasks.checkpoint.adapters import load_adapters
 from mlx_blockskip.tasks.checkpoint.resolve import open_named
 from mlx_blockskip.tasks.defaults import DrawConfig, draw_config
 from mlx_blockskip.tasks.memory.check import budget_of, check_generation
-from mlx_blockskip.tasks.memory.trace import trace_paths, traced
+from mlx_blockskip.tasks.memory.trace import traced
 from mlx_blockskip.tasks.sampling.denoise import noise_shape, seeded_noise
 from mlx_blockskip.tasks.sampling.pictures import PNG_KEY, Shot, draw
 
@@ -29,9 +29,6 @@ def generate(settings: GenerateSettings) -> list[Path]:
         settings = recall(settings)
     prompts = read_prompts(settings)
     targets = output_paths(Path(settings.output).expanduser(), len(prompts) * settings.n_images)
-    for path in trace_paths(settings.trace_memory):
-        if path in targets:
-            raise UserError(f"--trace-memory: {path} is an image of this run; choose another name")
     model = open_named(settings.model, budget_of(settings.memory_budget))
     config = replace(draw_config(settings, model), n_images=settings.n_images)
     check_generation(config, model, len(targets))
