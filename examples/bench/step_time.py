@@ -222,7 +222,7 @@ def precompute(model: Model, text: int, reader: BlockReader) -> Record:
 
 def write_record(path: Path, plan: SkipPlan, record: Record) -> records.Chunk:
     """What a plan's step reads, as a chunk of one micro-batch."""
-    tensors = {"target": mx.zeros_like(record.tokens[0].image)}
+    tensors = {"target": mx.zeros_like(record.tokens[0].image), **records.of_samples([1.0], [0])}
     for boundary in residuals.boundaries(plan, "base"):
         tensors |= records.of_boundary(plan, "base", boundary, record.tokens[boundary])
     for block in plan.retained:

@@ -3,6 +3,8 @@
     entry.image, entry.text           the tokens before the first retained block
     run{i}.start.*, run{i}.stop.*     f_i and f_(i+l) of each later skipped run (Eq. 3, see `residuals`)
     target                            the velocity e - x0
+    weight                            what each of its samples counts in the loss
+    captions                          the numbers of their prompts
     conditioning.{name}               what blocks and head take from the context beside modulation
     modulation.{block}.{j}, head.{j}  the modulation of the retained blocks and of the head
 
@@ -28,14 +30,19 @@ from mlx_blockskip.engine.stack import Modulation
 from mlx_blockskip.models.family import Tokens
 
 FINGERPRINT = "fingerprint"
-FORMAT = 2
+FORMAT = 3
 """Of the tensors above: a chunk of another format is made again."""
 
 Tensors = dict[str, mx.array]
 
 
+def of_samples(weights: Sequence[float], captions: Sequence[int]) -> Tensors:
+    """What each sample of a micro-batch counts in the loss, and the number of its prompt."""
+    return {"weight": mx.array(weights, mx.float32), "captions": mx.array(captions, mx.int32)}
+
+
 def of_start(target: mx.array, conditioning: Mapping[str, mx.array], head: Modulation) -> Tensors:
-    """What is known of a micro-batch before the first block."""
+    """What is known of a micro-batch before the first block. target: (B, h, w, C), float32."""
     return {"target": target, **{f"conditioning.{k}": v for k, v in conditioning.items()}, **_numbered("head", head)}
 
 
@@ -85,8 +92,8 @@ def layout(
     start: Tensors,
     modulation: Callable[[int], Modulation],
 ) -> Layout:
-    """The layout of records such as this micro-batch's. tokens: at any boundary. start: from `of_start`. modulation: of
-    a retained block, by its index. Only shapes and dtypes are looked at.
+    """The layout of records such as this micro-batch's. tokens: at any boundary. start: from `of_samples` and
+    `of_start`. modulation: of a retained block, by its index. Only shapes and dtypes are looked at.
     """
     found = dict(start)
     for boundary in residuals.boundaries(plan, mode):
@@ -157,8 +164,18 @@ class Chunk:
         """The velocity that the step of this micro-batch should predict: (B, h, w, C), float32."""
         return self._tensors.read(f"{number}.target")
 
-    def conditioning(self, number: int, prompts: Sequence[int]) -> Tensors:
+    def latent_size(self, number: int) -> tuple[int, int]:
+        """Height and width of the latents."""
+        _, height, width, _ = self._tensors.entry(f"{number}.target").shape
+        return height, width
+
+    def weight(self, number: int) -> mx.array:
+        """What each sample counts in the loss: (B, 1, 1, 1), float32."""
+        return self._tensors.read(f"{number}.weight").reshape(-1, 1, 1, 1)
+
+    def conditioning(self, number: int) -> Tensors:
         """What blocks and head take from the context; what depends on the prompt alone is joined over the batch."""
+        prompts: list[int] = self._tensors.read(f"{number}.captions").tolist()
         found = {self._last(name): self._tensors.read(name) for name in self._under(f"{number}.conditioning.")}
         for name in self._under(f"prompt.{prompts[0]}."):
             key = self._last(name)

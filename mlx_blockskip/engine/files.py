@@ -275,11 +275,16 @@ class MappedTensors:
     def __contains__(self, name: str) -> bool:
         return name in self.header.entries
 
-    def read(self, name: str) -> mx.array:
-        """A copy of one tensor. Raises UserError where the file has none of this name."""
+    def entry(self, name: str) -> TensorEntry:
+        """What the file says of one tensor. Raises UserError where it has none of this name."""
         entry = self.header.entries.get(name)
         if entry is None:
             raise UserError(f"{self.path}: has no tensor {name}; remove the file, and it is made again")
+        return entry
+
+    def read(self, name: str) -> mx.array:
+        """A copy of one tensor. Raises UserError where the file has none of this name."""
+        entry = self.entry(name)
         data = mx.array(self._bytes[entry.start : entry.start + entry.nbytes])
         return data.view(mlx_dtype(entry.dtype)).reshape(entry.shape)
 

@@ -22,7 +22,9 @@ def parts(number, count=2):
 
 def record(number):
     """Every tensor of one record, under the functions that name them."""
-    start = records.of_start(*parts(number, 1), {"time.embedded": parts(number + 50, 1)[0]}, parts(number + 60))
+    start = records.of_samples([1.0, number], [2, 0]) | records.of_start(
+        *parts(number, 1), {"time.embedded": parts(number + 50, 1)[0]}, parts(number + 60)
+    )
     found = dict(start)
     for boundary in range(7):
         found |= records.of_boundary(PLAN, "base", boundary, tokens(10 * number + boundary))
@@ -55,7 +57,8 @@ def test_a_record_gives_back_what_was_put_into_it(tmp_path):
             assert same_bits(found.image, expected.image)
             assert found.text is None if boundary >= 5 else same_bits(found.text, expected.text)
         assert same_bits(chunk.target(number), parts(number, 1)[0])
-        conditioning = chunk.conditioning(number, [2, 0])
+        assert chunk.weight(number).tolist() == [[[[1.0]]], [[[float(number)]]]]
+        conditioning = chunk.conditioning(number)
         assert set(conditioning) == {"time.embedded", "text"}
         assert same_bits(conditioning["time.embedded"], parts(number + 50, 1)[0])
         joined = mx.concatenate([parts(8, 1)[0], parts(7, 1)[0]])

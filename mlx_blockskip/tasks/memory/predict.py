@@ -193,7 +193,8 @@ class Tracer:
 
     def layout(self, plan: SkipPlan, mode: str) -> Layout:
         """The layout of a training sample's record."""
-        start = records.of_start(self.target, self.model.conditioning(self.sample.context), self.head)
+        samples = records.of_samples([1.0] * self.shape.batch, [0] * self.shape.batch)
+        start = samples | records.of_start(self.target, self.model.conditioning(self.sample.context), self.head)
         return records.layout(plan, mode, self.sample.state, start, lambda index: self._modulation[self.kind(index)])
 
     def precompute(self, plan: SkipPlan, mode: str, waiting: int = 1) -> Phase:

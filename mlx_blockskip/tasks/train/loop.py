@@ -81,19 +81,17 @@ def train_step(job: Job, chunk: Chunk, state: State) -> float:
     Returns the loss; not a number where the step was skipped.
     """
     config, model = job.config, job.model
-    _, height, width, _ = job.samples.latent_shape
     count = config.grad_accumulation
     batches = range(state.step * count, (state.step + 1) * count)
     waiting = []
     for batch in batches:
-        context = model.context_from((height, width), chunk.conditioning(batch, job.samples.captions(batch)))
+        context = model.context_from(chunk.latent_size(batch), chunk.conditioning(batch))
         waiting.append(Batch(chunk.tokens(batch, "entry"), context, chunk.modulation(batch)))
-    weights = [job.samples.weights(batch) for batch in batches]
 
     def loss(i: int, tokens: Tokens) -> mx.array:
         velocity = model.final_layer(tokens, waiting[i].context, chunk.final_modulation(batches[i]))
         error = velocity.astype(mx.float32) - chunk.target(batches[i])
-        return mx.mean(mx.square(error) * weights[i]) / count
+        return mx.mean(mx.square(error) * chunk.weight(batches[i])) / count
 
     grads: optimizer.Grads = {}
     with job.resident():

@@ -13,7 +13,7 @@ from mlx_blockskip.engine import files
 from mlx_blockskip.engine.stack import Context, Modulation
 from mlx_blockskip.engine.sweep import Batch, Tap, forward, modulations
 from mlx_blockskip.models import flow
-from mlx_blockskip.models.family import DiffusionModel, Posterior
+from mlx_blockskip.models.family import Posterior
 from mlx_blockskip.tasks.memory.waiting import together, waiting_bytes
 from mlx_blockskip.tasks.phases import phase
 from mlx_blockskip.tasks.train.job import Job
@@ -100,15 +100,19 @@ def layout_of(job: Job, batch: int) -> Layout:
     if key not in job.layouts:
         shape = job.samples.latent_shape
         tokens, context = job.samples.embed(batch, mx.zeros(shape), mx.full(shape[:1], 0.5))
-        start = _start(job.model, mx.zeros(shape), context)
+        start = _start(job.samples, batch, mx.zeros(shape), context)
         (by_block,) = modulations(job.stack, job.model.reader, [context], job.plan.retained)
         job.layouts[key] = records.layout(job.plan, job.config.residuals, tokens, start, by_block.get)
         job.model.release()
     return job.layouts[key]
 
 
-def _start(model: DiffusionModel, target: mx.array, context: Context) -> records.Tensors:
-    return records.of_start(target, model.conditioning(context), model.final_modulation(context))
+def _start(samples: TrainingSamples, batch: int, target: mx.array, context: Context) -> records.Tensors:
+    """What is known of a micro-batch before the first block."""
+    model = samples.model
+    return records.of_samples(samples.weights(batch), samples.captions(batch)) | records.of_start(
+        target, model.conditioning(context), model.final_modulation(context)
+    )
 
 
 def prompt_records(samples: TrainingSamples, batches: range) -> records.Tensors:
@@ -134,7 +138,7 @@ def _write_group(job: Job, group: range, noised: Noised, write: records.Write, a
     for batch in group:
         noisy, target, s = noised.read(batch)
         tokens, context = job.samples.embed(batch, noisy, s)
-        write(batch, _start(model, target, context))
+        write(batch, _start(job.samples, batch, target, context))
         mx.eval(tokens)
         waiting.append(Batch(tokens, context))
         del noisy, target, tokens, context  # the sweep replaces what waits

@@ -102,11 +102,9 @@ class TrainingSamples:
         """The images of a micro-batch, without drawing anything else."""
         return [self.image_of(k) for k in self.samples(batch)]
 
-    def weights(self, batch: int) -> mx.array:
-        """(B, 1, 1, 1): what each sample of a micro-batch counts in the loss."""
-        prior = self.config.prior_weight
-        weights = [1.0 if self.shows_subject(image) else prior for image in self.images(batch)]
-        return mx.array(weights).reshape(-1, 1, 1, 1)
+    def weights(self, batch: int) -> list[float]:
+        """What each sample of a micro-batch counts in the loss."""
+        return [1.0 if self.shows_subject(image) else self.config.prior_weight for image in self.images(batch)]
 
     def captions(self, batch: int) -> list[int]:
         """The numbers in `prompts` of a micro-batch's captions."""
