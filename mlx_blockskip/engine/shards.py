@@ -78,6 +78,18 @@ class Shards:
             found |= part
         return found
 
+    def lazily(self, names: Iterable[str]) -> dict[str, mx.array]:
+        """These tensors, each read when it is evaluated."""
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._file(name), []).append(name)
+        found: dict[str, mx.array] = {}
+        for file, wanted in by_file.items():
+            self._verify(file)
+            lazy = files.load_lazily(self.path / file)
+            found |= {name: lazy[name] for name in wanted}
+        return found
+
     def rows(self, name: str, ids: np.ndarray) -> mx.array:
         """Rows `ids` (any shape, ints) of a 2-D table, gathered from the file: (*ids.shape, width)."""
         file = self._file(name)

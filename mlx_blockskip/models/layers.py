@@ -14,6 +14,18 @@ from mlx_blockskip.models.product import matmul, quantized_matmul
 
 Weights = Mapping[str, mx.array]
 
+
+class UsedOnce(dict[str, mx.array]):
+    """Weights for one run through a network, which lets go of each layer's when it is through."""
+
+
+def through(w: Weights, prefix: str) -> None:
+    """Say that nothing under `prefix` is needed any more: of weights that are `UsedOnce` it is let go."""
+    if isinstance(w, UsedOnce):
+        for name in [name for name in w if name.startswith(prefix)]:
+            del w[name]
+
+
 GELU_SLOPE, GELU_CUBE = 0.7978845608028654, 0.044715
 
 TOKEN_ROWS = 1024

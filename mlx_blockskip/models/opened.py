@@ -14,6 +14,7 @@ from mlx_blockskip.engine.stack import Stack, Weights
 from mlx_blockskip.models import flow, schedulers
 from mlx_blockskip.models.config import Config
 from mlx_blockskip.models.defaults import model_defaults
+from mlx_blockskip.models.layers import UsedOnce
 
 Defaults = Callable[[Any], dict[str, Any]]
 """`(the transformer's Config) -> settings`, as in `Family`."""
@@ -77,7 +78,7 @@ class Opened:
     def guide(self, conditional: mx.array, unconditional: mx.array, scale: float) -> mx.array:
         return flow.guided(conditional, unconditional, scale)
 
-    def vae_weights(self, prefixes: Iterable[str]) -> tuple[Weights, mx.Dtype]:
-        """What is under these prefixes, and the type of its first convolution."""
-        weights = self.vae.load([name for prefix in prefixes for name in self.vae.under(prefix)])
+    def vae_weights(self, prefixes: Iterable[str]) -> tuple[UsedOnce, mx.Dtype]:
+        """What is under these prefixes, each layer read when it is reached, and the type of the first convolution."""
+        weights = UsedOnce(self.vae.lazily(name for prefix in prefixes for name in self.vae.under(prefix)))
         return weights, next(array.dtype for name, array in weights.items() if ".conv_in." in name)

@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.config import Config, NonNegativeInt, OneOf, PositiveInt
-from mlx_blockskip.models.layers import Weights, linear, rms_norm, silu
+from mlx_blockskip.models.layers import Weights, linear, rms_norm, silu, through
 from mlx_blockskip.models.vae.streams import Stream, add, conv2d, each, source, whole, windows
 from mlx_blockskip.models.vae.strips import Rows, strip_rows
 
@@ -116,17 +116,17 @@ def encode(w: Weights, config: AutoencoderDCConfig, pixels: mx.array, rows: int 
         raise UserError(f"AutoencoderDC: {pixels.shape[2]} x {pixels.shape[1]} pixels; sides are multiples of {side}")
     found = levels(config, "encoder")
     unshuffle = config.downsample_block_type == "pixel_unshuffle"
-    x = source(pixels, rows)
+    x, chain = source(pixels, rows), _Chain(w, config.attention_head_dim, rows)
     if found[0].layers:
         x = conv2d(w, "encoder.conv_in", x, rows=rows)
     else:
         x = _down(w, "encoder.conv_in", x, unshuffle, rows)
     for i, level in enumerate(found):
         for j in range(level.layers):
-            x = _block(w, f"encoder.down_blocks.{i}.{j}", x, level, config.attention_head_dim, rows)
+            x = chain.block(f"encoder.down_blocks.{i}.{j}", x, level)
         if i < len(found) - 1 and level.layers:
-            x = _down(w, f"encoder.down_blocks.{i}.{level.layers}", x, unshuffle, rows, shortcut=True)
-    top = whole(x)
+            x = _down(w, chain.layer(f"encoder.down_blocks.{i}.{level.layers}"), x, unshuffle, rows, shortcut=True)
+    top = chain.whole(x)
     z = whole(conv2d(w, "encoder.conv_out", source(top, rows), rows=rows))
     return z + _averaged(top, z.shape[-1]) if config.encoder_out_shortcut else z
 
@@ -138,14 +138,14 @@ def decode(w: Weights, config: AutoencoderDCConfig, z: mx.array, rows: int | Non
     top = whole(conv2d(w, "decoder.conv_in", source(z, rows), rows=rows))
     if config.decoder_in_shortcut:
         top = top + mx.repeat(z, top.shape[-1] // z.shape[-1], axis=-1)
-    x = source(top, rows)
+    x, chain = source(top, rows), _Chain(w, config.attention_head_dim, rows)
     for i, level in reversed(list(enumerate(found))):
         first = 0
         if i < len(found) - 1 and level.layers:
-            x = _up(w, f"decoder.up_blocks.{i}.0", x, shuffle, rows, shortcut=True)
+            x = _up(w, chain.layer(f"decoder.up_blocks.{i}.0"), x, shuffle, rows, shortcut=True)
             first = 1
         for j in range(level.layers):
-            x = _block(w, f"decoder.up_blocks.{i}.{first + j}", x, level, config.attention_head_dim, rows)
+            x = chain.block(f"decoder.up_blocks.{i}.{first + j}", x, level)
     activation = ACTIVATIONS[config.decoder_conv_act_fn]
     x = each(x, lambda part: activation(_norm(w, "decoder.norm_out", part)))
     if found[0].layers:
@@ -157,11 +157,32 @@ def _norm(w: Weights, name: str, x: mx.array) -> mx.array:
     return rms_norm(w, name, x, EPS) + w[f"{name}.bias"]
 
 
-def _block(w: Weights, name: str, x: Stream, level: Level, head: int, rows: int | None) -> Stream:
-    if level.block == "ResBlock":
-        return _residual(w, name, x, ACTIVATIONS[level.activation], rows)
-    x = _attention(w, f"{name}.attn", whole(x), head, level.kernels, rows)
-    return add(x, lambda x: _gated(w, f"{name}.conv_out", x, rows))
+class _Chain:
+    """The blocks of an encoder or decoder, and which of them still work on rows: those since the last whole map."""
+
+    def __init__(self, w: Weights, head: int, rows: int | None):
+        self.w, self.head, self.rows = w, head, rows
+        self.working: list[str] = []
+
+    def layer(self, name: str) -> str:
+        """This layer joins the chain."""
+        self.working.append(name)
+        return name
+
+    def whole(self, x: Stream) -> mx.array:
+        """The map at the end of the chain, whose layers are through then."""
+        made = whole(x)
+        for name in self.working:
+            through(self.w, f"{name}.")
+        self.working.clear()
+        return made
+
+    def block(self, name: str, x: Stream, level: Level) -> Stream:
+        if level.block == "ResBlock":
+            return _residual(self.w, self.layer(name), x, ACTIVATIONS[level.activation], self.rows)
+        x = _attention(self.w, f"{name}.attn", self.whole(x), self.head, level.kernels, self.rows)
+        self.layer(name)
+        return add(x, lambda x: _gated(self.w, f"{name}.conv_out", x, self.rows))
 
 
 def _residual(w: Weights, name: str, x: Stream, activation: Rows, rows: int | None) -> Stream:

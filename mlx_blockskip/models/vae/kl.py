@@ -11,8 +11,8 @@ import mlx.core as mx
 
 from mlx_blockskip.models.attention import SCORE_BYTES, attention
 from mlx_blockskip.models.config import Config, NonNegativeInt, OneOf, PositiveInt, Unset
-from mlx_blockskip.models.layers import Weights, linear, silu
-from mlx_blockskip.models.vae.strips import Rows, conv2d, group_norm
+from mlx_blockskip.models.layers import Weights, linear, silu, through
+from mlx_blockskip.models.vae.strips import Rows, conv2d, group_norm, passes
 
 EPS = 1e-6
 
@@ -74,6 +74,7 @@ def encode(
         if i < levels - 1:
             name = f"encoder.down_blocks.{i}.downsamplers.0.conv"
             x = _done(conv2d(w, name, x, stride=2, padding=(0, 1), rows=rows))
+        through(w, f"encoder.down_blocks.{i}.")
     x = _middle(w, "encoder.mid_block", x, config, rows)
     last = _normed_silu(w, "encoder.conv_norm_out", x, groups, rows)
     x = _done(conv2d(w, "encoder.conv_out", x, rows=rows, before=last))
@@ -96,6 +97,7 @@ def decode(w: Weights, config: AutoencoderKLConfig, z: mx.array, rows: int | Non
             x = _resnet(w, f"decoder.up_blocks.{i}.resnets.{j}", x, groups, rows)
         if i < levels - 1:
             x = _done(conv2d(w, f"decoder.up_blocks.{i}.upsamplers.0.conv", x, upsample=2, rows=rows))
+        through(w, f"decoder.up_blocks.{i}.")
     last = _normed_silu(w, "decoder.conv_norm_out", x, groups, rows)
     return _done(conv2d(w, "decoder.conv_out", x, rows=rows, before=last))
 
@@ -110,7 +112,9 @@ def _resnet(w: Weights, name: str, x: mx.array, groups: int, rows: int | None) -
             return x[:, start:stop]
         return conv2d(w, f"{name}.conv_shortcut", x[:, start:stop], padding=(0, 0), rows=stop - start)
 
-    return _done(conv2d(w, f"{name}.conv2", y, rows=rows, before=second, add=shortcut))
+    y = _done(conv2d(w, f"{name}.conv2", y, rows=rows, before=second, add=shortcut, in_place=True))
+    through(w, f"{name}.")
+    return y
 
 
 def _normed_silu(w: Weights, name: str, x: mx.array, groups: int, rows: int | None) -> Rows:
@@ -129,18 +133,20 @@ def _middle(w: Weights, name: str, x: mx.array, config: AutoencoderKLConfig, row
 def _attention(w: Weights, name: str, x: mx.array, groups: int, rows: int | None) -> mx.array:
     """One head over all positions, in chunks of query rows, each evaluated: scores grow with the fourth power of size.
 
-    Chunks that wait for one evaluation would keep all their scores at once.
+    Chunks that wait for one evaluation would keep all their scores at once. A chunk's result takes its queries' place.
     """
     b, h, width, c = x.shape
     normed = group_norm(w, f"{name}.group_norm", x, groups, EPS, rows)(x).reshape(b, 1, h * width, c)
     q, k, v = (linear(w, f"{name}.to_{part}", normed) for part in "qkv")
     chunk = max(1, SCORE_BYTES // (4 * b * h * width)) if rows is None else rows * width
-    parts = [
-        _done(attention(q[:, :, start : start + chunk], k, v, scale=1 / math.sqrt(c), query_chunk=chunk))
-        for start in range(0, h * width, chunk)
-    ]
-    attended = mx.concatenate(parts, axis=2)
-    return _done(x + linear(w, f"{name}.to_out.0", attended).reshape(b, h, width, c))
+    for start in passes(range(0, h * width, chunk), q.shape):
+        part = _done(attention(q[:, :, start : start + chunk], k, v, scale=1 / math.sqrt(c), query_chunk=chunk))
+        q[:, :, start : start + chunk] = part
+        del part
+        mx.eval(q)
+    x = _done(x + linear(w, f"{name}.to_out.0", q).reshape(b, h, width, c))
+    through(w, f"{name}.")
+    return x
 
 
 def _done(x: mx.array) -> mx.array:

@@ -1,6 +1,9 @@
 """Convolution and group norm over large feature maps, exact, in strips of rows. Maps are (B, H, W, C)."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
@@ -11,6 +14,48 @@ STRIP_BYTES = 8 << 20
 
 Rows = Callable[[mx.array], mx.array]
 """Acts on some rows of a map, each pixel by itself: (B, rows, W, C) -> the same."""
+
+
+@dataclass
+class Sample:
+    """A run of which few passes are made. left_out: the passes that were not. seconds: what they would have taken."""
+
+    left_out: int = 0
+    seconds: float = 0.0
+    _known: dict[Hashable, tuple[int, float]] = field(default_factory=dict)
+
+    def passes(self, starts: range, kind: Hashable) -> Iterator[int]:
+        """The first pass over a map, and none where one of its kind was made with as much memory in use."""
+        held, left_out = mx.get_active_memory(), len(starts)
+        before, seconds = self._known.get(kind, (-1, 0.0))
+        if held > before:
+            began = time.perf_counter()
+            yield starts[0]  # a pass ends with mx.eval
+            seconds, left_out = time.perf_counter() - began, left_out - 1
+            self._known[kind] = held, seconds
+        self.left_out += left_out
+        self.seconds += left_out * seconds
+
+
+_sample: Sample | None = None
+
+
+@contextmanager
+def sampled() -> Iterator[Sample]:
+    """Inside, few of the passes over maps are made, and maps have their sizes: the peak of memory is that of a whole
+    run, in a small part of the time. Values mean nothing.
+    """
+    global _sample
+    before, _sample = _sample, Sample()
+    try:
+        yield _sample
+    finally:
+        _sample = before
+
+
+def passes(starts: range, kind: Hashable) -> Iterator[int]:
+    """Where the passes over a map begin. kind: what decides the work of a pass; see `sampled`."""
+    return iter(starts) if _sample is None else _sample.passes(starts, kind)
 
 
 def strip_rows(shape: tuple[int, ...], itemsize: int, rows: int | None = None) -> int:
@@ -32,12 +77,14 @@ def conv2d(
     rows: int | None = None,
     before: Rows | None = None,
     add: Callable[[int, int], mx.array] | None = None,
+    in_place: bool = False,
 ) -> mx.array:
     """A k x k convolution, weights OHWI, in strips of output rows with their halo.
 
     padding: rows and columns of zeros (before, after), the same in both directions. upsample: nearest-neighbour factor
     applied to x first, strip by strip. before: applied to the input's rows first, pixel by pixel, so that its result is
-    never there as a whole map. add: gives rows start..stop-1 of a map that is added to the output.
+    never there as a whole map. add: gives rows start..stop-1 of a map that is added to the output. in_place: the output
+    takes the place of x, which is lost; both have the same shape then.
     """
     weight = w[f"{name}.weight"]
     kernel = weight.shape[1]
@@ -48,28 +95,61 @@ def conv2d(
     grown = (x.shape[0], height, width, max(x.shape[3], weight.shape[0]))
     step = strip_rows(grown, x.dtype.size, rows)
 
+    shape = (x.shape[0], out_height, out_width, weight.shape[0])
+    replaced = in_place and step < out_height
+    step = max(step, first) if replaced else step
+    assert not replaced or (shape == x.shape and stride == 1), "a convolution in place keeps the shape"
+    above: list[mx.array] = []  # in place: the rows before a strip, as they were
+
     def strip(start: int, stop: int) -> mx.array:
         top, bottom = start * stride - first, (stop - 1) * stride - first + kernel
-        part = _rows(x, max(top, 0), min(bottom, height), upsample)
+        if replaced and start:
+            part = mx.concatenate([*above, x[:, start : min(bottom, height)]], axis=1)
+        else:
+            part = _rows(x, max(top, 0), min(bottom, height), upsample)
+        if replaced:
+            above[:] = [mx.contiguous(x[:, max(0, stop - first) : stop])]
+            mx.eval(above)
         part = part if before is None else before(part)
         part = mx.pad(part, [(0, 0), (max(-top, 0), max(bottom - height, 0)), (first, after), (0, 0)])
         y = mx.conv2d(part, weight, stride=stride)
         y = y + w[f"{name}.bias"] if f"{name}.bias" in w else y
         return y if add is None else y + add(start, stop)
 
-    return in_strips(strip, (x.shape[0], out_height, out_width, weight.shape[0]), x.dtype, step)
+    kind = x.shape, weight.shape, stride, upsample, before is None, add is None
+    return in_strips(strip, shape, x.dtype, step, kind, x if replaced else None)
 
 
-def in_strips(strip: Callable[[int, int], mx.array], shape: tuple[int, ...], dtype: mx.Dtype, step: int) -> mx.array:
-    """A map whose rows start..stop-1 are `strip(start, stop)`, each evaluated into its place."""
+def in_strips(
+    strip: Callable[[int, int], mx.array],
+    shape: tuple[int, ...],
+    dtype: mx.Dtype,
+    step: int,
+    kind: Hashable,
+    out: mx.array | None = None,
+) -> mx.array:
+    """A map whose rows start..stop-1 are `strip(start, stop)`, each evaluated before it is put into its place. kind:
+    of the work on a strip, for `passes`. out: the map that is filled; by default a new one.
+    """
     if step >= shape[1]:
-        return strip(0, shape[1])
-    out = mx.zeros(shape, dtype)
-    for start in range(0, shape[1], step):
+        whole = [_done(strip(0, shape[1])) for _ in passes(range(1), kind)]
+        return whole[0] if whole else mx.zeros(shape, dtype)
+    if out is None:
+        out = mx.zeros(shape, dtype)
+        mx.eval(out)
+    for start in passes(range(0, shape[1], step), kind):
         stop = min(start + step, shape[1])
-        out[:, start:stop] = strip(start, stop)
+        part = strip(start, stop)
+        mx.eval(part)  # nothing refers to the old map any more, so that the new one takes its memory
+        out[:, start:stop] = part
+        del part
         mx.eval(out)
     return out
+
+
+def _done(x: mx.array) -> mx.array:
+    mx.eval(x)
+    return x
 
 
 def _rows(x: mx.array, top: int, bottom: int, upsample: int) -> mx.array:
@@ -94,11 +174,11 @@ def group_norm(w: Weights, name: str, x: mx.array, groups: int, eps: float, rows
         return part.astype(mx.float32).reshape(b, -1, groups, c // groups)
 
     mean = mx.zeros((b, 1, groups, 1))
-    for start in range(0, h, step):
+    for start in passes(range(0, h, step), (x.shape, "mean")):
         mean = mean + grouped(x[:, start : start + step]).sum(axis=(1, 3), keepdims=True) / count
         mx.eval(mean)
     variance = mx.zeros((b, 1, groups, 1))
-    for start in range(0, h, step):
+    for start in passes(range(0, h, step), (x.shape, "variance")):
         part = grouped(x[:, start : start + step]) - mean
         variance = variance + (part**2).sum(axis=(1, 3), keepdims=True) / count
         del part

@@ -1,8 +1,8 @@
 """What a run will take, phase by phase, before it runs: the least MLX memory, what is read, and the seconds of a step.
 
-One block of each kind is traced once (`engine.planner`), and bytes of weights come from the index. Images are traced
-small, at two sizes, since what a VAE takes grows along a line with the pixels; so are blocks where there are many
-tokens. Nothing here knows a family.
+One block of each kind is traced once (`engine.planner`), and bytes of weights come from the index. Where there are many
+tokens a block is traced at two smaller sizes, since what it takes grows along a line with them. Nothing here knows a
+family.
 """
 
 import copy
@@ -22,14 +22,14 @@ from mlx_blockskip.engine.reader import BlockReader
 from mlx_blockskip.engine.stack import Modulation, arrays
 from mlx_blockskip.engine.sweep import Batch
 from mlx_blockskip.models.family import DiffusionModel
+from mlx_blockskip.models.vae import strips
 from mlx_blockskip.tasks.memory.waiting import together, waiting_bytes
 
 TRACED_SIDES = (256, 384)
-"""Sides in pixels at which a VAE is traced where larger images are asked for: its strips are full there.
+"""Sides in pixels at which a VAE that works on streams of rows is traced where larger images are asked for."""
 
-Carried far, the line magnifies what differs between two traces: on FLUX.1's decoder at 1024 px five pairs said 0.73,
-1.37, 1.37, 1.72 and 1.78 GiB (CPU backend, a busy machine). Why they differ is not known.
-"""
+TRACED_PIXELS = 1024 * 1024
+"""The largest image with which a VAE that works in strips is traced: its maps are really there."""
 
 TRACED_TOKENS = 1024
 """Image tokens with which a block is traced, and a quarter of them, where a sample has more than twice as many."""
@@ -263,20 +263,27 @@ def prompts(model: DiffusionModel, length: int) -> Phase:
 
 
 def images(model: DiffusionModel, width: int, height: int, *, decoding: bool) -> Phase:
-    """One image through the VAE: traced as it is where it is small, else carried along the line through two sizes."""
-    name = "decode" if decoding else "encode images"
+    """One image through the VAE.
+
+    A small one is traced as it is. Of a larger one the maps are made as large as they are, and a few strips of each are
+    filled (`vae.strips.sampled`). A VAE that keeps no large maps has nothing to leave out: it is traced at two sizes,
+    and bytes and seconds are carried along the line through them.
+    """
     sides = [max(model.size_multiple, side // model.size_multiple * model.size_multiple) for side in TRACED_SIDES]
-    if width * height <= sides[1] ** 2:
-        peak, seconds = _image(model, width, height, decoding)
-        return Phase(name, peak, seconds=seconds)
-    (x0, low), (x1, high) = ((side * side, _image(model, side, side, decoding)) for side in sides)
-    share = (width * height - x0) / (x1 - x0)
-    grown = [a + share * (b - a) for a, b in zip(low, high, strict=True)]
-    return Phase(name, int(grown[0]), seconds=grown[1])
+    if width * height <= sides[0] ** 2:
+        return _image(model, width, height, decoding)[0]
+    low, in_strips = _image(model, sides[0], sides[0], decoding)
+    if in_strips and width * height <= TRACED_PIXELS:
+        return _image(model, width, height, decoding)[0]
+    sides[1] = math.isqrt(TRACED_PIXELS) if in_strips else sides[1]
+    high, _ = _image(model, sides[1], sides[1], decoding)
+    share = (width * height - sides[0] ** 2) / (sides[1] ** 2 - sides[0] ** 2)
+    seconds = low.seconds + share * (high.seconds - low.seconds)
+    return Phase(low.name, int(low.peak + share * (high.peak - low.peak)), seconds=seconds)
 
 
-def _image(model: DiffusionModel, width: int, height: int, decoding: bool) -> tuple[int, float]:
-    """Bytes and seconds."""
+def _image(model: DiffusionModel, width: int, height: int, decoding: bool) -> tuple[Phase, bool]:
+    """One image of this size, and whether some of its strips were left out."""
 
     def run() -> None:
         if decoding:
@@ -284,6 +291,8 @@ def _image(model: DiffusionModel, width: int, height: int, decoding: bool) -> tu
         else:
             mx.eval(model.encode_images(mx.zeros((1, height, width, 3))))
 
-    found = planner.measured(run)
+    with strips.sampled() as sample:
+        peak, seconds = planner.measured(run)
     model.release()
-    return found
+    phase = Phase("decode" if decoding else "encode images", peak, seconds=seconds + sample.seconds)
+    return phase, sample.left_out > 0
