@@ -5,8 +5,8 @@ MLX reads its settings from environment variables. A value that the user has set
 - `MLX_CONV_WINOGRAD_WORKING_SET=1`: on Metal a 3 x 3 convolution of many channels otherwise goes by Winograd, whose
   transforms are kept in the type of the input: in bfloat16 that loses several bits more than rounding does. With no
   room for these transforms MLX takes its implicit product. It is read at each convolution.
-- `MLX_ENABLE_TF32=0`: on an M5 or later a product of float32 otherwise keeps 10 bits of each factor. It is read once, at
-  the first product.
+- `MLX_ENABLE_TF32=0`: on an M5 or later a product of float32 otherwise keeps 10 bits of each factor. It is read once,
+  at the first product.
 
 The Linux wheel of MLX is linked to the reference BLAS. When OpenBLAS is opened with global symbols before `mlx.core` is
 first imported, MLX's float32 products bind to it instead (about fifty times faster).
@@ -26,8 +26,8 @@ READ_ONCE = ("MLX_ENABLE_TF32",)
 
 
 class Setting(NamedTuple):
-    """value: what the environment says, which is another than `wanted` where the user has set it. late: set here when MLX
-    was in use already, so that it may go by its own default.
+    """value: what the environment says, which is not `wanted` where the user has set it. late: set here when MLX was in
+    use already, so that it may go by its own default.
     """
 
     value: str

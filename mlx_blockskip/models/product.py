@@ -30,7 +30,35 @@ def quantized_matmul(
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
-    """MLX's fused attention: q (B, H, Lq, d); k, v (B, H, Lk, d); mask is added to the scores."""
+    """softmax(scale q k^T + mask) v with its scores written out: q (B, H, Lq, d); k, v (B, H, Lk, d).
+
+    Not `mx.fast.scaled_dot_product_attention` on Metal: it takes one kernel outside `mx.vjp` and another inside.
+    """
     if cpu.in_use():
         return cpu.attention(q, k, v, scale, mask)
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    scores = (q * scale) @ k.swapaxes(-1, -2)
+    scores = scores if mask is None else scores + mask.astype(scores.dtype)
+    return mx.softmax(scores, axis=-1, precise=True) @ v
+
+
+FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)
+"""Head dims of Metal's fused attention. It has 192 and 256 too, where MLX finds the scores written out faster."""
+
+FUSED_QUERIES = 9
+"""The fewest queries that this kernel takes."""
+
+
+def is_fused(q: mx.array, v: mx.array) -> bool:
+    """Whether Metal's fused attention is there and takes these queries and values; by device and shapes alone."""
+    return bool(mx.metal.is_available()) and not cpu.in_use() and fits_fused(q, v)
+
+
+def fits_fused(q: mx.array, v: mx.array) -> bool:
+    """Whether that kernel takes queries and values of these shapes."""
+    return q.shape[-1] == v.shape[-1] and q.shape[-1] in FUSED_HEAD_DIMS and q.shape[2] >= FUSED_QUERIES
+
+
+def fused_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
+    """The same by Metal's fused kernel, which keeps no scores; where `is_fused`. It has no gradient of its own."""
+    mask = None if mask is None else mask.astype(q.dtype)
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, force_fused=True)
