@@ -5,7 +5,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from mlx_blockskip.models import product
+from mlx_blockskip.models import kernels, product
 
 Attend = Callable[[mx.array, mx.array, mx.array], mx.array]
 Rows = Callable[[mx.array, mx.array, mx.array, int], mx.array]
@@ -117,8 +117,11 @@ def image_to_text_bias(queries: int, keys: int, text_length: int, dtype: mx.Dtyp
 def apply_rope(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     """Rotate neighbouring pairs of the last axis, in float32.
 
-    x: (B, H, L, d); cos, sin: (L, d / 2). Source: diffusers `apply_rotary_emb` with use_real_unbind_dim=-1.
+    x: (B, H, L, d); cos, sin: (L, d / 2). Source: diffusers `apply_rotary_emb` with use_real_unbind_dim=-1. On Metal it
+    is one kernel.
     """
+    if kernels.in_use():
+        return kernels.rope(x, cos, sin)
     pairs = x.astype(mx.float32).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     turned = mx.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)

@@ -10,11 +10,11 @@ from typing import cast
 
 import mlx.core as mx
 
+from mlx_blockskip.models import kernels
+from mlx_blockskip.models.kernels import GELU_CUBE, GELU_SLOPE
 from mlx_blockskip.models.product import matmul, quantized_matmul
 
 Weights = Mapping[str, mx.array]
-
-GELU_SLOPE, GELU_CUBE = 0.7978845608028654, 0.044715
 
 TOKEN_ROWS = 1024
 """Tokens that a feed-forward takes at a time. A constant, so that parts follow from shapes alone."""
@@ -70,18 +70,20 @@ def silu(x: mx.array) -> mx.array:
 def gelu_tanh(x: mx.array) -> mx.array:
     """The tanh approximation of GELU (`gelu-approximate` in diffusers, `gelu_new` in transformers).
 
-    Its derivative is written out: autograd would hold ten arrays of x's size.
+    Its derivative is written out: autograd would hold ten arrays of x's size. On Metal each is one kernel.
     """
     return cast(mx.array, _gelu(x))
 
 
 @mx.custom_function
 def _gelu(x: mx.array) -> mx.array:
-    return 0.5 * x * (1 + _gelu_tanh(x))
+    return kernels.gelu(x) if kernels.in_use() else 0.5 * x * (1 + _gelu_tanh(x))
 
 
 @_gelu.vjp
 def _gelu_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+    if kernels.in_use():
+        return kernels.gelu_back(x, cotangent)
     t = _gelu_tanh(x)
     slope = GELU_SLOPE * (1 + 3 * GELU_CUBE * (x * x))
     return cotangent * (0.5 * (1 + t + x * (1 - t * t) * slope))

@@ -17,7 +17,7 @@ from mlx_blockskip.models.family import Tokens
 from mlx_blockskip.models.flux1 import transformer
 from support.compare import same_bits
 from support.component import save_component
-from support.metal import route_as_on_metal
+from support.metal import kernels_on_the_cpu, route_as_on_metal
 
 TEXT, SIZE, RANK = 5, (6, 8), 2
 IMAGE = SIZE[0] * SIZE[1] // 4
@@ -96,10 +96,12 @@ def same(first, second):
     assert all(same_bits(grads[b][n], own[b][n]) for b in grads for n in grads[b])
 
 
-@pytest.mark.parametrize("on_metal", [False, True])
+@pytest.mark.parametrize("way", ["plain", "fused attention", "fused attention and kernels"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_memory_changes_no_bit(make, masked, on_metal, monkeypatch):
-    taken = route_as_on_metal(monkeypatch) if on_metal else []
+def test_memory_changes_no_bit(make, masked, way, monkeypatch, tmp_path):
+    taken = [] if way == "plain" else route_as_on_metal(monkeypatch)
+    if way.endswith("kernels"):
+        kernels_on_the_cpu(monkeypatch, tmp_path)
     ample, least = make(), make(0)
     resident = trained(ample, masked)
     same(resident, trained(least, masked))
@@ -108,4 +110,4 @@ def test_memory_changes_no_bit(make, masked, on_metal, monkeypatch):
     alone = batch(width, masked)
     sweep.forward(stack, reader, [alone], range(1, 4), trainable=tree)
     assert all(same_bits(a, b) for a, b in zip(arrays(alone.state), arrays(resident[2]), strict=True))
-    assert bool(taken) == (on_metal and in_use())
+    assert bool(taken) == (way != "plain" and in_use())
