@@ -88,21 +88,20 @@ def _differentiable(forward: Attend, rows: Rows, chunk: int) -> Attend:
     def pull_back(primals: Sequence[mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
         q, k, v = primals
         dq: list[mx.array] = []
-        dk = dv = None
+        sums: list[mx.array] = []
         for s in range(0, q.shape[2], chunk):
             queries, upstream = q[:, :, s : s + chunk], cotangent[:, :, s : s + chunk]
-            if dk is not None and dv is not None:
-                ready = mx.depends([queries, upstream], [dq[-1], dk, dv])
+            if dq:
+                ready = mx.depends([queries, upstream], [dq[-1], *sums])
                 queries, upstream = ready[0], ready[1]
 
             def these(*qkv: mx.array, first: int = s) -> list[mx.array]:
                 return [rows(qkv[0], qkv[1], qkv[2], first)]
 
-            _, pulled = mx.vjp(these, [queries, k, v], [upstream])
-            dq.append(pulled[0])
-            dk = pulled[1] if dk is None else dk + pulled[1]
-            dv = pulled[2] if dv is None else dv + pulled[2]
-        return mx.concatenate(dq, axis=2), dk, dv
+            _, (own, *shared) = mx.vjp(these, [queries, k, v], [upstream])
+            dq.append(own)
+            sums = [a + b for a, b in zip(sums, shared, strict=True)] if sums else shared
+        return mx.concatenate(dq, axis=2), sums[0], sums[1]
 
     return cast(Attend, attend)
 

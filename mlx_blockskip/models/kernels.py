@@ -194,7 +194,7 @@ def _trials() -> dict[str, tuple[mx.array, mx.array]]:
 
 
 def _back(function: Callable[[mx.array], mx.array], x: mx.array, cotangent: mx.array) -> mx.array:
-    return cast(mx.array, mx.vjp(function, [_wide(x)], [_wide(cotangent)])[1][0])
+    return mx.vjp(function, [_wide(x)], [_wide(cotangent)])[1][0]
 
 
 def _near(ours: mx.array, plain: mx.array) -> bool:
