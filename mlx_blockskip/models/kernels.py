@@ -1,4 +1,4 @@
-"""Chains of elementwise operations as one Metal kernel each: GELU, rotary positions, group norm with SiLU.
+"""Chains of elementwise operations as one Metal kernel each: GELU, SiLU, rotary positions, group norm.
 
 MLX runs each operation of such a chain as a kernel of its own, which reads and writes the whole array. `mx.compile` is
 no way out: it leaves a function alone whose inputs are being differentiated, so a block's forward pass would be made
@@ -26,20 +26,30 @@ TOGETHER = 256
 """Threads of a group."""
 
 SOURCES = {
-    # x, y: any shape
+    # x, dy, y: any shape
     "gelu": f"""
         uint i = thread_position_in_grid.x;
         float v = float(x[i]);
         float t = metal::precise::tanh({GELU_SLOPE}f * (v + {GELU_CUBE}f * v * v * v));
         y[i] = T(0.5f * v * (1.0f + t));
     """,
-    # x, dy, dx: any shape
     "gelu_back": f"""
         uint i = thread_position_in_grid.x;
         float v = float(x[i]);
         float t = metal::precise::tanh({GELU_SLOPE}f * (v + {GELU_CUBE}f * v * v * v));
         float slope = {GELU_SLOPE}f * (1.0f + 3.0f * {GELU_CUBE}f * v * v);
         y[i] = T(float(dy[i]) * 0.5f * (1.0f + t + v * (1.0f - t * t) * slope));
+    """,
+    "silu": """
+        uint i = thread_position_in_grid.x;
+        float v = float(x[i]);
+        y[i] = T(v / (1.0f + metal::precise::exp(-v)));
+    """,
+    "silu_back": """
+        uint i = thread_position_in_grid.x;
+        float v = float(x[i]);
+        float s = 1.0f / (1.0f + metal::precise::exp(-v));
+        y[i] = T(float(dy[i]) * s * (1.0f + v * (1.0f - s)));
     """,
     # x: (B, H, L, d), any strides; cosines, sines: (L, d / 2), float32; a thread turns a pair
     "rope": """
@@ -75,6 +85,8 @@ SOURCES = {
 INPUTS = {
     "gelu": ("x",),
     "gelu_back": ("x", "dy"),
+    "silu": ("x",),
+    "silu_back": ("x", "dy"),
     "rope": ("x", "cosines", "sines"),
     "group_norm": ("x", "mean", "inverse", "weight", "bias"),
 }
@@ -83,14 +95,25 @@ ANY_STRIDES = ("rope",)
 """Kernels whose inputs need not be contiguous."""
 
 
-def gelu(x: mx.array) -> mx.array:
-    """The tanh approximation of GELU, of any shape; without a gradient."""
-    return _run("gelu", [x], x.size)
+def _differentiable(name: str) -> Callable[[mx.array], mx.array]:
+    """A kernel for x of any shape, whose gradient is another: the cotangent times its derivative at x."""
+
+    @mx.custom_function
+    def forward(x: mx.array) -> mx.array:
+        return _run(name, [x], x.size)
+
+    @forward.vjp
+    def back(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+        return _run(f"{name}_back", [x, cotangent], x.size)
+
+    return cast(Callable[[mx.array], mx.array], forward)
 
 
-def gelu_back(x: mx.array, cotangent: mx.array) -> mx.array:
-    """The cotangent times GELU's derivative at x."""
-    return _run("gelu_back", [x, cotangent], x.size)
+gelu = _differentiable("gelu")
+"""The tanh approximation of GELU."""
+
+silu = _differentiable("silu")
+"""x sigmoid(x)."""
 
 
 def rope(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
@@ -183,18 +206,20 @@ def _trials() -> dict[str, tuple[mx.array, mx.array]]:
         normed = _normed(_wide(x), mean, inverse, _wide(weight), _wide(bias))
         these = {
             "gelu": (gelu(x), _gelu(_wide(x))),
-            "gelu_back": (gelu_back(x, dy), _back(_gelu, x, dy)),
+            "gelu_back": (_back(gelu, x, dy), _back(_gelu, _wide(x), _wide(dy))),
+            "silu": (silu(x), _silu(_wide(x))),
+            "silu_back": (_back(silu, x, dy), _back(_silu, _wide(x), _wide(dy))),
             "rope": (turn(heads), plain_turn(_wide(heads))),
-            "rope back": (mx.vjp(turn, [heads], [dy_heads])[1][0], _back(plain_turn, heads, dy_heads)),
+            "rope back": (_back(turn, heads, dy_heads), _back(plain_turn, _wide(heads), _wide(dy_heads))),
             "group_norm": (group_norm(x, mean, inverse, weight, bias, False), normed),
-            "group_norm with SiLU": (group_norm(x, mean, inverse, weight, bias, True), normed * mx.sigmoid(normed)),
+            "group_norm with SiLU": (group_norm(x, mean, inverse, weight, bias, True), _silu(normed)),
         }
         found |= {f"{name} in {dtype}": pair for name, pair in these.items()}
     return found
 
 
 def _back(function: Callable[[mx.array], mx.array], x: mx.array, cotangent: mx.array) -> mx.array:
-    return mx.vjp(function, [_wide(x)], [_wide(cotangent)])[1][0]
+    return mx.vjp(function, [x], [cotangent])[1][0]
 
 
 def _near(ours: mx.array, plain: mx.array) -> bool:
@@ -208,6 +233,10 @@ def _wide(x: mx.array) -> mx.array:
 
 def _gelu(x: mx.array) -> mx.array:
     return 0.5 * x * (1 + mx.tanh(GELU_SLOPE * (x + GELU_CUBE * x * x * x)))
+
+
+def _silu(x: mx.array) -> mx.array:
+    return x * mx.sigmoid(x)
 
 
 def _rope(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:

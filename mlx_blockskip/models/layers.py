@@ -63,8 +63,8 @@ def rms_norm(w: Weights, name: str, x: mx.array, eps: float) -> mx.array:
 
 
 def silu(x: mx.array) -> mx.array:
-    """x sigmoid(x)."""
-    return x * mx.sigmoid(x)
+    """x sigmoid(x). On Metal it is one kernel, and its derivative another."""
+    return kernels.silu(x) if kernels.in_use() else x * mx.sigmoid(x)
 
 
 def gelu_tanh(x: mx.array) -> mx.array:
@@ -72,18 +72,16 @@ def gelu_tanh(x: mx.array) -> mx.array:
 
     Its derivative is written out: autograd would hold ten arrays of x's size. On Metal each is one kernel.
     """
-    return cast(mx.array, _gelu(x))
+    return kernels.gelu(x) if kernels.in_use() else cast(mx.array, _gelu(x))
 
 
 @mx.custom_function
 def _gelu(x: mx.array) -> mx.array:
-    return kernels.gelu(x) if kernels.in_use() else 0.5 * x * (1 + _gelu_tanh(x))
+    return 0.5 * x * (1 + _gelu_tanh(x))
 
 
 @_gelu.vjp
 def _gelu_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-    if kernels.in_use():
-        return kernels.gelu_back(x, cotangent)
     t = _gelu_tanh(x)
     slope = GELU_SLOPE * (1 + 3 * GELU_CUBE * (x * x))
     return cotangent * (0.5 * (1 + t + x * (1 - t * t) * slope))

@@ -6,7 +6,7 @@ import pytest
 from mlx_blockskip.engine import philox
 from mlx_blockskip.models import kernels
 from mlx_blockskip.models.attention import apply_rope
-from mlx_blockskip.models.layers import gelu_tanh
+from mlx_blockskip.models.layers import gelu_tanh, silu
 from support.compare import relative_error, same_bits
 from support.metal import kernels_on_the_cpu
 
@@ -30,7 +30,11 @@ def gelu_input(dtype):
     return normal(2, 1, shape=(2, 5, 33), dtype=dtype) * 3, gelu_tanh
 
 
-@pytest.mark.parametrize("chain", [gelu_input, rope_input])
+def silu_input(dtype):
+    return normal(2, 1, shape=(2, 5, 33), dtype=dtype) * 3, silu
+
+
+@pytest.mark.parametrize("chain", [gelu_input, silu_input, rope_input])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_a_kernel_computes_what_its_chain_does_both_ways(chain, dtype, by_kernels):
     x, function = chain(dtype)
