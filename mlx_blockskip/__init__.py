@@ -5,7 +5,7 @@ from mlx_blockskip import convert, select, train, generate, evaluate, estimate, 
 
 from typing import TYPE_CHECKING, Any
 
-from mlx_blockskip.engine.blas import preload
+from mlx_blockskip.engine.environment import prepare
 
 if TYPE_CHECKING:
     from mlx_blockskip.api import convert, estimate, evaluate, export, generate, load, select, train
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["convert", "estimate", "evaluate", "export", "generate", "load", "select", "train"]
 __version__ = "0.1.0"
 
-preload()
+prepare()
 
 
 def __getattr__(name: str) -> Any:

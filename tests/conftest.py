@@ -1,4 +1,4 @@
-import mlx_blockskip  # noqa: F401  (before mlx.core is imported: it opens OpenBLAS)
+import mlx_blockskip  # noqa: F401  (before mlx.core is imported: it makes its settings)
 
 # isort: split
 

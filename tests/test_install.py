@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlx_blockskip
 import mlx_blockskip.converters
-from mlx_blockskip.engine.blas import preload
+from mlx_blockskip.engine.environment import preload
 
 
 def test_converters_and_assets_are_part_of_the_package():
@@ -26,7 +26,7 @@ def test_converters_and_assets_are_part_of_the_package():
 
 def test_openblas_is_opened_before_mlx_and_never_after():
     order = list(sys.modules)
-    assert order.index("mlx_blockskip.engine.blas") < order.index("mlx.core"), "these tests run on the slow BLAS"
+    assert order.index("mlx_blockskip.engine.environment") < order.index("mlx.core"), "these tests run on the slow BLAS"
     assert not preload()
 
 

@@ -5,7 +5,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from mlx_blockskip.models import product
+from mlx_blockskip.models import kernels, product
 
 Attend = Callable[[mx.array, mx.array, mx.array], mx.array]
 Rows = Callable[[mx.array, mx.array, mx.array, int], mx.array]
@@ -29,11 +29,12 @@ def attention(
     mask: str | None = None,
     query_chunk: int | None = None,
 ) -> mx.array:
-    """softmax(scale q k^T + bias) v, computed in chunks of query rows, each exact.
+    """softmax(scale q k^T + bias) v: by Metal's fused kernel where it fits, else in chunks of query rows, each exact.
 
-    q: (B, H, Lq, d); k, v: (B, H, Lk, d); bias broadcasts to (B, H, Lq, Lk). Where `mask` is IMAGE_TO_TEXT, the first
-    `text_length` positions of queries and keys are text, and -inf is added at (image query, text key).
-    query_chunk: rows a chunk; by default as many as keep the scores under SCORE_BYTES.
+    q: (B, H, Lq, d); k, v: (B, H, Lk, d); bias broadcasts to (B, H, Lq, Lk) and gets no gradient. Where `mask` is
+    IMAGE_TO_TEXT, the first `text_length` positions of queries and keys are text, and -inf is added at (image query,
+    text key). query_chunk: rows a chunk; by default as many as keep the scores under SCORE_BYTES. On the way back there
+    are scores in both cases, so both go by these rows.
 
     Raises ValueError for a mask that is not known.
     """
@@ -51,19 +52,16 @@ def attention(
         part = None if bias is None else bias[..., start:stop, :] if bias.shape[-2] > 1 else bias
         return product.attention(queries, keys, values, scale, part)
 
+    if product.is_fused(q, v):
+        return _differentiable(lambda q, k, v: product.fused_attention(q, k, v, scale, bias), rows, chunk)(q, k, v)
     if chunk >= length:
         return rows(q, k, v, 0)
-    return _in_chunks(rows, chunk)(q, k, v)
+    return _differentiable(_in_chunks(rows, chunk), rows, chunk)(q, k, v)
 
 
 def _in_chunks(rows: Rows, chunk: int) -> Attend:
-    """Attention by query rows, whose gradient goes by the same rows: one chunk's scores at a time both ways.
+    """Attention by query rows, each chunk after the one before: MLX evaluates branches of a graph side by side."""
 
-    Each chunk is made to depend on the one before it: MLX evaluates many branches of a graph side by side, and
-    autograd keeps every chunk's scores for the way back.
-    """
-
-    @mx.custom_function
     def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         done: list[mx.array] = []
         for s in range(0, q.shape[2], chunk):
@@ -73,24 +71,37 @@ def _in_chunks(rows: Rows, chunk: int) -> Attend:
             done.append(rows(queries, k, v, s))
         return mx.concatenate(done, axis=2)
 
+    return attend
+
+
+def _differentiable(forward: Attend, rows: Rows, chunk: int) -> Attend:
+    """`forward`, whose gradient goes by query rows, one chunk's scores at a time, made again from q, k and v.
+
+    Whether it is being differentiated or not, it computes the same: autograd sees only the gradient that is given here.
+    """
+
+    @mx.custom_function
+    def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return forward(q, k, v)
+
     @attend.vjp
     def pull_back(primals: Sequence[mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
         q, k, v = primals
         dq: list[mx.array] = []
-        dk, dv = mx.zeros_like(k), mx.zeros_like(v)
+        sums: list[mx.array] = []
         for s in range(0, q.shape[2], chunk):
             queries, upstream = q[:, :, s : s + chunk], cotangent[:, :, s : s + chunk]
             if dq:
-                ready = mx.depends([queries, upstream], [dq[-1], dk, dv])
+                ready = mx.depends([queries, upstream], [dq[-1], *sums])
                 queries, upstream = ready[0], ready[1]
 
             def these(*qkv: mx.array, first: int = s) -> list[mx.array]:
                 return [rows(qkv[0], qkv[1], qkv[2], first)]
 
-            _, pulled = mx.vjp(these, [queries, k, v], [upstream])
-            dq.append(pulled[0])
-            dk, dv = dk + pulled[1], dv + pulled[2]
-        return mx.concatenate(dq, axis=2), dk, dv
+            _, (own, *shared) = mx.vjp(these, [queries, k, v], [upstream])
+            dq.append(own)
+            sums = [a + b for a, b in zip(sums, shared, strict=True)] if sums else shared
+        return mx.concatenate(dq, axis=2), sums[0], sums[1]
 
     return cast(Attend, attend)
 
@@ -105,8 +116,11 @@ def image_to_text_bias(queries: int, keys: int, text_length: int, dtype: mx.Dtyp
 def apply_rope(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     """Rotate neighbouring pairs of the last axis, in float32.
 
-    x: (B, H, L, d); cos, sin: (L, d / 2). Source: diffusers `apply_rotary_emb` with use_real_unbind_dim=-1.
+    x: (B, H, L, d); cos, sin: (L, d / 2). Source: diffusers `apply_rotary_emb` with use_real_unbind_dim=-1. On Metal it
+    is one kernel.
     """
+    if kernels.in_use():
+        return kernels.rope(x, cos, sin)
     pairs = x.astype(mx.float32).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     turned = mx.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)

@@ -10,6 +10,8 @@ from typing import cast
 
 import mlx.core as mx
 
+from mlx_blockskip.models import kernels
+from mlx_blockskip.models.kernels import GELU_CUBE, GELU_SLOPE
 from mlx_blockskip.models.product import matmul, quantized_matmul
 
 Weights = Mapping[str, mx.array]
@@ -25,8 +27,6 @@ def through(w: Weights, prefix: str) -> None:
         for name in [name for name in w if name.startswith(prefix)]:
             del w[name]
 
-
-GELU_SLOPE, GELU_CUBE = 0.7978845608028654, 0.044715
 
 TOKEN_ROWS = 1024
 """Tokens that a feed-forward takes at a time. A constant, so that parts follow from shapes alone."""
@@ -75,16 +75,16 @@ def rms_norm(w: Weights, name: str, x: mx.array, eps: float) -> mx.array:
 
 
 def silu(x: mx.array) -> mx.array:
-    """x sigmoid(x)."""
-    return x * mx.sigmoid(x)
+    """x sigmoid(x). On Metal it is one kernel, and its derivative another."""
+    return kernels.silu(x) if kernels.in_use() else x * mx.sigmoid(x)
 
 
 def gelu_tanh(x: mx.array) -> mx.array:
     """The tanh approximation of GELU (`gelu-approximate` in diffusers, `gelu_new` in transformers).
 
-    Its derivative is written out: autograd would hold ten arrays of x's size.
+    Its derivative is written out: autograd would hold ten arrays of x's size. On Metal each is one kernel.
     """
-    return cast(mx.array, _gelu(x))
+    return kernels.gelu(x) if kernels.in_use() else cast(mx.array, _gelu(x))
 
 
 @mx.custom_function

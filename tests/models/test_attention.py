@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 
 from mlx_blockskip.engine import philox
+from mlx_blockskip.models import cpu, product
 from mlx_blockskip.models.attention import IMAGE_TO_TEXT, attention
 from support.compare import relative_error, same_bits
+from support.metal import route_as_on_metal
 
 TEXT = 5
 Q, K, V = (mx.array(philox.normal(0, i, shape=(2, 3, 17, 8))) for i in range(3))
@@ -83,3 +85,53 @@ def test_text_queries_are_not_touched_by_the_mask():
 def test_an_unknown_mask_is_refused():
     with pytest.raises(ValueError, match="causal"):
         attention(Q, K, V, scale=1.0, mask="causal")
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("kind", ["plain", "masked", "bias"])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_on_metal_it_computes_the_same_bits_whether_it_is_differentiated_or_not(head_dim, kind, dtype, monkeypatch):
+    shape = (2, 3, 17, head_dim)
+    q, k, v, upstream = (mx.array(philox.normal(1, i, shape=shape)).astype(dtype) for i in range(4))
+    given = {
+        "plain": {},
+        "masked": {"text_length": TEXT, "mask": IMAGE_TO_TEXT},
+        "bias": {"bias": mx.array(philox.normal(1, 9, shape=(2, 1, 1, 17)) * 3).astype(dtype)},
+    }[kind]
+
+    def attend(*qkv):
+        return attention(*qkv, scale=head_dim**-0.5, query_chunk=6, **given)
+
+    def run():
+        alone = attend(q, k, v)
+        (inside,), pulled = mx.vjp(lambda *qkv: [attend(*qkv)], [q, k, v], [upstream])
+        return alone, inside, pulled
+
+    plain = run()
+    taken = route_as_on_metal(monkeypatch)
+    alone, inside, pulled = run()
+    assert set(taken) == ({shape} if cpu.in_use() else set()), "without chunks of queries"
+    bound = 1e-5 if dtype == mx.float32 else 2**-6
+    assert same_bits(alone, inside)
+    assert relative_error(alone.astype(mx.float32), plain[0].astype(mx.float32)) <= bound
+    for ours, expected in zip(pulled, plain[2], strict=True):
+        assert ours.dtype == dtype
+        assert relative_error(ours.astype(mx.float32), expected.astype(mx.float32)) <= bound
+
+
+def test_what_the_fused_kernel_does_not_take_has_its_scores_written_out(monkeypatch):
+    taken = route_as_on_metal(monkeypatch)
+    for length, head_dim in ((17, 32), (17, 112), (17, 256), (8, 64)):
+        x = mx.array(philox.normal(2, shape=(1, 2, length, head_dim)))
+        attention(x, x, x, scale=0.1)
+    attention(*(mx.zeros((1, 2, 17, d)) for d in (64, 64, 32)), scale=0.1)
+    assert not taken
+
+
+def test_scores_written_out_are_mlx_attention(monkeypatch):
+    """What Metal computes where the fused kernel does not fit, here on the CPU."""
+    bias = mx.array(philox.normal(0, 9, shape=(2, 1, 1, 17)))
+    monkeypatch.setattr(cpu, "in_use", lambda: False)
+    for mask in (None, bias):
+        expected = mx.fast.scaled_dot_product_attention(Q, K, V, scale=0.3, mask=mask)
+        assert relative_error(product.attention(Q, K, V, 0.3, mask), expected) <= 1e-6

@@ -2,6 +2,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_blockskip.engine import limits
+from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models import cpu, product
 from mlx_blockskip.models.layers import linear
 
@@ -81,3 +82,32 @@ def test_attention_in_bfloat16_is_that_of_float32_rounded():
     exact = mx.fast.scaled_dot_product_attention(*(a.astype(mx.float32) for a in (q, k, v)), scale=0.3)
     assert found.dtype == mx.bfloat16
     close(found, exact, 2**-8)
+
+
+@pytest.mark.parametrize("way", [None, "packed", "whole"])
+def test_both_gradients_through_a_quantized_weight_are_those_of_the_weight_it_stands_for(inputs, way, monkeypatch):
+    x, weight, bias = inputs
+    quantized = mx.quantize(weight, group_size=64, bits=4)
+    whole = mx.dequantize(*quantized, group_size=64, bits=4)
+    monkeypatch.setattr(cpu, "in_use", lambda: False)  # what Metal computes, on the CPU
+    if way is None:
+        monkeypatch.delenv(product.GRADIENT_VARIABLE, raising=False)
+    else:
+        monkeypatch.setenv(product.GRADIENT_VARIABLE, way)
+    used = []
+    monkeypatch.setitem(product.GRADIENTS, "whole", lambda *a: (used.append(True), product.through_whole(*a))[1])
+    product.gradient_through.cache_clear()
+    try:
+        (y,), (dx,) = mx.vjp(lambda x: product.quantized_matmul(x, *quantized, bias), [x], [mx.ones((2, 5, OUT))])
+    finally:
+        product.gradient_through.cache_clear()
+    close(y, x @ whole.T + bias, 1e-5)
+    close(dx, mx.ones((2, 5, OUT)) @ whole, 1e-5)
+    close(product.through_packed(y, quantized, 64, 4), product.through_whole(y, quantized, 64, 4), 1e-5)
+    assert bool(used) == (way == "whole")
+
+
+def test_a_way_of_the_gradient_that_is_not_known_is_refused(monkeypatch):
+    monkeypatch.setenv(product.GRADIENT_VARIABLE, "dense")
+    with pytest.raises(UserError, match="packed or whole"):
+        product.gradient_through.__wrapped__()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from mlx_blockskip.models import kernels
 from mlx_blockskip.models.layers import Weights
 
 STRIP_BYTES = 8 << 20
@@ -187,6 +188,8 @@ def group_norm(w: Weights, name: str, x: mx.array, groups: int, eps: float, rows
     mx.eval(inverse)
 
     def normed(part: mx.array) -> mx.array:
+        if kernels.in_use():
+            return kernels.group_norm(part, mean, inverse, w[f"{name}.weight"], w[f"{name}.bias"], silu=False)
         y = ((grouped(part) - mean) * inverse).reshape(part.shape)
         return (y * w[f"{name}.weight"] + w[f"{name}.bias"]).astype(part.dtype)
 
