@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from mlx_blockskip.engine import limits, memory, sweep
 from mlx_blockskip.engine.reader import BlockReader
+from mlx_blockskip.engine.sampled import sampled
 from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.engine.stack import Modulation, Stack, Trainable, Weights, arrays, like
 from mlx_blockskip.engine.sweep import Batch
@@ -49,11 +50,18 @@ def measured(run: Callable[[], None]) -> tuple[int, float]:
     return highest.read() - before, seconds
 
 
+def traced(run: Callable[[], None]) -> tuple[int, float, bool]:
+    """The same from a sample of the passes that `run` is made of, and whether any was left out (`engine.sampled`)."""
+    with sampled() as sample:
+        peak, seconds = measured(run)
+    return peak, seconds + sample.seconds, sample.left_out > 0
+
+
 def forward_cost(stack: Stack, shards: Shards, sample: Batch, index: int, trainable: Trainable | None = None) -> Cost:
     """Block `index` applied. sample: evaluated."""
     apply = stack.block(index).kind.apply
     with _bound(stack, shards, sample, index) as (weights, modulation):
-        peak, seconds = measured(
+        peak, seconds, _ = traced(
             lambda: mx.eval(apply(weights, trainable or {}, sample.state, sample.context, modulation, None))
         )
     return Cost(peak, seconds)
@@ -81,7 +89,7 @@ def backward_cost(stack: Stack, shards: Shards, sample: Batch, index: int, train
             del found, cotangents
             mx.eval(pulled)
 
-        peak, seconds = measured(run)
+        peak, seconds, _ = traced(run)
     return Cost(peak, seconds, kept)
 
 

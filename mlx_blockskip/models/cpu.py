@@ -5,16 +5,23 @@ frozen weight is turned into float32 some rows at a time, inputs go in as float3
 rounded once. The same is done on the way back. The copies are bounded by WEIGHT_BYTES and TOKEN_BYTES.
 """
 
+import time
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import cast
 
 import mlx.core as mx
+
+from mlx_blockskip.engine import sampled
 
 WEIGHT_BYTES = 8 << 20
 """Some rows of a weight, in float32. A constant, so that parts follow from shapes alone."""
 
 TOKEN_BYTES = 32 << 20
 """Some tokens, in float32."""
+
+SAMPLED = 2
+"""Parts of a weight that a sample makes: MLX's CPU backend counts ten operations as one, so that some are at work."""
 
 Pull = Callable[[mx.array], mx.array]
 Slab = Callable[[int, int, Sequence[mx.array]], mx.array]
@@ -88,12 +95,27 @@ def _product(x: mx.array, slab: Slab, outputs: int, multiple: int) -> mx.array:
     for first in range(0, flat.shape[0], count):
         tokens = _after(flat[first : first + count], after).astype(mx.float32)
         parts: list[mx.array] = []
-        for start in range(0, outputs, step):
+        starts, sample = range(0, outputs, step), sampled.current()
+        made = starts if sample is None else starts[:SAMPLED]
+        for start in made:
             parts.append((tokens @ slab(start, min(start + step, outputs), after)).astype(x.dtype))
             after = parts[-1:]
+        if sample is not None and len(made) < len(starts):
+            sample.leave_out(len(starts) - len(made), partial(_seconds, tokens.shape[0], width, step))
+            parts.append(mx.zeros((tokens.shape[0], outputs - step * len(made)), x.dtype))
         done.append(mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0])
     found = mx.concatenate(done, axis=0) if len(done) > 1 else done[0]
     return found.reshape(*x.shape[:-1], outputs)
+
+
+@cache
+def _seconds(tokens: int, width: int, columns: int) -> float:
+    """What the product of so many tokens with a slab takes."""
+    x, slab = mx.zeros((tokens, width)), mx.zeros((width, columns))
+    mx.eval(x, slab)
+    began = time.perf_counter()
+    mx.eval(x @ slab)
+    return time.perf_counter() - began
 
 
 def _after(array: mx.array, others: Sequence[mx.array]) -> mx.array:

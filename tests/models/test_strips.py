@@ -4,6 +4,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_blockskip.engine import philox, planner
+from mlx_blockskip.engine.sampled import sampled
 from mlx_blockskip.models.layers import UsedOnce
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.models.vae import kl, strips
@@ -74,21 +75,9 @@ def test_a_sample_of_strips_takes_what_all_of_them_take(tiny_flux, monkeypatch, 
         shapes.append(found.shape)
 
     whole, _ = planner.measured(run)
-    with strips.sampled() as sample:
+    with sampled() as sample:
         peak, _ = planner.measured(run)
     assert shapes[0] == shapes[1]
     assert sample.left_out > 50
     assert sample.seconds > 0
     assert peak == pytest.approx(whole, rel=0.1)
-
-
-def test_a_pass_is_made_again_where_more_memory_is_in_use():
-    """Else the peak of the second map would be missed."""
-    with strips.sampled() as sample:
-        assert list(strips.passes(range(0, 8, 2), "a")) == [0]
-        assert list(strips.passes(range(0, 8, 2), "a")) == []
-        held = mx.zeros((1 << 20,))
-        mx.eval(held)
-        assert list(strips.passes(range(0, 8, 2), "a")) == [0]
-    assert sample.left_out == 3 + 4 + 3
-    assert list(strips.passes(range(0, 8, 2), "a")) == [0, 2, 4, 6]

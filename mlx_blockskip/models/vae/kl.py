@@ -9,10 +9,11 @@ from typing import Annotated
 
 import mlx.core as mx
 
+from mlx_blockskip.engine.sampled import passes
 from mlx_blockskip.models.attention import SCORE_BYTES, attention
 from mlx_blockskip.models.config import Config, NonNegativeInt, OneOf, PositiveInt, Unset
 from mlx_blockskip.models.layers import Weights, linear, silu, through
-from mlx_blockskip.models.vae.strips import Rows, conv2d, group_norm, passes
+from mlx_blockskip.models.vae.strips import Rows, conv2d, group_norm
 
 EPS = 1e-6
 

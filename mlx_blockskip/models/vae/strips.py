@@ -1,12 +1,10 @@
 """Convolution and group norm over large feature maps, exact, in strips of rows. Maps are (B, H, W, C)."""
 
-import time
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
 
 import mlx.core as mx
 
+from mlx_blockskip.engine.sampled import passes
 from mlx_blockskip.models import kernels
 from mlx_blockskip.models.layers import Weights
 
@@ -15,48 +13,6 @@ STRIP_BYTES = 8 << 20
 
 Rows = Callable[[mx.array], mx.array]
 """Acts on some rows of a map, each pixel by itself: (B, rows, W, C) -> the same."""
-
-
-@dataclass
-class Sample:
-    """A run of which few passes are made. left_out: the passes that were not. seconds: what they would have taken."""
-
-    left_out: int = 0
-    seconds: float = 0.0
-    _known: dict[Hashable, tuple[int, float]] = field(default_factory=dict)
-
-    def passes(self, starts: range, kind: Hashable) -> Iterator[int]:
-        """The first pass over a map, and none where one of its kind was made with as much memory in use."""
-        held, left_out = mx.get_active_memory(), len(starts)
-        before, seconds = self._known.get(kind, (-1, 0.0))
-        if held > before:
-            began = time.perf_counter()
-            yield starts[0]  # a pass ends with mx.eval
-            seconds, left_out = time.perf_counter() - began, left_out - 1
-            self._known[kind] = held, seconds
-        self.left_out += left_out
-        self.seconds += left_out * seconds
-
-
-_sample: Sample | None = None
-
-
-@contextmanager
-def sampled() -> Iterator[Sample]:
-    """Inside, few of the passes over maps are made, and maps have their sizes: the peak of memory is that of a whole
-    run, in a small part of the time. Values mean nothing.
-    """
-    global _sample
-    before, _sample = _sample, Sample()
-    try:
-        yield _sample
-    finally:
-        _sample = before
-
-
-def passes(starts: range, kind: Hashable) -> Iterator[int]:
-    """Where the passes over a map begin. kind: what decides the work of a pass; see `sampled`."""
-    return iter(starts) if _sample is None else _sample.passes(starts, kind)
 
 
 def strip_rows(shape: tuple[int, ...], itemsize: int, rows: int | None = None) -> int:

@@ -22,14 +22,13 @@ from mlx_blockskip.engine.reader import BlockReader
 from mlx_blockskip.engine.stack import Modulation, arrays
 from mlx_blockskip.engine.sweep import Batch
 from mlx_blockskip.models.family import DiffusionModel
-from mlx_blockskip.models.vae import strips
 from mlx_blockskip.tasks.memory.waiting import together, waiting_bytes
 
 TRACED_SIDES = (256, 384)
 """Sides in pixels at which a VAE that works on streams of rows is traced where larger images are asked for."""
 
-TRACED_PIXELS = 1024 * 1024
-"""The largest image with which a VAE that works in strips is traced: its maps are really there."""
+TRACED_STRIPS = (512, 1024)
+"""The same of a VAE that works in strips."""
 
 TRACED_TOKENS = 1024
 """Image tokens with which a block is traced, and a quarter of them, where a sample has more than twice as many."""
@@ -257,7 +256,7 @@ def prompts(model: DiffusionModel, length: int) -> Phase:
     def encode() -> None:
         mx.eval([list(prompt.values()) for prompt in model.encode_prompts(["a photo"], length).prompts])
 
-    peak, _ = planner.measured(encode)
+    peak, _, _ = planner.traced(encode)
     model.release()
     return Phase("encode prompts", peak)
 
@@ -265,18 +264,17 @@ def prompts(model: DiffusionModel, length: int) -> Phase:
 def images(model: DiffusionModel, width: int, height: int, *, decoding: bool) -> Phase:
     """One image through the VAE.
 
-    A small one is traced as it is. Of a larger one the maps are made as large as they are, and a few strips of each are
-    filled (`vae.strips.sampled`). A VAE that keeps no large maps has nothing to leave out: it is traced at two sizes,
-    and bytes and seconds are carried along the line through them.
+    Where it works in strips, its maps are made as large as they are and a few strips of each are filled. A VAE that
+    keeps no large maps has nothing to leave out: a large image is traced at two smaller sizes, and bytes and seconds are
+    carried along the line through them.
     """
-    sides = [max(model.size_multiple, side // model.size_multiple * model.size_multiple) for side in TRACED_SIDES]
-    if width * height <= sides[0] ** 2:
+    least = model.size_multiple
+    _, in_strips = _image(model, least, least, decoding)
+    small, large = TRACED_STRIPS if in_strips else TRACED_SIDES
+    if width * height <= large**2:
         return _image(model, width, height, decoding)[0]
-    low, in_strips = _image(model, sides[0], sides[0], decoding)
-    if in_strips and width * height <= TRACED_PIXELS:
-        return _image(model, width, height, decoding)[0]
-    sides[1] = math.isqrt(TRACED_PIXELS) if in_strips else sides[1]
-    high, _ = _image(model, sides[1], sides[1], decoding)
+    sides = [max(least, side // least * least) for side in (small, large)]
+    low, high = (_image(model, side, side, decoding)[0] for side in sides)
     share = (width * height - sides[0] ** 2) / (sides[1] ** 2 - sides[0] ** 2)
     seconds = low.seconds + share * (high.seconds - low.seconds)
     return Phase(low.name, int(low.peak + share * (high.peak - low.peak)), seconds=seconds)
@@ -291,8 +289,6 @@ def _image(model: DiffusionModel, width: int, height: int, decoding: bool) -> tu
         else:
             mx.eval(model.encode_images(mx.zeros((1, height, width, 3))))
 
-    with strips.sampled() as sample:
-        peak, seconds = planner.measured(run)
+    peak, seconds, in_strips = planner.traced(run)
     model.release()
-    phase = Phase("decode" if decoding else "encode images", peak, seconds=seconds + sample.seconds)
-    return phase, sample.left_out > 0
+    return Phase("decode" if decoding else "encode images", peak, seconds=seconds), in_strips
