@@ -137,7 +137,8 @@ class BlockReader:
         if self.budget is None or not measured:
             return 0
         largest = max((self.nbytes(index, part) for index in set(order)), default=0)
-        return self.budget - self.overhead[part] - 2 * largest - max(measured)
+        free = limits.of(self.budget, limits.on_metal()).free
+        return self.budget - self.overhead[part] - 2 * largest - max(free, *measured)
 
     def _beside(self, index: int, work: Work) -> int | None:
         """Bytes that may be read ahead beside this block's work; None for any number."""
@@ -155,8 +156,7 @@ class BlockReader:
             yield
             return
         if work in self._scratch:
-            # half of what it took when it was measured: MLX schedules one operation more when the limit is reached
-            with limits.at_least(mx.get_active_memory() + self._scratch[work] // 2):
+            with limits.at_least(mx.get_active_memory() + limits.ahead(self._scratch[work], limits.on_metal())):
                 yield
             return
         with limits.tight():
