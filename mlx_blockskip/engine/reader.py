@@ -146,8 +146,9 @@ class BlockReader:
             return None
         if not self.prefetch or work not in self._scratch:
             return 0
-        self._count(index, work)
-        return self.budget - mx.get_active_memory() - self._scratch[work]
+        active = memory.settled()
+        self._count(index, work, active)
+        return self.budget - active - self._scratch[work]
 
     @contextmanager
     def _measured(self, index: int, work: Work) -> Iterator[None]:
@@ -160,15 +161,15 @@ class BlockReader:
                 yield
             return
         with limits.tight():
-            before = mx.get_active_memory()
+            before = memory.settled()
             memory.mark()
-            self._count(index, work)
+            self._count(index, work, before)
             yield
-        self._scratch[work] = memory.since_mark() - before
+        self._scratch[work] = max(0, memory.since_mark() - before)
         self.overhead[work[0]] = max(self.overhead[work[0]], self._beside_weights(index, work, before))
 
-    def _count(self, index: int, work: Work) -> None:
-        beside = self._beside_weights(index, work, mx.get_active_memory())
+    def _count(self, index: int, work: Work, active: int) -> None:
+        beside = self._beside_weights(index, work, active)
         self.overhead[work[0]] = max(self.overhead.get(work[0], 0), beside)
 
     def _beside_weights(self, index: int, work: Work, active: int) -> int:

@@ -32,8 +32,8 @@ def phase(
     """
     emit(Phase(name, total, unit))
     mx.set_cache_limit(limits.in_force().cache)
-    mx.clear_cache()
     memory.reset()
+    mx.clear_cache()
     track = Track(name)
     with timeline.phase(name):
         yield track
