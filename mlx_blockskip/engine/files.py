@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.names import Names
 
 DTYPES: dict[str, tuple[int, mx.Dtype]] = {
     "BOOL": (1, mx.bool_),
@@ -32,6 +33,9 @@ DTYPES: dict[str, tuple[int, mx.Dtype]] = {
     "U64": (8, mx.uint64),
     "I64": (8, mx.int64),
 }
+PLAIN = (mx.uint8, mx.int32, mx.uint32, mx.float32)
+"""Types whose bytes Python sees as they are."""
+
 MAX_HEADER = 100 << 20
 
 
@@ -185,6 +189,8 @@ def raw_bytes(array: mx.array | np.ndarray) -> memoryview:
         return np.ascontiguousarray(array).data.cast("B") if array.size else memoryview(b"")
     if array.size == 0:
         return memoryview(b"")
+    if array.dtype in PLAIN and (view := memoryview(array)).c_contiguous:  # type: ignore[arg-type]
+        return view.cast("B")  # nothing is scheduled for it
     array = mx.contiguous(array.reshape(-1)).view(mx.uint8)
     mx.eval(array)
     return memoryview(array).cast("B")  # type: ignore[arg-type]
@@ -270,6 +276,7 @@ class MappedTensors:
     def __init__(self, path: Path):
         self.path = path
         self.header = read_header(path)
+        self._names = Names(self.header.entries)
         self._bytes = np.memmap(path, mode="r", dtype=np.uint8)
 
     def __contains__(self, name: str) -> bool:
@@ -285,4 +292,4 @@ class MappedTensors:
 
     def under(self, prefix: str) -> list[str]:
         """The names that start with `prefix`, in the file's order."""
-        return [name for name in self.header.entries if name.startswith(prefix)]
+        return self._names.under(prefix)

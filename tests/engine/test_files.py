@@ -22,6 +22,8 @@ TENSORS = {
     "scalar": mx.array(3.0),
     "empty": mx.zeros((0, 4)),
     "turned": mx.arange(6, dtype=mx.float16).reshape(2, 3).T,
+    "turned32": mx.arange(6, dtype=mx.float32).reshape(2, 3).T,
+    "computed": mx.arange(6, dtype=mx.float32) * 2,
 }
 
 
@@ -35,9 +37,17 @@ def test_what_is_written_is_what_others_read(tmp_path):
         np.testing.assert_array_equal(file.get_tensor("turned"), np.array(TENSORS["turned"]))
     mapped = files.MappedTensors(tmp_path / "t.safetensors")
     assert all(same_bits(mapped.read(name), TENSORS[name]) for name in TENSORS if name != "empty")
+    assert mapped.under("ha") == ["half"]
     assert "nothing" not in mapped
     with pytest.raises(UserError, match="no tensor nothing"):
         mapped.read("nothing")
+
+
+def test_bytes_that_lie_there_are_taken_as_they_are(monkeypatch):
+    array = mx.arange(6, dtype=mx.float32).reshape(2, 3)
+    mx.eval(array)
+    monkeypatch.setattr(mx, "eval", None)
+    assert bytes(files.raw_bytes(array)) == np.arange(6, dtype=np.float32).tobytes()
 
 
 def test_tensors_may_be_written_in_any_order(tmp_path):
