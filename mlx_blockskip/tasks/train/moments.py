@@ -27,6 +27,10 @@ class Moments:
             shutil.rmtree(directory, ignore_errors=True)
 
     @property
+    def in_memory(self) -> bool:
+        return self.directory is None
+
+    @property
     def blocks(self) -> list[int]:
         return sorted(self._blocks)
 
