@@ -1,6 +1,7 @@
 """Files are whole or absent; safetensors are written and read a tensor at a time."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -41,6 +42,19 @@ def test_what_is_written_is_what_others_read(tmp_path):
     assert "nothing" not in mapped
     with pytest.raises(UserError, match="no tensor nothing"):
         mapped.read("nothing")
+
+
+def test_what_outlives_a_power_loss_is_on_the_disk_before_it_has_its_name_and_scratch_is_not_waited_for(
+    tmp_path, monkeypatch
+):
+    flushed, fsync, path = [], os.fsync, tmp_path / "t.safetensors"
+    monkeypatch.setattr(os, "fsync", lambda number: (fsync(number), flushed.append(path.exists())))
+    files.save_tensors(path, {"a": mx.ones((2,))})
+    assert flushed == [False]
+    files.save_tensors(path, {"a": mx.zeros((2,))}, durable=False)
+    assert flushed == [False]
+    assert same_bits(files.MappedTensors(path).read("a"), mx.zeros((2,)))
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_bytes_that_lie_there_are_taken_as_they_are(monkeypatch):

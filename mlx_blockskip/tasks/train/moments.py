@@ -53,7 +53,7 @@ class Moments:
         if self.directory is None:
             self._held[block] = moments
         else:
-            files.save_tensors(self._file(block), flat(moments))
+            files.save_tensors(self._file(block), flat(moments), durable=False)
 
     def into_memory(self) -> None:
         """From now on they stay in memory."""
