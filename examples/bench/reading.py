@@ -40,9 +40,11 @@ def fill(path: Path) -> None:
 
 def forget(paths: Sequence[Path]) -> None:
     """Have the system drop what it keeps of these files."""
+    from mlx_blockskip.engine import disk
+
     for path in paths:
         with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            disk.past_memory(file.fileno())
 
 
 def copied(paths: Sequence[Path]) -> None:
