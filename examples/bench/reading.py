@@ -2,7 +2,7 @@
 
     python examples/bench/reading.py [WORK]
 
-Blocks of FLUX.1's layout in 4 bit, random bytes in real files (1.2 GiB, in a temporary directory below WORK, which says
+Blocks of FLUX.1's layout in 4 bit, random bytes in real files (1.8 GiB, in a temporary directory below WORK, which says
 what disk is measured). A walk hands out each block and does nothing with it, with a memory budget of 0: no block stays,
 and none is read while another is at work. `dd` reads each file with one block of the file's size. Both take turns over
 several rounds after one to warm up; a ratio is the median over rounds of the ratio within a round. "Cold" means that
