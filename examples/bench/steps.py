@@ -73,15 +73,15 @@ def transformer_config(width: int, doubles: int, singles: int) -> dict[str, Any]
     return {key: value for key, value in published.items() if not key.startswith("_")} | size
 
 
-def hollow_model(target: Path, transformer: dict[str, Any], dtype: str) -> None:
-    """A model directory of zeros with this transformer; its encoders and VAE are tiny-flux's."""
+def hollow_model(target: Path, transformer: dict[str, Any], dtype: str, bits: int = 0) -> None:
+    """A model directory of zeros with this transformer; its encoders and VAE are tiny-flux's. bits: 0 for none"""
     from mlx_blockskip.converters.hollow import write_hollow
     from mlx_blockskip.converters.run import Precision
     from mlx_blockskip.engine import files
 
     tiny = Path(str(resources.files("mlx_blockskip") / "assets" / "tiny-flux"))
     others = {name: files.read_json(tiny / name / "config.json") for name in ("text_encoder", "text_encoder_2", "vae")}
-    write_hollow(target, "flux1", {"transformer": transformer, **others}, Precision(dtype), tiny)
+    write_hollow(target, "flux1", {"transformer": transformer, **others}, Precision(dtype, bits), tiny)
 
 
 class Record(NamedTuple):

@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.names import Names
 
 DTYPES: dict[str, tuple[int, mx.Dtype]] = {
     "BOOL": (1, mx.bool_),
@@ -32,20 +33,27 @@ DTYPES: dict[str, tuple[int, mx.Dtype]] = {
     "U64": (8, mx.uint64),
     "I64": (8, mx.int64),
 }
+PLAIN = (mx.uint8, mx.int32, mx.uint32, mx.float32)  # Python sees their bytes as they lie
+Metadata = Mapping[str, str] | None
 MAX_HEADER = 100 << 20
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes `path`'s place when the block ends well, else it is removed."""
+def atomic_file(path: Path, durable: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes `path`'s place when the block ends well, else it is removed.
+
+    durable: it is on the disk before it has its name, so that a power loss leaves all of it or none. Scratch that no
+    later run reads can do without.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
     finally:
@@ -185,12 +193,14 @@ def raw_bytes(array: mx.array | np.ndarray) -> memoryview:
         return np.ascontiguousarray(array).data.cast("B") if array.size else memoryview(b"")
     if array.size == 0:
         return memoryview(b"")
+    if array.dtype in PLAIN and (view := memoryview(array)).c_contiguous:  # type: ignore[arg-type]
+        return view.cast("B")  # nothing is scheduled for it
     array = mx.contiguous(array.reshape(-1)).view(mx.uint8)
     mx.eval(array)
     return memoryview(array).cast("B")  # type: ignore[arg-type]
 
 
-def encode_header(entries: Sequence[TensorEntry], metadata: Mapping[str, str] | None = None) -> tuple[bytes, int]:
+def encode_header(entries: Sequence[TensorEntry], metadata: Metadata = None) -> tuple[bytes, int]:
     """The beginning of a safetensors file with these tensors, one after the other, and the size of the whole file."""
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -207,12 +217,13 @@ class SafetensorsWriter:
     """Write a safetensors file one tensor, or some rows of one, at a time and in any order; the sizes are known ahead,
     so the header is first.
 
-    Used as a context manager: the file appears under its name when every tensor has been written.
-    Raises ValueError for a tensor that is not as announced, or missing at the end.
+    Used as a context manager: the file appears under its name when every tensor has been written. durable: as in
+    `atomic_file`; what is taken as valid by its header has to be. Raises ValueError for a tensor that is not as
+    announced, or missing at the end.
     """
 
-    def __init__(self, path: Path, entries: Sequence[TensorEntry], metadata: Mapping[str, str] | None = None):
-        self.path = path
+    def __init__(self, path: Path, entries: Sequence[TensorEntry], metadata: Metadata = None, durable: bool = True):
+        self.path, self.durable = path, durable
         self._header, self._size = encode_header(entries, metadata)
         starts = itertools.accumulate((entry.nbytes for entry in entries), initial=len(self._header))
         self._offsets = {entry.name: start for entry, start in zip(entries, starts, strict=False)}
@@ -220,7 +231,7 @@ class SafetensorsWriter:
         self._missing = {entry.name: entry.nbytes for entry in entries}  # bytes
 
     def __enter__(self) -> "SafetensorsWriter":
-        self._atomic = atomic_file(self.path)
+        self._atomic = atomic_file(self.path, self.durable)
         self._file = self._atomic.__enter__().open("r+b")
         self._file.write(self._header)
         self._file.truncate(self._size)
@@ -249,10 +260,10 @@ class SafetensorsWriter:
         self._atomic.__exit__(kind, error, trace)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Metadata = None, durable: bool = True) -> None:
     """Write a whole dictionary of tensors as one safetensors file, atomically, one tensor in memory at a time."""
     entries = [TensorEntry(name, tuple(t.shape), dtype_name(t.dtype)) for name, t in tensors.items()]
-    with SafetensorsWriter(path, entries, metadata) as writer:
+    with SafetensorsWriter(path, entries, metadata, durable) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
 
@@ -270,6 +281,7 @@ class MappedTensors:
     def __init__(self, path: Path):
         self.path = path
         self.header = read_header(path)
+        self._names = Names(self.header.entries)
         self._bytes = np.memmap(path, mode="r", dtype=np.uint8)
 
     def __contains__(self, name: str) -> bool:
@@ -290,4 +302,4 @@ class MappedTensors:
 
     def under(self, prefix: str) -> list[str]:
         """The names that start with `prefix`, in the file's order."""
-        return [name for name in self.header.entries if name.startswith(prefix)]
+        return self._names.under(prefix)

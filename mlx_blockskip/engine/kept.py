@@ -56,9 +56,8 @@ def backward(
             own = {name: grads.pop((block, name)) for name in trainable.get(block, {})}
             found = total.get(block)
             total[block] = {name: found[name] + g for name, g in own.items()} if found else own
-            mx.eval(value, total[block])
+            mx.eval(value, batch.state, total[block])
             timeline.visit(reader, block, part, "backward")
-        mx.eval(batch.state)
         losses.append(value)
     for block in reversed(path):
         on_grad(block, total.pop(block))

@@ -6,6 +6,15 @@ from weakref import WeakSet
 import mlx.core as mx
 
 
+def settled() -> int:
+    """Bytes of MLX memory when all that was scheduled is done and has let go of what it held.
+
+    On Metal what was evaluated may hold its inputs a moment longer, so a measurement begins here. Costs a wait.
+    """
+    mx.synchronize()
+    return mx.get_active_memory()
+
+
 class Peak:
     """The highest bytes of MLX memory since `restart`.
 
@@ -36,7 +45,7 @@ _phase, _marked = Peak(), Peak()
 
 def reset() -> None:
     """A new phase begins: its peak starts from what is in memory now."""
-    _phase.restart(mx.get_active_memory())
+    _phase.restart(settled())
 
 
 def peak() -> int:

@@ -39,9 +39,8 @@ def nbytes(arrays: Iterable[mx.array | None]) -> int:
 
 def measured(run: Callable[[], None]) -> tuple[int, float]:
     """Bytes of MLX memory over what is there before, at the peak of what `run` evaluates, and its seconds."""
-    mx.synchronize()
+    before, highest = memory.settled(), memory.Peak()
     mx.clear_cache()
-    before, highest = mx.get_active_memory(), memory.Peak()
     with limits.tight():
         highest.restart()
         started = time.perf_counter()
@@ -79,13 +78,12 @@ def backward_cost(stack: Stack, shards: Shards, sample: Batch, index: int, train
 
         def run() -> None:
             nonlocal kept
-            before = mx.get_active_memory()
+            before = memory.settled()
             cotangents = [mx.zeros_like(a) for a in own]
             mx.eval(cotangents)
             found, pulled = mx.vjp(block, [*own, *trainable.values()], cotangents)
             mx.eval(found)
-            mx.synchronize()
-            kept = max(0, mx.get_active_memory() - before - nbytes(own))
+            kept = max(0, memory.settled() - before - nbytes(own))
             del found, cotangents
             mx.eval(pulled)
 

@@ -5,6 +5,7 @@ allows.
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import accumulate
 from threading import Condition
 from typing import Literal
 
@@ -30,13 +31,18 @@ class Prefetch:
         self.cancelled = False
         self._changed = Condition()
 
-    def take(self, size: int) -> None:
-        """Wait until `size` more bytes may be read ahead. Raises CancelledError where the walk was left."""
+    def take(self, sizes: Sequence[int]) -> int:
+        """Wait until the first of these tensors (bytes) may be read ahead, and take room for as many as fit, in order.
+
+        Returns their number. Raises CancelledError where the walk was left.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self.cancelled or self._fits(size))
+            self._changed.wait_for(lambda: self.cancelled or self._fits(sizes[0]))
             if self.cancelled:
                 raise CancelledError
-            self.ahead += size
+            count = sum(self._fits(size) for size in accumulate(sizes))
+            self.ahead += sum(sizes[:count])
+            return count
 
     def begin(self, room: int | None) -> None:
         """A block goes to work, and nothing is read ahead yet."""
@@ -63,10 +69,11 @@ class BlockReader:
     """Hands out the weights of blocks in the order of a walk.
 
     budget: bytes of MLX memory for all there is; None keeps every block. The first block of a kind works alone, and
-    what its work takes is measured. From then on comes first the block at work, then as much of the next one as fits,
-    tensor by tensor. After a whole walk it is known what is taken at most, and what is left (but for room in which MLX
-    runs ahead) keeps blocks between walks: a fixed set (the first that fit), which in a walk there and back reads no
-    more than any other choice. The budget changes what is read again and when, never a result.
+    what its work takes is measured. From then on comes first the block at work, then as much of the next one as fits:
+    as many tensors as there is room for are read together, by MLX's four threads. After a whole walk it is known what
+    is taken at most, and what is left (but for room in which MLX runs ahead) keeps blocks between walks: a fixed set
+    (the first that fit), which in a walk there and back reads no more than any other choice. The budget changes what is
+    read again and when, never a result.
     """
 
     def __init__(self, shards: Shards, stack: Stack, budget: int | None = None, prefetch: bool = True):
@@ -114,7 +121,10 @@ class BlockReader:
             try:
                 for position, index in enumerate(order):
                     if next_block is not None:
-                        weights, next_block = next_block.result(), None
+                        # where its limit is reached, MLX would read one tensor after the other
+                        with limits.at_least(mx.get_active_memory() + self.nbytes(index, part)):
+                            room.done()
+                            weights, next_block = next_block.result(), None
                     work = part, self.stack.block(index).kind.name, index in seen
                     seen.add(index)
                     room.begin(self._beside(index, work))
@@ -125,7 +135,6 @@ class BlockReader:
                     with self._measured(index, work):
                         yield index, _handed_over(weights)
                     weights = held
-                    room.done()
             finally:
                 room.cancel()
                 if next_block is not None and not next_block.cancel():
@@ -137,7 +146,8 @@ class BlockReader:
         if self.budget is None or not measured:
             return 0
         largest = max((self.nbytes(index, part) for index in set(order)), default=0)
-        return self.budget - self.overhead[part] - 2 * largest - max(measured)
+        free = limits.of(self.budget, limits.on_metal()).free
+        return self.budget - self.overhead[part] - 2 * largest - max(free, *measured)
 
     def _beside(self, index: int, work: Work) -> int | None:
         """Bytes that may be read ahead beside this block's work; None for any number."""
@@ -145,8 +155,9 @@ class BlockReader:
             return None
         if not self.prefetch or work not in self._scratch:
             return 0
-        self._count(index, work)
-        return self.budget - mx.get_active_memory() - self._scratch[work]
+        active = memory.settled()
+        self._count(index, work, active)
+        return self.budget - active - self._scratch[work]
 
     @contextmanager
     def _measured(self, index: int, work: Work) -> Iterator[None]:
@@ -155,20 +166,19 @@ class BlockReader:
             yield
             return
         if work in self._scratch:
-            # half of what it took when it was measured: MLX schedules one operation more when the limit is reached
-            with limits.at_least(mx.get_active_memory() + self._scratch[work] // 2):
+            with limits.at_least(mx.get_active_memory() + limits.ahead(self._scratch[work], limits.on_metal())):
                 yield
             return
         with limits.tight():
-            before = mx.get_active_memory()
+            before = memory.settled()
             memory.mark()
-            self._count(index, work)
+            self._count(index, work, before)
             yield
-        self._scratch[work] = memory.since_mark() - before
+        self._scratch[work] = max(0, memory.since_mark() - before)
         self.overhead[work[0]] = max(self.overhead[work[0]], self._beside_weights(index, work, before))
 
-    def _count(self, index: int, work: Work) -> None:
-        beside = self._beside_weights(index, work, mx.get_active_memory())
+    def _count(self, index: int, work: Work, active: int) -> None:
+        beside = self._beside_weights(index, work, active)
         self.overhead[work[0]] = max(self.overhead.get(work[0], 0), beside)
 
     def _beside_weights(self, index: int, work: Work, active: int) -> int:

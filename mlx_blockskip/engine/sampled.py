@@ -27,7 +27,7 @@ class Sample:
         return self._seconds + sum(count * once() for count, once in self._later)
 
     def passes(self, starts: range, kind: Hashable) -> Iterator[int]:
-        """The first pass, and none where one of its kind was made with as much memory in use. Each ends with mx.eval."""
+        """The first pass, or none where one of its kind was made with as much memory in use. It ends with mx.eval."""
         held, left_out = mx.get_active_memory(), len(starts)
         before, seconds = self._known.get(kind, (-1, 0.0))
         if held > before:

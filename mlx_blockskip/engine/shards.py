@@ -1,6 +1,6 @@
 """A component's weights on disk: one shard a block, read lazily, verified once."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -13,6 +13,10 @@ from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 
 INDEX = "model.safetensors.index.json"
+
+
+Room = Callable[[Sequence[int]], int]
+"""`(bytes of the tensors that are still to be read, in order) -> how many of them are read together`, at least one."""
 
 
 class Shards:
@@ -53,11 +57,8 @@ class Shards:
         """Bytes that the tensors take, on disk and in memory."""
         return sum(self._entry(name).nbytes for name in names)
 
-    def load(self, names: Iterable[str], before: Callable[[int], None] | None = None) -> dict[str, mx.array]:
-        """Read these tensors and no others; they are evaluated when this returns.
-
-        before: told of each tensor's bytes before it is read, one tensor after the other.
-        """
+    def load(self, names: Iterable[str], room: Room | None = None) -> dict[str, mx.array]:
+        """Read these tensors and no others, evaluated when this returns; as many together as there is room for."""
         by_file: dict[str, list[str]] = {}
         for name in names:
             by_file.setdefault(self._file(name), []).append(name)
@@ -68,11 +69,11 @@ class Shards:
                 lazy = files.load_lazily(self.path / file)
                 part = {name: lazy[name] for name in wanted}
                 del lazy
-                if before is not None:
-                    for name in wanted:
-                        before(self.nbytes([name]))
-                        mx.eval(part[name])
-                mx.eval(part)
+                left = list(part.values())
+                while left:
+                    count = len(left) if room is None else room([array.nbytes for array in left])
+                    mx.eval(left[:count])
+                    del left[:count]
             except (RuntimeError, KeyError, ValueError) as error:
                 raise UserError(f"{self.path / file}: cannot be read ({error}); convert the model again") from error
             found |= part

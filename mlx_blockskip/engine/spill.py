@@ -25,7 +25,7 @@ class Spilled(Batch):
     @state.setter
     def state(self, value: State) -> None:
         mx.eval(value)
-        files.save_tensors(self._path, {str(i): array for i, array in enumerate(arrays(value))})
+        files.save_tensors(self._path, {str(i): array for i, array in enumerate(arrays(value))}, durable=False)
         self._empty = like(value, [mx.zeros(0)] * len(arrays(value)))
 
     def settle(self) -> None:

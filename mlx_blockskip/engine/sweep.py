@@ -1,5 +1,7 @@
 """The sweep: bind one block's weights, apply the block to everything that waits at it, let the weights go, move on.
 
+The device is waited for once a block, a direction and a batch, which bounds what is in memory, and nowhere else.
+
 Forward keeps nothing but the states. Backward keeps each visited block's input, then goes back from the last block to
 the first: recompute the block under `mx.vjp` with respect to its state and its trainable tree, evaluate, hand the
 gradient over, pass the cotangent on. Resident and streamed weights take the same steps, so they give the same bits.
@@ -67,6 +69,8 @@ def forward(
     trainable, taps = trainable or {}, taps or {}
     path = stack.path if path is None else path
     before = path[0] if path else 0
+    for batch in batches:
+        batch.settle()
     for block, weights in timeline.walk(reader, path, part_of(batches), "forward"):
         _cross(batches, before, block, bridge)
         _tap(taps, block, batches)
@@ -116,17 +120,17 @@ def backward(
         step = next(steps)  # enumerate would hold the weights of the block before
         tree = trainable.get(block, {})
         if step < turn:
-            _cross(batches, before, block, bridge)
-            inputs.append([batch.state for batch in batches])
-            for batch in batches:
+            inputs.append([])
+            for i, batch in enumerate(batches):
+                batch.state = cross(i, before, block, batch.state, bridge)
+                inputs[-1].append(batch.state)
                 modulation = modulation_of(stack.block(block), weights, batch, block)
                 apply = stack.block(block).kind.apply
                 batch.state = apply(weights, tree, batch.state, batch.context, modulation, batch.masks.get(block))
                 mx.eval(batch.state)
             before = block + 1
             if step == turn - 1:
-                _cross(batches, before, stack.depth, bridge)
-                losses, cotangents = _loss_cotangents(batches, loss)
+                losses, cotangents = _loss_cotangents(batches, loss, before, stack.depth, bridge)
         else:
             position = 2 * turn - 1 - step
             grads: dict[str, mx.array] = {}
@@ -198,17 +202,21 @@ def _pull_back(
     return pulled[:count], dict(zip(names, pulled[count:], strict=True))
 
 
-def _loss_cotangents(batches: Sequence[Batch], loss: Loss) -> tuple[list[mx.array], list[list[mx.array]]]:
+def _loss_cotangents(
+    batches: Sequence[Batch], loss: Loss, start: int, stop: int, bridge: Bridge | None
+) -> tuple[list[mx.array], list[list[mx.array]]]:
+    """The loss of each batch and its cotangent where the blocks start..stop-1 were crossed."""
     losses: list[mx.array] = []
     cotangents: list[list[mx.array]] = []
     for i, batch in enumerate(batches):
+        batch.state = cross(i, start, stop, batch.state, bridge)
 
         def at_end(*values: mx.array, i: int = i, state: Any = batch.state) -> list[mx.array]:
             return [loss(i, like(state, list(values)))]
 
         values = arrays(batch.state)
         (value,), cotangent = mx.vjp(at_end, values, [mx.array(1.0)])
-        mx.eval(value, cotangent)
+        mx.eval(value, cotangent, batch.state)
         losses.append(value)
         cotangents.append(list(cotangent))
     return losses, cotangents
@@ -224,9 +232,11 @@ def cross(batch: int, start: int, stop: int, state: State, bridge: Bridge | None
 
 
 def _cross(batches: Sequence[Batch], start: int, stop: int, bridge: Bridge | None) -> None:
+    if start == stop:
+        return
     for i, batch in enumerate(batches):
         batch.state = cross(i, start, stop, batch.state, bridge)
-        mx.eval(batch.state)
+        batch.settle()
 
 
 def _tap(taps: Mapping[int, Tap], boundary: int, batches: Sequence[Batch]) -> None:

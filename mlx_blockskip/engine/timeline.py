@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import mlx.core as mx
-
 from mlx_blockskip.engine import memory
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.reader import BlockReader, Part
@@ -156,7 +154,7 @@ class Timeline:
         self._put(self._take("block", _visit(reader, index, part, direction)))
 
     def _take(self, what: str, visit: Visit | None = None) -> Point:
-        active, seconds = mx.get_active_memory(), time.perf_counter() - self._began
+        active, seconds = memory.settled(), time.perf_counter() - self._began
         highest = max(active, self._peak.read())
         self._peak.restart()
         self.count += 1

@@ -5,10 +5,7 @@ the shapes of the run, in bfloat16. What a block takes beside its weights is the
 trace gives both bytes and seconds.
 """
 
-import os
-import sys
 import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ from mlx_blockskip.blockskip.patches import PatchSettings
 from mlx_blockskip.blockskip.plan import SkipPlan
 from mlx_blockskip.converters import hollow, run
 from mlx_blockskip.converters.run import Precision, load_table, size_of
-from mlx_blockskip.engine import files, limits
+from mlx_blockskip.engine import disk, files, limits
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, Table, emit
 from mlx_blockskip.models import presets
@@ -38,9 +35,6 @@ from mlx_blockskip.tasks.phases import phase
 
 PRECISIONS = {"bf16": 0, "8 bit": 8, "4 bit": 4}
 RATIOS = (0.0, 0.3, 0.4, 0.5)
-SAMPLE_BYTES = 256 << 20
-"""What is written and read back to measure the disk."""
-
 SHORT = 16
 """Text tokens of a prompt that is encoded only to see what other weights take."""
 
@@ -116,7 +110,7 @@ def _trace(settings: EstimateSettings, subject: Subject, model: DiffusionModel, 
     width, height = model.native_size(settings.width or 0, settings.height or 0)
     modules = lora.targets(subject.family.lora_targets, "all")
     with phase("trace blocks", 5, "part") as track:
-        speed = disk_speed(directory)
+        speed = disk.read_speed(directory)
         track.step(1)
         train = Tracer(model, Shape(patch, patch, length, settings.batch_size or 1), settings.rank or 0, modules)
         train.train(range(train.stack.depth))
@@ -169,35 +163,6 @@ def complete(settings: EstimateSettings, subject: Subject) -> EstimateSettings:
     known = known_defaults(model_defaults(subject.defaults, subject.name))
     names = ("resolution", "train_resolution", "max_sequence_length", "batch_size", "rank", "iters", "width", "height")
     return replace(settings, **{n: known[n] for n in (*names, "steps") if getattr(settings, n) is None})
-
-
-def disk_speed(directory: Path) -> float:
-    """Bytes a second that are read from the disk of `directory`, not from memory."""
-    path = directory / "sample"
-    with path.open("wb") as file:
-        _past_memory(file.fileno())
-        for _ in range(SAMPLE_BYTES >> 20):
-            file.write(os.urandom(1 << 20))
-        file.flush()
-        os.fsync(file.fileno())
-    with path.open("rb", buffering=0) as file:
-        _past_memory(file.fileno())
-        started = time.perf_counter()
-        while file.read(8 << 20):
-            pass
-        seconds = time.perf_counter() - started
-    path.unlink()
-    return SAMPLE_BYTES / seconds
-
-
-def _past_memory(descriptor: int) -> None:
-    """What is written or read here does not stay in the system's memory."""
-    if sys.platform == "darwin":
-        import fcntl
-
-        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
-    else:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _patches(settings: EstimateSettings, model: DiffusionModel) -> PatchSettings:

@@ -8,8 +8,9 @@ from typing import Any
 import mlx.core as mx
 from PIL import Image as PillowImage
 
-from mlx_blockskip.engine import files
+from mlx_blockskip.engine import files, limits
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.events import Note, emit
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.options import defaults_of, from_mapping, to_mapping
 from mlx_blockskip.settings import GenerateSettings
@@ -17,6 +18,7 @@ from mlx_blockskip.tasks.checkpoint.adapters import load_adapters
 from mlx_blockskip.tasks.checkpoint.resolve import open_named
 from mlx_blockskip.tasks.defaults import DrawConfig, draw_config
 from mlx_blockskip.tasks.memory.check import budget_of, check_generation
+from mlx_blockskip.tasks.memory.limit import described
 from mlx_blockskip.tasks.memory.trace import traced
 from mlx_blockskip.tasks.sampling.denoise import noise_shape, seeded_noise
 from mlx_blockskip.tasks.sampling.pictures import PNG_KEY, Shot, draw
@@ -30,6 +32,7 @@ def generate(settings: GenerateSettings) -> list[Path]:
     prompts = read_prompts(settings)
     targets = output_paths(Path(settings.output).expanduser(), len(prompts) * settings.n_images)
     model = open_named(settings.model, budget_of(settings.memory_budget))
+    emit(Note(described(limits.in_force())))
     config = replace(draw_config(settings, model), n_images=settings.n_images)
     check_generation(config, model, len(targets))
     tree = load_adapters(model, settings.adapter_path, settings.lora_scale)

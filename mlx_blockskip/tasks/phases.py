@@ -6,11 +6,8 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 
-from mlx_blockskip.engine import memory, timeline
+from mlx_blockskip.engine import limits, memory, timeline
 from mlx_blockskip.events import Phase, PhaseEnd, Step, emit
-
-CACHE_LIMIT = 64 << 20
-"""Freed buffers that MLX may keep, so that they do not count twice."""
 
 
 class Track:
@@ -34,9 +31,9 @@ def phase(
     not needed any more.
     """
     emit(Phase(name, total, unit))
-    mx.set_cache_limit(CACHE_LIMIT)
-    mx.clear_cache()
+    mx.set_cache_limit(limits.in_force().cache)
     memory.reset()
+    mx.clear_cache()
     track = Track(name)
     with timeline.phase(name):
         yield track

@@ -1,6 +1,7 @@
 """Files are whole or absent; safetensors are written and read a tensor at a time."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -22,6 +23,8 @@ TENSORS = {
     "scalar": mx.array(3.0),
     "empty": mx.zeros((0, 4)),
     "turned": mx.arange(6, dtype=mx.float16).reshape(2, 3).T,
+    "turned32": mx.arange(6, dtype=mx.float32).reshape(2, 3).T,
+    "computed": mx.arange(6, dtype=mx.float32) * 2,
 }
 
 
@@ -35,9 +38,30 @@ def test_what_is_written_is_what_others_read(tmp_path):
         np.testing.assert_array_equal(file.get_tensor("turned"), np.array(TENSORS["turned"]))
     mapped = files.MappedTensors(tmp_path / "t.safetensors")
     assert all(same_bits(mapped.read(name), TENSORS[name]) for name in TENSORS if name != "empty")
+    assert mapped.under("ha") == ["half"]
     assert "nothing" not in mapped
     with pytest.raises(UserError, match="no tensor nothing"):
         mapped.read("nothing")
+
+
+def test_what_outlives_a_power_loss_is_on_the_disk_before_it_has_its_name_and_scratch_is_not_waited_for(
+    tmp_path, monkeypatch
+):
+    flushed, fsync, path = [], os.fsync, tmp_path / "t.safetensors"
+    monkeypatch.setattr(os, "fsync", lambda number: (fsync(number), flushed.append(path.exists())))
+    files.save_tensors(path, {"a": mx.ones((2,))})
+    assert flushed == [False]
+    files.save_tensors(path, {"a": mx.zeros((2,))}, durable=False)
+    assert flushed == [False]
+    assert same_bits(files.MappedTensors(path).read("a"), mx.zeros((2,)))
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_bytes_that_lie_there_are_taken_as_they_are(monkeypatch):
+    array = mx.arange(6, dtype=mx.float32).reshape(2, 3)
+    mx.eval(array)
+    monkeypatch.setattr(mx, "eval", None)
+    assert bytes(files.raw_bytes(array)) == np.arange(6, dtype=np.float32).tobytes()
 
 
 def test_tensors_may_be_written_in_any_order(tmp_path):

@@ -76,3 +76,42 @@ def test_a_tight_limit_keeps_scheduled_operations_from_piling_up():
         bound = peak()
     assert bound <= 4 << 20
     assert bound <= free
+
+
+MIB, GIB = 1 << 20, 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("budget", "metal", "expected"),
+    [
+        (None, False, limits.Limits(None, None, 64 * MIB, 0)),
+        (0, False, limits.Limits(0, 1, 64 * MIB, 0)),
+        (32 * GIB, False, limits.Limits(32 * GIB, 30 * GIB, 64 * MIB, 0)),
+        (None, True, limits.Limits(None, None, 2 * GIB, 256 * MIB)),
+        (0, True, limits.Limits(0, 1, 64 * MIB, 256 * MIB)),
+        (100 * MIB, True, limits.Limits(100 * MIB, 1, 64 * MIB, 256 * MIB)),
+        (GIB, True, limits.Limits(GIB, 824 * MIB, 128 * MIB, 256 * MIB)),
+        (32 * GIB, True, limits.Limits(32 * GIB, 30 * GIB, 2 * GIB, 256 * MIB)),
+    ],
+)
+def test_what_a_budget_comes_to_on_either_backend(budget, metal, expected):
+    assert limits.of(budget, metal) == expected
+
+
+@pytest.mark.parametrize("metal", [False, True])
+@pytest.mark.parametrize("scratch", [0, 100 * MIB, 300 * MIB, GIB])
+def test_running_ahead_and_what_is_scheduled_beyond_stay_within_what_the_work_was_measured_to_take(scratch, metal):
+    ahead = limits.ahead(scratch, metal)
+    assert 0 <= ahead <= scratch // 2
+    assert ahead + min(scratch, limits.COMMAND_BUFFER if metal else scratch // 2) <= scratch
+
+
+def test_what_is_in_force_follows_the_budget_and_the_backend(monkeypatch):
+    limits.bound(GIB)
+    assert limits.in_force() == limits.of(GIB, False)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    assert limits.in_force() == limits.of(GIB, True)
+    limits.bound(GIB)
+    assert limit() == 824 * MIB
+    limits.bound(None)
+    assert limits.in_force() == limits.of(None, True)

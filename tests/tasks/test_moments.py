@@ -1,5 +1,6 @@
 """Where the optimizer's moments are kept, and when they move."""
 
+import os
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -88,3 +89,8 @@ def test_they_may_move_before_the_first_update(tmp_path):
     moments = Moments(tmp_path / "m")
     moments.settle(reader(None), TREE)
     assert (moments.directory, moments.blocks) == (None, [])
+
+
+def test_files_of_moments_are_scratch_and_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", None)
+    assert_as_drawn(filled(tmp_path / "m"))

@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import pytest
 
-from mlx_blockskip.engine import philox
+from mlx_blockskip.engine import limits, philox
 from mlx_blockskip.settings import TrainSettings
 from mlx_blockskip.tasks.train.checkpoints import State
 from mlx_blockskip.tasks.train.moments import Moments
@@ -120,3 +120,15 @@ def test_a_step_is_computed_when_it_is_over():
     before = mx.get_active_memory()
     mx.eval(state.tree, [state.moments.get(block) for block in BLOCKS])
     assert mx.get_active_memory() == before
+
+
+def test_the_norm_has_the_bits_of_one_sum_after_the_other_and_holds_the_squares_of_one_block():
+    grads = {block: {"a": mx.array(philox.normal(9, block, shape=(256, 256)))} for block in range(30)}
+    mx.eval(grads)
+    expected = sum(float(mx.sum(mx.square(own["a"]))) for own in grads.values()) ** 0.5
+    mx.set_cache_limit(0)
+    with limits.tight():
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        assert global_norm(grads) == expected
+        assert mx.get_peak_memory() - before < 3 * grads[0]["a"].nbytes

@@ -1,7 +1,7 @@
 """What MLX memory a run may take."""
 
 from mlx_blockskip.engine import limits
-from mlx_blockskip.engine.limits import Machine
+from mlx_blockskip.engine.limits import Limits, Machine
 from mlx_blockskip.options import parse_size
 from mlx_blockskip.tasks.defaults import ANY
 
@@ -36,3 +36,18 @@ def automatic(machine: Machine) -> int:
     quarters of all there is.
     """
     return machine.memory * 3 // 4 if machine.recommended is None else machine.recommended * 4 // 5
+
+
+def described(limits: Limits) -> str:
+    """What MLX keeps to, in a sentence."""
+    kept = f"up to {_size(limits.cache)} of freed buffers are kept"
+    if limits.budget is None:
+        return f"No memory budget; {kept}"
+    if limits.budget == LEAST:
+        return f"Memory budget 0, the least that is possible; {kept}"
+    free = f"; blocks that stay in memory leave {_size(limits.free)} free" if limits.free else ""
+    return f"Memory budget {_size(limits.budget)}: MLX waits at {_size(limits.memory or 0)}; {kept}{free}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

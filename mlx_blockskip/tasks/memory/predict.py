@@ -16,7 +16,7 @@ from mlx_blockskip import lora
 from mlx_blockskip.blockskip import records, residuals
 from mlx_blockskip.blockskip.plan import SkipPlan
 from mlx_blockskip.blockskip.records import Layout
-from mlx_blockskip.engine import planner, sweep
+from mlx_blockskip.engine import memory, planner, sweep
 from mlx_blockskip.engine.planner import Cost
 from mlx_blockskip.engine.reader import BlockReader
 from mlx_blockskip.engine.stack import Modulation, arrays
@@ -83,9 +83,9 @@ class Tracer:
         self._factors: dict[str, dict[str, mx.array]] = {}
         self._fewer: list[Tracer] | None = None
         model.release()
-        floor = mx.get_active_memory()
+        floor = memory.settled()
         self._embed()
-        self.embedders = mx.get_active_memory() - floor
+        self.embedders = memory.settled() - floor
         self._modulation: dict[str, Modulation] = {
             kind: sweep.modulations(self.stack, self.reader, [self.sample.context], [index])[0].get(index)
             for kind, index in self.first.items()
@@ -231,10 +231,10 @@ class Tracer:
 
     def _head_bytes(self) -> int:
         """What the head takes, once a step, and what a record gives beside the entry."""
-        before = mx.get_active_memory()
+        before = memory.settled()
         velocity = self.model.final_layer(self.sample.state, self.sample.context, self.head)
         mx.eval(velocity)
-        found = mx.get_active_memory() - before + 2 * velocity.nbytes
+        found = memory.settled() - before + 2 * velocity.nbytes
         self.model.release()
         return found + self.state
 
@@ -265,7 +265,7 @@ def images(model: DiffusionModel, width: int, height: int, *, decoding: bool) ->
     """One image through the VAE.
 
     Where it works in strips, its maps are made as large as they are and a few strips of each are filled. A VAE that
-    keeps no large maps has nothing to leave out: a large image is traced at two smaller sizes, and bytes and seconds are
+    keeps no large maps has nothing to leave out: a large image is traced at two smaller sizes, and what it takes is
     carried along the line through them.
     """
     least = model.size_multiple

@@ -27,6 +27,10 @@ class Moments:
             shutil.rmtree(directory, ignore_errors=True)
 
     @property
+    def in_memory(self) -> bool:
+        return self.directory is None
+
+    @property
     def blocks(self) -> list[int]:
         return sorted(self._blocks)
 
@@ -49,7 +53,7 @@ class Moments:
         if self.directory is None:
             self._held[block] = moments
         else:
-            files.save_tensors(self._file(block), flat(moments))
+            files.save_tensors(self._file(block), flat(moments), durable=False)
 
     def into_memory(self) -> None:
         """From now on they stay in memory."""

@@ -24,15 +24,21 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def global_norm(grads: Grads) -> float:
-    """Euclidean norm over all gradients, in float32."""
-    squares = (mx.sum(mx.square(g.astype(mx.float32))) for tree in grads.values() for g in tree.values())
+    """Euclidean norm over all gradients, in float32. The device is waited for once."""
+    squares: list[mx.array] = []
+    for tree in grads.values():
+        own = [mx.sum(mx.square(g.astype(mx.float32))) for g in tree.values()]
+        mx.async_eval(own)  # a block at a time, as MLX would have the squares of many gradients in memory at once
+        squares += own
+    mx.eval(squares)
     return math.sqrt(sum(float(square) for square in squares))
 
 
 def update(state: State, grads: Grads, config: TrainConfig, norm: float) -> None:
     """One AdamW step (bias-corrected), block by block; `grads` is emptied. `state.step` is left to the caller.
 
-    The state is never half-updated: a Ctrl-C waits.
+    The state is never half-updated: a Ctrl-C waits. The device is waited for once where the moments are in memory, and
+    twice a block where they are read from files and written again.
     """
     factor = min(1.0, config.clip / (norm + 1e-6)) if config.clip > 0 else 1.0
     rate = learning_rate(config, state.step)
@@ -48,7 +54,9 @@ def update(state: State, grads: Grads, config: TrainConfig, norm: float) -> None
             scaled = {name: g * factor for name, g in own.items()} if factor < 1 else own
             updated = adam.apply_gradients({name: scaled[name] for name in parameters}, parameters)
             moments: dict[str, Any] = {name: dict(adam.state[name]) for name in parameters}
-            mx.eval(updated, moments)
+            (mx.async_eval if state.moments.in_memory else mx.eval)(updated, moments)
             state.tree = {**state.tree, block: updated}
             state.moments.put(block, moments)
+        if state.moments.in_memory:
+            mx.eval(state.tree, [state.moments.get(block) for block in state.tree])
         state.updates += 1

@@ -67,7 +67,10 @@ def encode_images(samples: TrainingSamples, batches: range, path: Path) -> None:
     ]
     known: dict[tuple[int, Patch], Posterior] = {}
     count, release = len(batches) * shape[0], samples.model.release
-    with phase("encode images", count, "image", release=release) as track, files.SafetensorsWriter(path, entries) as w:
+    with (
+        phase("encode images", count, "image", release=release) as track,
+        files.SafetensorsWriter(path, entries, durable=False) as w,
+    ):
         for done, batch in enumerate(batches, 1):
             draws = [samples.draw(k) for k in samples.samples(batch)]
             x0 = mx.concatenate([_latents(samples, draw, known) for draw in draws]).astype(mx.float32)

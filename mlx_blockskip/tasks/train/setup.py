@@ -59,7 +59,7 @@ def encode_captions(config: TrainConfig, model: DiffusionModel, captions: Sequen
     with phase("encode prompts", len(captions), "prompt") as track:
         encoded = model.encode_prompts(captions, config.max_sequence_length)
         named = {f"{i}.{key}": v for i, prompt in enumerate(encoded.prompts) for key, v in prompt.items()}
-        files.save_tensors(store, named)
+        files.save_tensors(store, named, durable=False)
         track.step(len(captions))
     for caption, cut in zip(captions, encoded.truncated, strict=True):
         if cut:

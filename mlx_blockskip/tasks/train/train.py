@@ -11,7 +11,7 @@ from pathlib import Path
 from mlx_blockskip import lora
 from mlx_blockskip.blockskip.patches import coverage
 from mlx_blockskip.data import load_dataset
-from mlx_blockskip.engine import owned
+from mlx_blockskip.engine import limits, owned
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.locks import lock
 from mlx_blockskip.events import Event, Note, Saved, Warning, as_record, emit, listening
@@ -22,6 +22,7 @@ from mlx_blockskip.tasks.checkpoint.adapters import TENSORS, save_adapter
 from mlx_blockskip.tasks.checkpoint.resolve import open_named
 from mlx_blockskip.tasks.defaults import train_config
 from mlx_blockskip.tasks.memory.check import budget_of, check_training
+from mlx_blockskip.tasks.memory.limit import described
 from mlx_blockskip.tasks.memory.trace import traced
 from mlx_blockskip.tasks.skipping.choice import even_plan, known_plan, probed_plan
 from mlx_blockskip.tasks.train import checkpoints
@@ -55,6 +56,7 @@ def train(settings: TrainSettings) -> TrainResult:
         emit(Warning(text))
     model = open_named(settings.model, budget_of(settings.memory_budget))
     config = train_config(settings, model, [example.caption for example in dataset.examples])
+    emit(Note(described(limits.in_force())))
     plan = known_plan(settings, model)
     ample = check_training(config, model, plan or even_plan(settings, model))
     with lock(directory / ".lock"):
