@@ -124,20 +124,26 @@ def test_generation_takes_what_is_predicted(request, tmp_path, monkeypatch, name
     assert_predicted(check.generation_phases(config, model, count), measured, ("generate",))
 
 
-def test_images_beyond_the_traced_sizes_follow_the_line(tiny_flux, monkeypatch):
+@pytest.mark.parametrize("in_strips", [False, True])
+def test_images_beyond_the_traced_sizes_follow_the_line(tiny_flux, monkeypatch, in_strips):
     traced = []
 
     def image(model, width, height, decoding):
         traced.append((width, height))
-        return 1000 + 3 * width * height, 2e-6 * width * height
+        taken = predict.Phase("decode", 1000 + 3 * width * height, seconds=2e-6 * width * height)
+        return taken, in_strips
 
     monkeypatch.setattr(predict, "_image", image)
     model = open_model(tiny_flux, 0)
-    assert predict.images(model, 128, 96, decoding=True).peak == 1000 + 3 * 128 * 96
-    large = predict.images(model, 1024, 768, decoding=True)
-    assert traced == [(128, 96), *((side, side) for side in predict.TRACED_SIDES)]
-    assert large.peak == pytest.approx(1000 + 3 * 1024 * 768, abs=1)
-    assert large.seconds == pytest.approx(2e-6 * 1024 * 768)
+    least = (model.size_multiple, model.size_multiple)
+    sides = predict.TRACED_STRIPS if in_strips else predict.TRACED_SIDES
+    width, height = sides[1], sides[1] // 2
+    assert predict.images(model, width, height, decoding=True).peak == 1000 + 3 * width * height
+    assert traced == [least, (width, height)], "an image of a size that can be traced is traced as it is"
+    large = predict.images(model, 2048, 1536, decoding=True)
+    assert traced[2:] == [least, *((side, side) for side in sides)]
+    assert large.peak == pytest.approx(1000 + 3 * 2048 * 1536, abs=1)
+    assert large.seconds == pytest.approx(2e-6 * 2048 * 1536)
 
 
 def test_training_that_cannot_fit_is_refused_before_it_begins_and_what_it_names_fits(tiny_flux, tmp_path):
