@@ -157,7 +157,8 @@ def reading(workshop: Workshop, disk: float | None) -> Speed:
     path, elements = workshop.place("block.safetensors"), 32 << 20
     mx.save_safetensors(str(path), {"weight": mx.zeros((elements,), mx.bfloat16)})
     cached = seconds_of(lambda: list(files.load_lazily(path).values()))
-    seconds = max(cached, 2 * elements / (disk or machine.disk_speed()))
+    disk = disk or machine.disk_speed()
+    seconds = max(cached, 2 * elements / disk) if disk else cached
     path.unlink()
     return Speed("reading", f"{2 * elements >> 20} MiB", seconds, 2 * elements / seconds / 1e9, "GB/s")
 

@@ -117,7 +117,13 @@ def convolved(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 def product_error(_: Workshop) -> float:
     """A product of float32 against float64."""
     a, b = (philox.normal(SEED, i, shape=(PRODUCT, PRODUCT)) for i in (8, 9))
-    return difference(as_numpy(mx.array(a) @ mx.array(b)), a.astype(np.float64) @ b.astype(np.float64))
+    found = multiplied(mx.array(a), mx.array(b))
+    return difference(as_numpy(found), a.astype(np.float64) @ b.astype(np.float64))
+
+
+def multiplied(a: mx.array, b: mx.array) -> mx.array:
+    """MLX's own product."""
+    return a @ b
 
 
 def _trials() -> list[Trial]:
@@ -131,7 +137,7 @@ def _trials() -> list[Trial]:
         found += [
             Trial(f"{name}: with = without gradient", partial(fused_error, dim), 0, unit, FUSED, quick=True),
             Trial(f"{name}: output", partial(forward_error, dim), 0.01, unit, ATTENTION, quick=True),
-            Trial(f"{name}: gradient", partial(gradient_error, dim), 0.02, unit, ATTENTION, quick=True),
+            Trial(f"{name}: gradient", partial(gradient_error, dim), 0.03, unit, ATTENTION, quick=True),
         ]
     return found
 

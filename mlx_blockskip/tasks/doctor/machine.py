@@ -30,8 +30,9 @@ PATIENCE = 5.0
 @dataclass(frozen=True)
 class Machine:
     """memory, recommended (by Metal for one program; None elsewhere), budget (--memory-budget auto), disk_free: bytes.
-    disk_speed: bytes a second, None where it was not measured. translated: Python runs under Rosetta. power: mains,
-    battery or unknown. logged_in: whether there is a token of the Hub. environment: VARIABLES that are set.
+    disk_speed: bytes a second, None where it was not measured. translated: Python runs under Rosetta. gpu: Metal's name
+    of its architecture. power: mains, battery or unknown. logged_in: whether there is a token of the Hub. environment:
+    VARIABLES that are set.
     """
 
     chip: str
@@ -44,11 +45,17 @@ class Machine:
     python: str
     mlx: str
     device: str
+    gpu: str
     power: str
     disk_free: int
     disk_speed: float | None
     logged_in: bool
     environment: dict[str, str]
+
+    @property
+    def computes_on(self) -> str:
+        """What MLX computes on."""
+        return f"{self.device} {self.gpu}".strip()
 
 
 def examine(*, disk: bool) -> Machine:
@@ -65,6 +72,7 @@ def examine(*, disk: bool) -> Machine:
         python=platform.python_version(),
         mlx=version("mlx"),
         device="GPU" if mx.metal.is_available() else "CPU",
+        gpu=str(mx.device_info().get("architecture", "")) if mx.metal.is_available() else "",
         power=power(),
         disk_free=files.free_space(cache_directory()),
         disk_speed=disk_speed() if disk else None,
@@ -112,17 +120,20 @@ def logged_in() -> bool:
     return get_token() is not None
 
 
-def disk_speed() -> float:
-    """Bytes a second that are read where converted models are kept."""
+def disk_speed() -> float | None:
+    """Bytes a second that are read where converted models are kept, or else where temporary files are; None where
+    neither can be written.
+    """
     from mlx_blockskip.tasks.estimate import disk_speed
 
-    place = next(path for path in (cache_directory(), *cache_directory().parents) if path.is_dir())
-    try:
-        with tempfile.TemporaryDirectory(dir=place) as directory:
-            return disk_speed(Path(directory))
-    except PermissionError:
-        with tempfile.TemporaryDirectory() as directory:
-            return disk_speed(Path(directory))
+    near = next(path for path in (cache_directory(), *cache_directory().parents) if path.is_dir())
+    for place in (near, Path(tempfile.gettempdir())):
+        try:
+            with tempfile.TemporaryDirectory(dir=place) as directory:
+                return disk_speed(Path(directory))
+        except OSError:
+            continue
+    return None
 
 
 def asked(*command: str) -> str | None:
@@ -167,7 +178,7 @@ def table(machine: Machine) -> Table:
         "system": machine.system,
         "architecture": f"{machine.architecture}, {'translated' if machine.translated else 'native'}",
         "Python, MLX": f"{machine.python}, {machine.mlx}",
-        "MLX computes on": machine.device,
+        "MLX computes on": machine.computes_on,
         "power": machine.power,
         "disk": f"{memory(machine.disk_free)} free, {speed}",
         "logged in to the Hub": "yes" if machine.logged_in else "no",

@@ -22,7 +22,7 @@ SEED, NOISE = 11, 1
 TEXT, TRANSFORMER, ENCODE, DECODE = "text encoders", "transformer", "VAE encoding", "VAE decoding"
 PARTS = (TEXT, TRANSFORMER, ENCODE, DECODE)
 
-BOUNDS = {"float32": 1e-3, "bfloat16": 0.03}
+BOUNDS = {"float32": 1e-3, "bfloat16": 0.05}
 """In parts of the reference's rms. Rounding to bfloat16 on the CPU backend comes to 0.4 to 1.2 %."""
 
 EXACT = "On another processor only last digits differ. "

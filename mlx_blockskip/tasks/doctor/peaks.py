@@ -19,6 +19,9 @@ MIB = 2**20
 RESERVE = 200.0
 """MiB by which MLX may go over the CPU backend's figure: a command buffer of Metal keeps what it touches."""
 
+NOISE = 40.0
+"""MiB between two runs of the same work: outputs that are there a moment longer by chance."""
+
 PREDICTED = (
     "A block takes more memory than is predicted for it, so a run may be let through that does not fit. Give "
     "--memory-budget a smaller size than the machine has, and report it."
@@ -91,8 +94,8 @@ def _first(of: Hollow) -> tuple[int, dict[str, mx.array]]:
 
 
 def over_prediction(workshop: Workshop) -> float:
-    """The measured peak in parts of the predicted one."""
-    return measured(workshop) / predicted(workshop)
+    """MiB above what is predicted."""
+    return (measured(workshop) - predicted(workshop)) / MIB
 
 
 def over_reference(workshop: Workshop) -> float:
@@ -101,7 +104,7 @@ def over_reference(workshop: Workshop) -> float:
 
 
 TRIALS = (
-    Trial("peak of a block: measured / predicted", over_prediction, 1.15, "", PREDICTED),
+    Trial("peak of a block: above the predicted", over_prediction, NOISE, "MiB", PREDICTED),
     Trial("peak of a block: above the CPU's", over_reference, RESERVE, "MiB", STORED),
 )
 

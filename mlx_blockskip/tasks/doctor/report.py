@@ -42,7 +42,7 @@ class Report:
         counts = [f"{len(self.with_status(status))} {status}" for status in (PASSED, FAILED, SKIPPED)]
         lines = [
             f"mlx-blockskip {__version__}, mlx {machine.mlx}, Python {machine.python}",
-            f"{machine.system}, {machine.chip}, {machine.device}{', TRANSLATED' if machine.translated else ''}",
+            f"{machine.system}, {machine.chip}, {machine.computes_on}{', TRANSLATED' if machine.translated else ''}",
             f"{memory(machine.memory)}{recommended}, budget {memory(machine.budget)}",
             *(f"{name}={value}" for name, value in machine.environment.items()),
             f"checks: {', '.join(counts)}",

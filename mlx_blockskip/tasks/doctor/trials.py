@@ -11,10 +11,6 @@ from mlx_blockskip.tasks.doctor.workshop import Workshop
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 
 
-class Skip(Exception):  # noqa: N818
-    """Raised by a trial that says nothing here; the text is why."""
-
-
 @dataclass(frozen=True)
 class Trial:
     """measure: `workshop -> value`. unit: of value and bound. means: what a failure means, and what to do. quick:
@@ -59,8 +55,6 @@ def hold(trial: Trial, workshop: Workshop) -> Check:
         with unheard():
             value = float(trial.measure(workshop))
         status = PASSED if value <= trial.bound else FAILED
-    except Skip as reason:
-        note, status = str(reason), SKIPPED
     except Exception as error:
         note = f"{type(error).__name__}: {' '.join(str(error).split())}"
     if value is not None and not math.isfinite(value):
@@ -69,7 +63,13 @@ def hold(trial: Trial, workshop: Workshop) -> Check:
     return Check(trial.name, status, value, trial.bound, trial.unit, trial.means, seconds, note)
 
 
+def skipped(trial: Trial, why: str) -> Check:
+    """The check of a trial that is not held."""
+    return Check(trial.name, SKIPPED, None, trial.bound, trial.unit, trial.means, 0.0, why)
+
+
 def table(checks: Sequence[Check]) -> Table:
-    """The checks for a person."""
-    rows = tuple((check.name, check.status, check.found, f"{check.seconds:.1f}") for check in checks)
+    """The checks for a person, without those that were skipped."""
+    held = [check for check in checks if check.status != SKIPPED]
+    rows = tuple((check.name, check.status, check.found, f"{check.seconds:.1f}") for check in held)
     return Table("Self-test", ("check", "status", "value", "s"), rows)
