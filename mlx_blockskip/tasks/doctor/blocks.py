@@ -16,11 +16,11 @@ from mlx_blockskip.tasks.doctor.rates import Rates
 from mlx_blockskip.tasks.doctor.workshop import Workshop
 
 BITS, PRECISION = 4, "4 bit"
-SHARES = (1.0, 0.5, 0.25)
+SHARES = (1.0, 0.5, 0.25, 0.125)
 """Of a sample's sides and text, where the whole would take too long."""
 
 RUNS = 3
-BLOCK_SECONDS = 12.0
+BLOCK_SECONDS = 20.0
 """That the runs of one block may take."""
 
 OVERHEAD = 1.5
