@@ -24,11 +24,11 @@ from mlx_blockskip.tasks.doctor import fits
 from mlx_blockskip.tasks.estimate import Estimate
 
 
-def peaks(rows: list[Estimate]) -> dict[str, dict[str, int]]:
-    """By precision and by share of skipped blocks, in bytes."""
-    found: dict[str, dict[str, int]] = {}
+def peaks(rows: list[Estimate]) -> dict[str, dict[str, dict[str, int]]]:
+    """By precision, by share of skipped blocks, and by phase, in bytes."""
+    found: dict[str, dict[str, dict[str, int]]] = {}
     for row in rows:
-        found.setdefault(row.precision, {})[f"{row.ratio:g}"] = row.peak
+        found.setdefault(row.precision, {})[f"{row.ratio:g}"] = {phase.name: phase.peak for phase in row.phases}
     return found
 
 

@@ -12,19 +12,20 @@ from typer.testing import CliRunner
 
 from mlx_blockskip import doctor
 from mlx_blockskip.cli import app
-from mlx_blockskip.engine import files
+from mlx_blockskip.engine import files, philox
 from mlx_blockskip.events import Note, Step, Table, Warning
 from mlx_blockskip.models import attention as seam
-from mlx_blockskip.models.vae import strips
 from mlx_blockskip.tasks.doctor import checks, fits, kernels, machine, networks, peaks, runs
 from mlx_blockskip.tasks.doctor.trials import FAILED, PASSED, SKIPPED, Trial, hold
-from mlx_blockskip.tasks.doctor.workshop import Workshop, references_path
+from mlx_blockskip.tasks.doctor.workshop import Workshop, as_numpy, references_path
+from support import winograd
 
 TOKEN = "hf_abcdefghijklmnop"
 BY_NAME = {trial.name: trial for trial in checks.TRIALS}
 FINE = Trial("fine", lambda _: 0.5, 1.0, "parts", "nothing", quick=True)
 SLOW = Trial("slow", lambda _: 0.5, 1.0, "parts", "nothing")
 WRONG = Trial("wrong", lambda _: 1.5, 1.0, "parts", "something is wrong; mend it", quick=True)
+PHASES = dict.fromkeys((*fits.TRAINING, *fits.DRAWING), 1 << 20)
 
 SCHEMA = {
     "": {"format", "version", "healthy", "machine", "fits", "checks", "bench", "seconds"},
@@ -33,7 +34,7 @@ SCHEMA = {
         *("device", "gpu", "power", "disk_free", "disk_speed", "logged_in", "environment"),
     },
     "checks": {"name", "status", "value", "bound", "unit", "means", "seconds", "note"},
-    "fits": {"model", "precision", "peaks", "fits"},
+    "fits": {"model", "precision", "ratio", "phases", "fits"},
 }
 
 
@@ -77,13 +78,20 @@ def spoilt_product(monkeypatch):
 
 
 def spoilt_convolution(monkeypatch):
-    """Winograd's F(2 x 2, 3 x 3) would be too kind: the least that it was emulated to be off by."""
+    """What Metal computes by Winograd's algorithm."""
 
-    def noisy(*arguments):
-        y = strips.conv2d(*arguments)
-        return y * (1 + 0.02 * mx.random.normal(y.shape, key=mx.random.key(0))).astype(y.dtype)
+    def convolved(weights, name, x):
+        return mx.array(winograd.convolved(as_numpy(x), as_numpy(weights[f"{name}.weight"])))
 
-    monkeypatch.setattr(kernels, "conv2d", noisy)
+    monkeypatch.setattr(kernels, "conv2d", convolved)
+
+
+def test_winograd_is_emulated_rightly():
+    """Without rounding it is the convolution."""
+    x, weight = philox.normal(0, 1, shape=(1, 17, 20, 4)), philox.normal(0, 2, shape=(5, 3, 3, 4))
+    found = winograd.convolved(x.astype(np.float64), weight.astype(np.float64), keep=lambda x: x)
+    assert np.allclose(found, kernels.convolved(x, weight), atol=1e-4)
+    assert np.array_equal(winograd.bfloat16(x), np.array(mx.array(x).astype(mx.bfloat16).astype(mx.float32)))
 
 
 def spoilt_first_attention(monkeypatch):
@@ -206,7 +214,7 @@ class TestTheCommand:
         assert max(map(len, pasted.splitlines())) <= 100
 
     def test_json_is_one_document_of_a_fixed_shape(self, held, monkeypatch):
-        monkeypatch.setattr(fits, "read", lambda: {"backend": "b", "models": {"m": {"bf16": {"0.5": 1}}}})
+        monkeypatch.setattr(fits, "read", lambda: {"backend": "b", "models": {"m": {"bf16": {"0.5": PHASES}}}})
         held(FINE, WRONG)
         document = json.loads(invoke("--quick", "--json").stdout)
         assert set(document) == SCHEMA[""]

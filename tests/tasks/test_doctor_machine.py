@@ -42,18 +42,30 @@ class TestTheMachine:
         assert machine.advice(replace(found, translated=False, power="mains", logged_in=True)) == []
 
 
+def phases(train: int, decode: int) -> dict[str, int]:
+    """Bytes of every phase, in GiB."""
+    small = dict.fromkeys((*fits.TRAINING, *fits.DRAWING), 1 << 20)
+    return {**small, "train": train << 30, "decode": decode << 30}
+
+
 class TestWhatFits:
-    MODELS = {"small": {"bf16": {"0": 2 << 30, "0.5": 1 << 30}}, "large": {"4 bit": {"0.5": 30 << 30}}}  # noqa: RUF012
+    MODELS = {  # noqa: RUF012
+        "small": {"bf16": {"0": phases(4, 1), "0.5": phases(1, 1)}},
+        "large": {"4 bit": {"0.5": phases(1, 2)}},
+    }
 
-    def test_is_judged_with_a_margin(self):
-        small, large = fits.judged(self.MODELS, 2 << 30)
-        assert small.fits == {"0": False, "0.5": True}
-        assert large.fits == {"0.5": False}
+    def test_is_judged_by_the_largest_phase_with_a_margin(self):
+        whole, half, large = fits.judged(self.MODELS, 2 << 30)
+        assert (whole.model, whole.precision, whole.ratio, whole.fits) == ("small", "bf16", 0.0, False)
+        assert half.fits
+        assert not large.fits, "2 of 2 GiB leave no margin"
 
-    def test_what_does_not_fit_or_is_not_known_is_marked(self):
+    def test_a_row_a_model_and_precision(self):
         table = fits.table(fits.judged(self.MODELS, 2 << 30), 2 << 30, "the CPU backend")
-        assert table.columns == ("model", "weights", "0%", "50%")
-        assert table.rows == (("small", "bf16", "(2.00)", "1.00"), ("large", "4 bit", "-", "(30.00)"))
+        assert table.columns == ("model", "weights", "train, 0%", "train, 50%", "generate", "fits 2.0 GiB")
+        assert table.rows == (
+            ("small", "bf16", "4.00", "1.00", "1.00", "yes"), ("large", "4 bit", "-", "1.00", "2.00", "no")
+        )  # fmt: skip
 
     def test_without_a_file_there_is_no_table(self, monkeypatch, tmp_path):
         monkeypatch.setattr(fits, "path", lambda: tmp_path / "none.json")
@@ -65,5 +77,7 @@ class TestWhatFits:
         assert set(stored) <= set(presets.folders())
         for precisions in stored.values():
             assert set(precisions) == {"bf16", "8 bit", "4 bit"}
-            assert all(set(peaks) == {"0", "0.3", "0.4", "0.5"} for peaks in precisions.values())
-            assert all(1 << 28 < peak < 1 << 34 for peaks in precisions.values() for peak in peaks.values())
+            for ratios in precisions.values():
+                assert set(ratios) == {"0", "0.3", "0.4", "0.5"}
+                assert all(set(phases) == {*fits.TRAINING, *fits.DRAWING} for phases in ratios.values())
+                assert all(1 << 24 < peak < 1 << 34 for phases in ratios.values() for peak in phases.values())

@@ -3,7 +3,7 @@
 The file is made by examples/bench/fits.py, because tracing takes minutes a model. It may lack models.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,17 +15,31 @@ from mlx_blockskip.tasks.memory.limit import fits
 
 GIB = 2**30
 
+Models = Mapping[str, Mapping[str, Mapping[str, Mapping[str, int]]]]
+"""Bytes by model, precision, share of skipped blocks and phase."""
+
+
+DRAWING = ("encode prompts", "generate", "decode")
+"""The phases of `generate`; a training run has all the others, and prompts too."""
+
+TRAINING = ("encode prompts", "encode images", "precompute", "train")
+
 
 @dataclass(frozen=True)
 class Fit:
-    """A model in a precision. peaks: the least MLX memory of a whole run, bytes, by share of skipped blocks ("0.5").
-    fits: whether each fits the automatic budget, with the margin of what is chosen for a user.
+    """A model in a precision with a share of its blocks skipped. phases: the least MLX memory of each, in bytes.
+    fits: whether all of them fit the automatic budget, with the margin of what is chosen for a user.
     """
 
     model: str
     precision: str
-    peaks: dict[str, int]
-    fits: dict[str, bool]
+    ratio: float
+    phases: dict[str, int]
+    fits: bool
+
+    def peak(self, phases: Sequence[str]) -> int:
+        """Bytes of the largest of these phases."""
+        return max(self.phases[name] for name in phases)
 
 
 def path() -> Path:
@@ -34,32 +48,34 @@ def path() -> Path:
 
 
 def read() -> dict[str, Any]:
-    """backend, mlx: what the figures were traced on; models: peaks by name, precision and ratio. None without it."""
+    """backend, mlx: what the figures were traced on; models: `Models`. None without it."""
     return files.read_json(path()) if path().is_file() else {"backend": "-", "mlx": "-", "models": {}}
 
 
-def judged(models: Mapping[str, Mapping[str, Mapping[str, int]]], budget: int) -> tuple[Fit, ...]:
-    """Every stored model and precision against a budget in bytes."""
+def judged(models: Models, budget: int) -> tuple[Fit, ...]:
+    """Everything that is stored against a budget in bytes."""
     return tuple(
-        Fit(model, precision, dict(peaks), {ratio: fits(peak, budget) for ratio, peak in peaks.items()})
+        Fit(model, precision, float(ratio), dict(phases), fits(max(phases.values()), budget))
         for model, precisions in models.items()
-        for precision, peaks in precisions.items()
+        for precision, ratios in precisions.items()
+        for ratio, phases in ratios.items()
     )
 
 
 def table(found: tuple[Fit, ...], budget: int, traced_on: str) -> Table:
-    """The least peaks for a person; what does not fit is in brackets."""
-    ratios = sorted({ratio for fit in found for ratio in fit.peaks}, key=float)
+    """The least peaks for a person, a row a model and precision."""
+    ratios = sorted({fit.ratio for fit in found})
+    rows: dict[tuple[str, str], dict[float, Fit]] = {}
+    for fit in found:
+        rows.setdefault((fit.model, fit.precision), {})[fit.ratio] = fit
 
-    def cell(fit: Fit, ratio: str) -> str:
-        if ratio not in fit.peaks:
-            return "-"
-        peak = f"{fit.peaks[ratio] / GIB:.2f}"
-        return peak if fit.fits[ratio] else f"({peak})"
+    def row(fits: dict[float, Fit]) -> tuple[str, ...]:
+        training = [f"{fits[r].peak(TRAINING) / GIB:.2f}" if r in fits else "-" for r in ratios]
+        least = fits[max(fits)]
+        return (*training, f"{least.peak(DRAWING) / GIB:.2f}", "yes" if least.fits else "no")
 
     return Table(
-        f"Least peak of MLX memory, GiB, by share of skipped blocks (traced on {traced_on}; in brackets what does not "
-        f"fit {budget / GIB:.1f} GiB)",
-        ("model", "weights", *(f"{float(ratio):.0%}" for ratio in ratios)),
-        tuple((fit.model, fit.precision, *(cell(fit, ratio) for ratio in ratios)) for fit in found),
+        f"Least peak of MLX memory, GiB, by share of skipped blocks (traced on {traced_on})",
+        ("model", "weights", *(f"train, {ratio:.0%}" for ratio in ratios), "generate", f"fits {budget / GIB:.1f} GiB"),
+        tuple((*key, *row(fits)) for key, fits in rows.items()),
     )
