@@ -1,6 +1,6 @@
 """Personalise large diffusion transformers on a Mac, in the memory of a small laptop (DiT-BlockSkip on MLX).
 
-from mlx_blockskip import convert, select, train, generate, evaluate, estimate, export, load
+from mlx_blockskip import convert, select, train, generate, evaluate, estimate, doctor, export, load
 """
 
 from typing import TYPE_CHECKING, Any
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from mlx_blockskip.engine.environment import prepare
 
 if TYPE_CHECKING:
-    from mlx_blockskip.api import convert, estimate, evaluate, export, generate, load, select, train
+    from mlx_blockskip.api import convert, doctor, estimate, evaluate, export, generate, load, select, train
 
-__all__ = ["convert", "estimate", "evaluate", "export", "generate", "load", "select", "train"]
+__all__ = ["convert", "doctor", "estimate", "evaluate", "export", "generate", "load", "select", "train"]
 __version__ = "0.1.0"
 
 prepare()

@@ -9,6 +9,7 @@ from mlx_blockskip.events import Listener, listening
 from mlx_blockskip.options import from_mapping
 from mlx_blockskip.settings import (
     ConvertSettings,
+    DoctorSettings,
     EstimateSettings,
     EvaluateSettings,
     ExportSettings,
@@ -21,6 +22,8 @@ from mlx_blockskip.tasks import generate as generate_task
 from mlx_blockskip.tasks.checkpoint import adapters
 from mlx_blockskip.tasks.checkpoint import convert as convert_task
 from mlx_blockskip.tasks.checkpoint.resolve import load
+from mlx_blockskip.tasks.doctor import doctor as doctor_task
+from mlx_blockskip.tasks.doctor.report import Report
 from mlx_blockskip.tasks.estimate import Estimate
 from mlx_blockskip.tasks.evaluate import evaluate as evaluate_task
 from mlx_blockskip.tasks.evaluate.evaluate import Evaluation
@@ -29,7 +32,7 @@ from mlx_blockskip.tasks.select.select import Selection
 from mlx_blockskip.tasks.train import train as train_task
 from mlx_blockskip.tasks.train.train import TrainResult
 
-__all__ = ["convert", "estimate", "evaluate", "export", "generate", "load", "select", "train"]
+__all__ = ["convert", "doctor", "estimate", "evaluate", "export", "generate", "load", "select", "train"]
 
 S = TypeVar("S")
 R = TypeVar("R")
@@ -74,6 +77,11 @@ def evaluate(
 def export(settings: ExportSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> Path:
     """Write an adapter for another tool; returns the file. Options: fields of ExportSettings."""
     return _run(adapters.export, ExportSettings, settings, options, on_event)
+
+
+def doctor(settings: DoctorSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> Report:
+    """Say what this machine is and test results on it; returns the report. Options: fields of DoctorSettings."""
+    return _run(doctor_task.doctor, DoctorSettings, settings, options, on_event)
 
 
 def _run(

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import sys
 import types
 import typing
@@ -12,7 +13,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 from mlx_blockskip import __version__, settings
-from mlx_blockskip.display import Json, Plain, drawn_by
+from mlx_blockskip.display import Json, Plain, Silent, drawn_by
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.options import merge, options_of
 
@@ -24,6 +25,7 @@ COMMANDS = {
     "estimate": settings.EstimateSettings,
     "evaluate": settings.EvaluateSettings,
     "export": settings.ExportSettings,
+    "doctor": settings.DoctorSettings,
 }
 TASKS = {
     "convert": "mlx_blockskip.tasks.checkpoint.convert",
@@ -33,8 +35,12 @@ TASKS = {
     "estimate": "mlx_blockskip.tasks.estimate",
     "evaluate": "mlx_blockskip.tasks.evaluate.evaluate",
     "export": "mlx_blockskip.tasks.checkpoint.adapters",
+    "doctor": "mlx_blockskip.tasks.doctor.doctor",
 }
 """The module that holds each command's function."""
+
+REPORTS = ("doctor",)
+"""Commands whose --json is one document, that of their result; their status is 1 where the result is not healthy."""
 
 INTERRUPTED = 130
 
@@ -81,7 +87,7 @@ def _command(name: str, cls: type) -> Callable[..., None]:
         parameters.append(_parameter(field.name, hints[field.name], default, field.metadata))
     extra: tuple[tuple[str, Any, Any, tuple[str, ...], str], ...] = (
         ("config", str | None, None, ("-c", "--config"), "YAML file with these settings; the command line wins."),
-        ("json_events", bool, False, ("--json",), "Print every event as a line of JSON."),
+        ("json_events", bool, False, ("--json",), _json_help(name)),
         ("debug", bool, False, ("--debug",), "Show the traceback of an error."),
     )
     for key, hint, default, flags, text in extra:
@@ -90,6 +96,10 @@ def _command(name: str, cls: type) -> Callable[..., None]:
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__doc__ = cls.__doc__
     return command
+
+
+def _json_help(name: str) -> str:
+    return "Print one JSON document and nothing else." if name in REPORTS else "Print every event as a line of JSON."
 
 
 def _parameter(name: str, hint: Any, default: Any, metadata: Any) -> inspect.Parameter:
@@ -114,8 +124,13 @@ def run(name: str, cls: type, given: dict[str, Any], config: str | None, as_json
     try:
         chosen: Any = merge(cls, config, given)
         task = getattr(importlib.import_module(TASKS[name]), name)
-        with drawn_by(Json() if as_json else _drawer()):
-            task(chosen)
+        report = name in REPORTS
+        with drawn_by((Silent() if report else Json()) if as_json else _drawer()):
+            result = task(chosen)
+        if report and as_json:
+            typer.echo(json.dumps(result.document(), indent=2, allow_nan=False))
+        if report and not result.healthy:
+            raise typer.Exit(1)
     except UserError as error:
         if debug:
             raise

@@ -159,3 +159,13 @@ class Json:
 
     def close(self) -> None:
         sys.stdout.flush()
+
+
+class Silent:
+    """Nothing at all."""
+
+    def draw(self, event: Event) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -104,3 +104,13 @@ def listening(listener: Listener | None) -> Iterator[None]:
         yield
     finally:
         _listeners.reset(token)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Inside, nobody is told anything: a task's work that another task does for reasons of its own."""
+    token = _listeners.set(())
+    try:
+        yield
+    finally:
+        _listeners.reset(token)

@@ -236,3 +236,13 @@ class ExportSettings:
     adapter_path: str = option("adapters", "Adapter directory.")
     format: str = option("diffusers", "Format.", choices=("diffusers",))
     output: str = option("pytorch_lora_weights.safetensors", "File to write.")
+
+
+@dataclass
+class DoctorSettings:
+    """Say what this machine is and what fits it, and test here that results are right. Run it first."""
+
+    quick: bool = option(False, "Only the tests that take a few seconds together.")
+    bench: bool = option(
+        False, "Also measure speeds, and predict the seconds of a training step of every known model (two minutes)."
+    )
