@@ -147,6 +147,15 @@ def spoilt_peak(monkeypatch):
     monkeypatch.setattr(peaks, "measured", lambda of: 2 * own(of) + (200 << 20))
 
 
+def spoilt_settings(monkeypatch):
+    monkeypatch.setenv("MLX_ENABLE_TF32", "1")
+
+
+def spoilt_kernels(monkeypatch):
+    """Metal, and kernels that do not run there."""
+    monkeypatch.setattr("mlx_blockskip.engine.limits.on_metal", lambda: True)
+
+
 def spoils():
     """For each check, what makes it fail."""
     for name in BY_NAME:
@@ -161,7 +170,12 @@ def spoils():
         elif name.endswith(("training", "resident", "whole")):
             yield name, spoilt_training
         else:
-            own = {"float32 products": spoilt_product, "convolution in bfloat16": spoilt_convolution}
+            own = {
+                "float32 products": spoilt_product,
+                "convolution in bfloat16": spoilt_convolution,
+                "settings of MLX in doubt": spoilt_settings,
+                "elementwise kernels refused": spoilt_kernels,
+            }
             yield name, own.get(name, spoilt_vectors)
 
 

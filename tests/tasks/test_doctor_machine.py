@@ -9,7 +9,7 @@ from mlx_blockskip.tasks.doctor import checks, fits, machine
 
 class TestTheMachine:
     def test_is_known_here(self):
-        found = machine.examine(disk=False)
+        found = machine.examine(timed=False)
         assert found.memory > found.budget > 0
         assert found.chip
         assert found.disk_free > 0
@@ -26,7 +26,7 @@ class TestTheMachine:
         def full(_):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("mlx_blockskip.tasks.estimate.disk_speed", full)
+        monkeypatch.setattr("mlx_blockskip.engine.disk.read_speed", full)
         assert machine.disk_speed() is None
 
     def test_a_command_that_is_not_there_or_fails_says_nothing(self):
@@ -34,7 +34,7 @@ class TestTheMachine:
         assert machine.asked("false") is None
 
     def test_what_should_change_is_said(self):
-        found = replace(machine.examine(disk=False), translated=True, power="battery", logged_in=False, device="GPU")
+        found = replace(machine.examine(timed=False), translated=True, power="battery", logged_in=False, device="GPU")
         assert [
             word for text in machine.advice(found) for word in ("Rosetta", "battery", "hf auth login") if word in text
         ]

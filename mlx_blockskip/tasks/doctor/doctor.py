@@ -25,7 +25,7 @@ TOP, BOTTOM = "---- paste into an issue ----", "---- to here ----"
 def doctor(settings: DoctorSettings) -> Report:
     """Examine this machine, say what fits it, and test results on it. See `DoctorSettings` for the options."""
     started = time.perf_counter()
-    found = machine.examine(disk=settings.bench or not settings.quick)
+    found = machine.examine(timed=settings.bench or not settings.quick)
     emit(machine.table(found))
     for text in machine.advice(found):
         emit(Note(text))

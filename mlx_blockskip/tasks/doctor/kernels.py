@@ -1,13 +1,17 @@
-"""Trials of single operations that are known to differ between backends: attention, convolution, float32 products."""
+"""Trials of single operations that are known to differ between backends: attention, convolution, float32 products; and
+of what they depend on.
+"""
 
 import math
+import os
 from collections.abc import Sequence
 from functools import partial
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_blockskip.engine import philox
+from mlx_blockskip.engine import environment, limits, philox
+from mlx_blockskip.models import kernels as elementwise
 from mlx_blockskip.models.attention import attention
 from mlx_blockskip.models.vae.strips import conv2d
 from mlx_blockskip.tasks.doctor.trials import Trial
@@ -37,6 +41,16 @@ CONVOLUTION = (
 PRECISE = (
     "Products of float32 are computed with fewer digits (TF32), which parity and SANA's attention rely on. Set "
     "MLX_ENABLE_TF32=0 before MLX is imported."
+)
+
+
+SETTINGS = (
+    "MLX_CONV_WINOGRAD_WORKING_SET or MLX_ENABLE_TF32 is not what exact results need, or was set after MLX was in use. "
+    "Unset them, and import mlx_blockskip before computing with MLX."
+)
+ELEMENTWISE = (
+    "The elementwise kernels do not run here or give other values than MLX's own operations, which are used instead: "
+    "results are right, steps are slower. Report it; MLX_BLOCKSKIP_KERNELS=0 turns the kernels off."
 )
 
 
@@ -126,11 +140,24 @@ def multiplied(a: mx.array, b: mx.array) -> mx.array:
     return a @ b
 
 
+def settings_in_doubt(_: Workshop) -> float:
+    """How many of MLX's settings are not as the package wants them, or were made after MLX had read them."""
+    return sum(setting.value != setting.wanted or setting.late for setting in environment.state().values())
+
+
+def kernels_refused(_: Workshop) -> float:
+    """1 where this machine has Metal and the elementwise kernels are not used there, though nobody turned them off."""
+    wanted = limits.on_metal() and os.environ.get(elementwise.VARIABLE) != "0"
+    return float(wanted and elementwise.refusal() is not None)
+
+
 def _trials() -> list[Trial]:
     unit = "relative rms"
     found = [
         Trial("float32 products", product_error, 2e-5, unit, PRECISE, quick=True),
         Trial("convolution in bfloat16", convolution_error, 0.005, unit, CONVOLUTION, quick=True),
+        Trial("settings of MLX in doubt", settings_in_doubt, 0, "settings", SETTINGS, quick=True),
+        Trial("elementwise kernels refused", kernels_refused, 0, "of 1", ELEMENTWISE, quick=True),
     ]
     for dim in HEAD_DIMS:
         name = f"attention, head dim {dim}"

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_blockskip.display import memory
-from mlx_blockskip.engine import files, limits
+from mlx_blockskip.engine import disk, files, limits
 from mlx_blockskip.events import Table
 from mlx_blockskip.tasks.checkpoint.resolve import cache_directory
 from mlx_blockskip.tasks.memory.limit import AUTO, budget_of
@@ -58,8 +58,8 @@ class Machine:
         return f"{self.device} {self.gpu}".strip()
 
 
-def examine(*, disk: bool) -> Machine:
-    """This machine. disk: measure its speed, which takes a second or two."""
+def examine(*, timed: bool) -> Machine:
+    """This machine. timed: measure the disk's speed, which takes a second or two."""
     found = limits.machine()
     return Machine(
         chip=chip(),
@@ -75,7 +75,7 @@ def examine(*, disk: bool) -> Machine:
         gpu=str(mx.device_info().get("architecture", "")) if mx.metal.is_available() else "",
         power=power(),
         disk_free=files.free_space(cache_directory()),
-        disk_speed=disk_speed() if disk else None,
+        disk_speed=disk_speed() if timed else None,
         logged_in=logged_in(),
         environment={name: os.environ[name] for name in VARIABLES if name in os.environ},
     )
@@ -124,13 +124,11 @@ def disk_speed() -> float | None:
     """Bytes a second that are read where converted models are kept, or else where temporary files are; None where
     neither can be written.
     """
-    from mlx_blockskip.tasks.estimate import disk_speed
-
     near = next(path for path in (cache_directory(), *cache_directory().parents) if path.is_dir())
     for place in (near, Path(tempfile.gettempdir())):
         try:
             with tempfile.TemporaryDirectory(dir=place) as directory:
-                return disk_speed(Path(directory))
+                return disk.read_speed(Path(directory))
         except OSError:
             continue
     return None
