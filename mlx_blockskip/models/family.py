@@ -133,6 +133,15 @@ class DiffusionModel(Protocol):
         """The velocity (B, h, w, C) from the tokens after the last block."""
         ...
 
+    @property
+    def scarce(self) -> bool:
+        """Whether the memory budget is so small that what is not at work is better on disk."""
+        ...
+
+    def make_room(self) -> None:
+        """Say that a sweep over blocks comes: where memory is scarce, the weights outside of them are let go of."""
+        ...
+
     def release(self) -> None:
         """Let go of all weights, and of what was measured for the memory budget: other work comes."""
         ...

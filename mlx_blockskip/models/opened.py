@@ -16,6 +16,9 @@ from mlx_blockskip.models.config import Config
 from mlx_blockskip.models.defaults import model_defaults
 from mlx_blockskip.models.layers import UsedOnce
 
+SCARCE = 2 << 30
+"""Below such a memory budget what is not at work is let go of, and read again, rather than kept."""
+
 Defaults = Callable[[Any], dict[str, Any]]
 """`(the transformer's Config) -> settings`, as in `Family`."""
 
@@ -66,6 +69,14 @@ class Opened:
                 self._rest[module] = self.shards.load(self.shards.under(module + ".") or [module])
             merged |= self._rest[module]
         return merged
+
+    @property
+    def scarce(self) -> bool:
+        return self.budget is not None and self.budget < SCARCE
+
+    def make_room(self) -> None:
+        if self.scarce:
+            self._rest.clear()
 
     def release(self) -> None:
         """Let go of the weights outside the blocks and of the blocks that were kept."""

@@ -193,7 +193,7 @@ def _row(
     tracer, iters = traces.train.on(model), settings.iters or 1
     waiting = tracer.together(iters)
     precompute, train = tracer.precompute(plan, "base", waiting), tracer.train(plan.retained)
-    encoding = tracer.beside_adapter(traces.encoding, plan)
+    encoding = tracer.beside_adapter(traces.encoding, plan, "base")
     drawing = traces.generate.on(model).generate(settings.steps or 1)
     resident = fits(train.ample, memory)
     read = 0 if resident else max(0, train.read - 2 * max(0, memory - train.peak))

@@ -146,6 +146,11 @@ class Toy:
         x = layer_norm(tokens.image, 1e-6) * (1 + modulation[0])
         return linear(self._rest(), "rest.head", x).reshape(x.shape[0], *context.size, CHANNELS)
 
+    scarce = False
+
+    def make_room(self):
+        pass
+
     def release(self):
         self.reader.release()
 

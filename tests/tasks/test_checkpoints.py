@@ -93,3 +93,15 @@ def test_moments_are_stored_in_float32_and_under_kind_and_block(model, tmp_path)
     names = state_of(model).tree[1]
     assert entries.keys() == {f"{kind}/{block}/{name}" for kind in "mv" for block in (1, 3) for name in names}
     assert {entry.dtype for entry in entries.values()} == {"F32"}
+
+
+def test_an_adapter_that_is_set_aside_comes_back_with_its_bits(tmp_path):
+    """Also where what was done meanwhile was stopped; and no file is left."""
+    tree = {block: {"a.lora_a": mx.array(philox.normal(block, shape=(4, 2)))} for block in (0, 10, 3)}
+    state = State(dict(tree))
+    with pytest.raises(KeyboardInterrupt), checkpoints.set_aside(state, tmp_path / "adapter.safetensors"):
+        assert not state.tree
+        raise KeyboardInterrupt
+    assert list(state.tree) == list(tree)
+    assert all(same_bits(state.tree[block]["a.lora_a"], tree[block]["a.lora_a"]) for block in tree)
+    assert not list(tmp_path.iterdir())

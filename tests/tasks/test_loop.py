@@ -50,7 +50,7 @@ def scripted(toy, tmp_path, monkeypatch):
             return loss
 
         monkeypatch.setattr(loop, "train_step", step)
-        model = SimpleNamespace(release=release, stack="stack")
+        model = SimpleNamespace(release=release, stack="stack", scarce=False)
         job = SimpleNamespace(config=config, chunk_length=chunk_length, identity=dict(identity), model=model)
         job.directory, job.cache = tmp_path, tmp_path / "cache"
         return job, done

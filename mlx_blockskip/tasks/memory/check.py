@@ -59,7 +59,7 @@ def training_phases(settings: TrainConfig, model: DiffusionModel, plan: SkipPlan
     tracer = Tracer(model, Shape(side, side, length, batch), rank, modules)
     images = predict.images(model, side, side, decoding=False)
     phases = [
-        tracer.beside_adapter(images, plan),
+        tracer.beside_adapter(images, plan, settings.residuals),
         tracer.precompute(plan, settings.residuals, tracer.together(settings.batches)),
         tracer.train(plan.retained, settings.grad_accumulation, settings.residuals == "fresh"),
     ]

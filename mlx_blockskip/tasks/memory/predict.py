@@ -68,8 +68,8 @@ class Shape:
 class Tracer:
     """Traces blocks at one shape, each kind once. rank, modules: of the LoRA, where training is asked for.
 
-    tokens: of a sample, text and batch counted. waiting: bytes of a second sample, beside what all share. embedders:
-    bytes of the weights outside of the blocks that a sample is made with.
+    tokens: of a sample, text and batch counted. waiting: bytes of a second sample, beside what all share. embedding:
+    bytes when a sample has been made, with the weights outside of the blocks; embedders: when the sweep begins.
     """
 
     def __init__(
@@ -85,6 +85,8 @@ class Tracer:
         model.release()
         floor = memory.settled()
         self._embed()
+        self.embedding = memory.settled() - floor
+        model.make_room()
         self.embedders = memory.settled() - floor
         self._modulation: dict[str, Modulation] = {
             kind: sweep.modulations(self.stack, self.reader, [self.sample.context], [index])[0].get(index)
@@ -139,9 +141,13 @@ class Tracer:
         """Bytes of the LoRA of all retained blocks."""
         return sum(self.adapter_bytes(index) for index in plan.retained)
 
-    def beside_adapter(self, phase: Phase, plan: SkipPlan) -> Phase:
-        """The same with the LoRA of the retained blocks in memory."""
-        return replace(phase, peak=phase.peak + self.adapter(plan))
+    def beside_adapter(self, phase: Phase, plan: SkipPlan, mode: str) -> Phase:
+        """The same with what is in memory of the LoRA of the retained blocks, while records are made."""
+        return replace(phase, peak=phase.peak + self._waiting_adapter(plan, mode))
+
+    def _waiting_adapter(self, plan: SkipPlan, mode: str) -> int:
+        """Where memory is scarce and records need no LoRA, it waits on disk."""
+        return 0 if self.model.scarce and mode != "fresh" else self.adapter(plan)
 
     def together(self, batches: int) -> int:
         """How many of so many micro-batches wait in one precompute sweep."""
@@ -200,12 +206,13 @@ class Tracer:
         """A sweep of `waiting` micro-batches as far as records need it, the LoRA's factors beside it."""
         stop = max(residuals.boundaries(plan, mode))
         visited, rest = range(self.stack.path.start, stop), [index for index in plan.retained if index >= stop]
-        held = self.embedders + self.adapter(plan)
+        held = self.embedders + self._waiting_adapter(plan, mode)
         weights = [self.reader.nbytes(index) + self.modulation_bytes(index) for index in visited]
         adapted = plan.retained if mode == "fresh" else ()
         costs = [self.forward(index, index in adapted) for index in visited]
         state = self.waiting + self.target.nbytes
-        peaks = [planner.forward_peak(weights, costs, state, waiting)] if weights else []
+        peaks = [self.embedding - self.embedders + (waiting - 1) * state]
+        peaks += [planner.forward_peak(weights, costs, state, waiting)] if weights else []
         modulation = [self.reader.nbytes(index, "modulation") for index in rest]
         if modulation:
             found = sum(self.modulation_bytes(index) for index in rest)
@@ -245,7 +252,7 @@ class Tracer:
         costs = [self.forward(index) for index in path]
         ahead = sum(self.modulation_bytes(index) for index in path) * steps * prompts
         held = self.embedders + ahead + (prompts - 1) * (self.waiting - self.state)
-        peak = held + planner.forward_peak(weights, costs, self.state, waiting)
+        peak = held + max(planner.forward_peak(weights, costs, self.state, waiting), self.embedding - self.embedders)
         seconds = sum(cost.seconds for cost in costs) * waiting
         return Phase("generate", peak, sum(weights), seconds, peak + sum(weights) + max(c.nbytes for c in costs))
 

@@ -5,7 +5,7 @@ itself.
 from mlx_blockskip.engine.stack import Context, arrays
 from mlx_blockskip.models.family import DiffusionModel, Prompt, Tokens
 
-WAITING_BYTES = 192 << 20
+WAITING_BYTES = 96 << 20
 """Of what waits in one sweep."""
 
 

@@ -75,7 +75,8 @@ def sample(
     contexts = [model.context(mx.array(times[s : s + 1]), p, size, guidance) for p in distinct for s in range(steps)]
     ahead = dict(zip(keys, zip(contexts, modulations(model.stack, model.reader, contexts), strict=True), strict=True))
     last = {key: model.final_modulation(context) for key, (context, _) in ahead.items()}
-    mx.eval(list(last.values()))
+    mx.eval(contexts, list(last.values()))
+    model.make_room()
 
     def advance(step: int, latents: list[mx.array]) -> list[mx.array]:
         """The latents after a step; in a function of its own, so that nothing of it waits beside the next one."""
@@ -83,6 +84,8 @@ def sample(
         for i, prompt in branches:
             context, modulation = ahead[id(prompt), step]
             waiting.append(Batch(model.embed(latents[i], prompt), context, modulation.__getitem__, requests[i].masks))
+            waiting[-1].settle()
+        model.make_room()
         forward(model.stack, model.reader, waiting, trainable=trainable)
         velocities: list[list[mx.array]] = [[] for _ in requests]
         for (i, prompt), done in zip(branches, waiting, strict=True):

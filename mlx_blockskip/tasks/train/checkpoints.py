@@ -1,9 +1,13 @@
 """Checkpoints of a run: whole or absent, and enough to end with the same bits as a run that was never stopped."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import mlx.core as mx
 
 from mlx_blockskip import lora
 from mlx_blockskip.engine import files
@@ -27,6 +31,25 @@ class State:
     updates: int = 0
     skipped: int = 0
     at_chunk: lora.Tree = field(default_factory=dict)
+
+
+@contextmanager
+def set_aside(state: State, path: Path) -> Iterator[None]:
+    """Inside, the factors are in a file and not in memory; nothing asks for them there."""
+    stored = {f"{block}/{name}": value for block, tree in state.tree.items() for name, value in tree.items()}
+    files.save_tensors(path, stored, durable=False)
+    state.tree = {}
+    try:
+        stored.clear()
+        yield
+    finally:
+        tree: dict[int, dict[str, mx.array]] = {}
+        read = files.MappedTensors(path)
+        for key in read.header.entries:
+            block, name = key.split("/", 1)
+            tree.setdefault(int(block), {})[name] = read.read(key)
+        state.tree = tree
+        path.unlink()
 
 
 def save(directory: Path, state: State, stack: Stack, settings: dict[str, Any]) -> Path:

@@ -5,6 +5,7 @@ residual (Eq. 3), and takes the mean square error of the velocity; there and bac
 """
 
 import math
+from contextlib import nullcontext
 
 import mlx.core as mx
 
@@ -72,7 +73,9 @@ def next_chunk(job: Job, state: State) -> tuple[range, Chunk]:
     for old in path.parent.glob("chunk-*.safetensors"):
         if old != path:
             old.unlink()
-    return batches, compute_chunk(job, batches, path, records.fingerprint(parts), adapter)
+    aside = job.model.scarce and not fresh  # the base model's features need no factors
+    with checkpoints.set_aside(state, job.cache / "adapter.safetensors") if aside else nullcontext():
+        return batches, compute_chunk(job, batches, path, records.fingerprint(parts), adapter)
 
 
 def train_step(job: Job, chunk: Chunk, state: State) -> float:

@@ -142,9 +142,10 @@ def _write_group(job: Job, group: range, noised: Noised, write: records.Write, a
         noisy, target, s = noised.read(batch)
         tokens, context = job.samples.embed(batch, noisy, s)
         write(batch, _start(job.samples, batch, target, context))
-        mx.eval(tokens)
+        mx.eval(tokens, context)
         waiting.append(Batch(tokens, context))
         del noisy, target, tokens, context  # the sweep replaces what waits
+    model.make_room()
     retained = set(plan.retained)
 
     def keep_modulation(i: int, block: int, modulation: Modulation) -> None:
