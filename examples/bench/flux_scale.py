@@ -63,8 +63,8 @@ MODELS = {
         bundled="tiny-flux", depths=("num_layers", "num_single_layers"), full=(19, 38), pixels=16, text=512, read=512,
         side=256, encoded=512, drawn=1024, samples=42, plans=((28, 0), (14, 14), (0, 28)),
         limits={
-            "convert": (0.75, 0.75), "encode prompts": (0.75, 1.25), "encode images": (1.0, 1.0),
-            "precompute": (1.25, 2.0), "train": (1.25, 1.5), "generate": (1.5, 2.0), "decode": (1.5, 1.5),
+            "convert": (0.6, 1.0), "encode prompts": (0.6, 1.0), "encode images": (0.6, 0.6),
+            "precompute": (0.6, 1.0), "train": (0.7, 1.0), "generate": (0.6, 1.0), "decode": (1.0, 1.0),
         },
         train=(
             {"bits": 0, "depth": (1, 1), "n": 0, "m": 1},
@@ -95,8 +95,8 @@ MODELS = {
         bundled="tiny-sana", depths=("num_layers",), full=(20,), pixels=32, text=300, read=530, side=512,
         encoded=512, drawn=1024, samples=64, plans=((10, 0), (5, 5), (0, 10)),
         limits={**dict.fromkeys(
-            ("convert", "encode prompts", "encode images", "precompute", "generate", "decode"), (1.5, 1.5)
-        ), "train": (0.75, 0.75)},
+            ("convert", "encode prompts", "encode images", "precompute", "train", "generate", "decode"), (0.45, 0.45)
+        )},
         train=(
             {"bits": 0, "depth": (2,), "n": 0, "m": 1},
             {"bits": 0, "depth": (2,), "n": 1, "m": 0},
@@ -224,7 +224,7 @@ def child(job: dict) -> dict:
     """One point, in a process of its own."""
     import mlx_blockskip  # noqa: F401  (OpenBLAS goes before mlx.core)
     from mlx_blockskip.engine import limits
-    from mlx_blockskip.events import PhaseEnd
+    from mlx_blockskip.events import PhaseEnd, listening
 
     if job.get("metal"):
         without_scratch()
@@ -257,9 +257,8 @@ def child(job: dict) -> dict:
     else:
         from mlx_blockskip.tasks.phases import phase
 
-        with phase(job["phase"]) as track:
+        with listening(keep), phase(job["phase"]):
             direct(job)
-        keep(track.end)
     return {"peaks": found, "private": private.highest, "seconds": time.perf_counter() - started}
 
 

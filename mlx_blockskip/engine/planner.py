@@ -50,7 +50,9 @@ def measured(run: Callable[[], None]) -> tuple[int, float]:
 
 
 def traced(run: Callable[[], None]) -> tuple[int, float, bool]:
-    """The same from a sample of the passes that `run` is made of, and whether any was left out (`engine.sampled`)."""
+    """The same from a sample of the passes that `run` is made of (`engine.sampled`), and whether any over a map was left
+    out.
+    """
     with sampled() as sample:
         peak, seconds = measured(run)
     return peak, seconds + sample.seconds, sample.left_out > 0
