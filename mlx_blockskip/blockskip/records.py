@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -38,7 +38,7 @@ Tensors = dict[str, mx.array]
 
 def of_samples(weights: Sequence[float], captions: Sequence[int]) -> Tensors:
     """What each sample of a micro-batch counts in the loss, and the number of its prompt."""
-    return {"weight": mx.array(weights, mx.float32), "captions": mx.array(captions, mx.int32)}
+    return {"weight": mx.array(list(weights), mx.float32), "captions": mx.array(list(captions), mx.int32)}
 
 
 def of_start(target: mx.array, conditioning: Mapping[str, mx.array], head: Modulation) -> Tensors:
@@ -175,7 +175,7 @@ class Chunk:
 
     def conditioning(self, number: int) -> Tensors:
         """What blocks and head take from the context; what depends on the prompt alone is joined over the batch."""
-        prompts: list[int] = self._tensors.read(f"{number}.captions").tolist()
+        prompts = cast(list[int], self._tensors.read(f"{number}.captions").tolist())
         found = {self._last(name): self._tensors.read(name) for name in self._under(f"{number}.conditioning.")}
         for name in self._under(f"prompt.{prompts[0]}."):
             key = self._last(name)
