@@ -5,7 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mlx_blockskip.engine import system
 from mlx_blockskip.events import Listener, listening
+from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.options import from_mapping
 from mlx_blockskip.settings import (
     ConvertSettings,
@@ -19,9 +21,8 @@ from mlx_blockskip.settings import (
 )
 from mlx_blockskip.tasks import estimate as estimate_task
 from mlx_blockskip.tasks import generate as generate_task
-from mlx_blockskip.tasks.checkpoint import adapters
+from mlx_blockskip.tasks.checkpoint import adapters, resolve
 from mlx_blockskip.tasks.checkpoint import convert as convert_task
-from mlx_blockskip.tasks.checkpoint.resolve import load
 from mlx_blockskip.tasks.doctor import doctor as doctor_task
 from mlx_blockskip.tasks.doctor.report import Report
 from mlx_blockskip.tasks.estimate import Estimate
@@ -84,9 +85,17 @@ def doctor(settings: DoctorSettings | None = None, *, on_event: Listener | None 
     return _run(doctor_task.doctor, DoctorSettings, settings, options, on_event)
 
 
+def load(model: str = "tiny-flux", memory_budget: int | None = None) -> DiffusionModel:
+    """Open a model for use from Python; what has to be converted first is converted silently."""
+    system.require()
+    return resolve.open_named(model, memory_budget)
+
+
 def _run(
     task: Callable[[S], R], cls: type[S], given: S | None, options: dict[str, Any], on_event: Listener | None
 ) -> R:
+    if cls is not DoctorSettings:  # which says by itself why nothing can run here
+        system.require()
     chosen = from_mapping(cls, options)
     if given is not None:
         chosen = replace(given, **options)  # type: ignore[type-var]

@@ -95,11 +95,6 @@ def open_named(model: str, budget: int | None) -> DiffusionModel:
     return opened
 
 
-def load(model: str = "tiny-flux", memory_budget: int | None = None) -> DiffusionModel:
-    """Open a model for use from Python; what has to be converted first is converted silently."""
-    return open_named(model, memory_budget)
-
-
 def _from_hub(model: str, kind: Kind) -> Path:
     """A repo is converted once a commit, and then needs neither its download nor the Hub."""
     repo, _, revision = model.partition("@")
