@@ -126,7 +126,9 @@ def run(name: str, cls: type, given: dict[str, Any], config: str | None, as_json
         chosen: Any = merge(cls, config, given)
         task = _task(name)
         report = name in REPORTS
-        with drawn_by((Silent() if report else Json()) if as_json else _drawer()):
+        from mlx_blockskip.tasks.running import running  # brings MLX, which --help does without
+
+        with drawn_by((Silent() if report else Json()) if as_json else _drawer()), running(name):
             result = task(chosen)
         if report and as_json:
             typer.echo(json.dumps(result.document(), indent=2, allow_nan=False))

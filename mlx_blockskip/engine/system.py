@@ -42,14 +42,18 @@ def require() -> None:
         raise UserError(reason)
 
 
+def is_mac() -> bool:
+    return sys.platform == "darwin"
+
+
 def translated() -> bool:
     """Whether this process runs under Rosetta."""
-    return sys.platform == "darwin" and asked("sysctl", "-n", "sysctl.proc_translated") == "1"
+    return is_mac() and asked("sysctl", "-n", "sysctl.proc_translated") == "1"
 
 
 def power() -> str:
     """What the machine runs on: mains, battery or unknown."""
-    return source_of(asked("pmset", "-g", "batt") or "") if sys.platform == "darwin" else "unknown"
+    return source_of(asked("pmset", "-g", "batt") or "") if is_mac() else "unknown"
 
 
 def source_of(answer: str) -> str:

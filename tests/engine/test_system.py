@@ -37,7 +37,7 @@ def test_only_apple_silicon_with_macos_14_and_a_native_python_will_do_on_a_mac(m
 def test_rosetta_is_told_from_an_intel_processor(monkeypatch):
     monkeypatch.setattr(system.platform, "system", lambda: "Darwin")
     monkeypatch.setattr(system.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(system, "is_mac", lambda: True)
     for answer, word in (("1", "Rosetta"), ("0", "processor"), (None, "processor")):
         monkeypatch.setattr(system, "asked", lambda *command, answer=answer: answer)
         assert word in system.obstacle()

@@ -34,6 +34,17 @@ class TestTheMachine:
         assert len(said) == 3
         assert machine.advice(replace(found, unsupported=None, power="mains", logged_in=True)) == []
 
+    def test_a_mac_is_asked_for_what_keeps_it_awake(self):
+        found = replace(machine.examine(timed=False), unsupported=None, power="mains", logged_in=True, device="GPU")
+        for system, there, row in (
+            ("macOS 15.5", True, "found"),
+            ("macOS 15.5", False, "not found"),
+            ("Linux 6", False, None),
+        ):
+            mac = replace(found, system=system, caffeinate=there)
+            assert dict(machine.table(mac).rows).get("caffeinate") == row
+            assert any("caffeinate" in text for text in machine.advice(mac)) == (row == "not found")
+
 
 def phases(train: int, decode: int) -> dict[str, int]:
     """Bytes of every phase, in GiB."""

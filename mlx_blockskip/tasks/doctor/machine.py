@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_blockskip.display import memory
-from mlx_blockskip.engine import disk, files, limits
+from mlx_blockskip.engine import awake, disk, files, limits
 from mlx_blockskip.engine.system import asked, obstacle, power, translated
 from mlx_blockskip.events import Table
 from mlx_blockskip.tasks.checkpoint.resolve import cache_directory
@@ -29,7 +29,8 @@ class Machine:
     """memory, recommended (by Metal for one program; None elsewhere), budget (--memory-budget auto), disk_free: bytes.
     disk_speed: bytes a second, None where it was not measured. translated: Python runs under Rosetta. unsupported: why
     no other command runs here; None where they do. gpu: Metal's name of its architecture. power: mains, battery or
-    unknown. logged_in: whether there is a token of the Hub. environment: VARIABLES that are set.
+    unknown. caffeinate: whether long runs can keep it awake. logged_in: whether there is a token of the Hub.
+    environment: VARIABLES that are set.
     """
 
     chip: str
@@ -45,10 +46,15 @@ class Machine:
     device: str
     gpu: str
     power: str
+    caffeinate: bool
     disk_free: int
     disk_speed: float | None
     logged_in: bool
     environment: dict[str, str]
+
+    @property
+    def on_a_mac(self) -> bool:
+        return self.system.startswith("macOS")
 
     @property
     def computes_on(self) -> str:
@@ -73,6 +79,7 @@ def examine(*, timed: bool) -> Machine:
         device="GPU" if mx.metal.is_available() else "CPU",
         gpu=str(mx.device_info().get("architecture", "")) if mx.metal.is_available() else "",
         power=power(),
+        caffeinate=awake.available(),
         disk_free=files.free_space(cache_directory()),
         disk_speed=disk_speed() if timed else None,
         logged_in=logged_in(),
@@ -138,6 +145,8 @@ def advice(machine: Machine) -> list[str]:
         found.append("MLX has no Metal here: everything works on the CPU, too slowly for FLUX.1 or SANA")
     if machine.power == "battery":
         found.append("the machine runs on battery: plug it in before a long run")
+    if machine.on_a_mac and not machine.caffeinate:
+        found.append("caffeinate is not found: long runs do not keep this Mac awake")
     if not machine.logged_in:
         found.append("not logged in to the Hub: `hf auth login` before FLUX.1-dev, whose licence has to be accepted")
     return found
@@ -157,6 +166,7 @@ def table(machine: Machine) -> Table:
         "Python, MLX": f"{machine.python}, {machine.mlx}",
         "MLX computes on": machine.computes_on,
         "power": machine.power,
+        **({"caffeinate": "found" if machine.caffeinate else "not found"} if machine.on_a_mac else {}),
         "disk": f"{memory(machine.disk_free)} free, {speed}",
         "logged in to the Hub": "yes" if machine.logged_in else "no",
         **{name: machine.environment.get(name, "not set") for name in VARIABLES[:2]},
