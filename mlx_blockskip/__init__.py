@@ -6,6 +6,7 @@ from mlx_blockskip import convert, select, train, generate, evaluate, estimate, 
 from typing import TYPE_CHECKING, Any
 
 from mlx_blockskip.engine.environment import prepare
+from mlx_blockskip.engine.system import obstacle
 
 if TYPE_CHECKING:
     from mlx_blockskip.api import convert, doctor, estimate, evaluate, export, generate, load, select, train
@@ -19,7 +20,11 @@ prepare()
 def __getattr__(name: str) -> Any:
     """The API is imported when it is first used: `mlx-blockskip --help` needs none of it."""
     if name in __all__:
-        from mlx_blockskip import api
-
+        try:
+            from mlx_blockskip import api
+        except ImportError as error:
+            if (reason := obstacle()) is not None:
+                raise ImportError(reason) from error
+            raise
         return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

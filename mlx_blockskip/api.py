@@ -5,7 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mlx_blockskip.engine import system
 from mlx_blockskip.events import Listener, listening
+from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.options import from_mapping
 from mlx_blockskip.settings import (
     ConvertSettings,
@@ -19,14 +21,14 @@ from mlx_blockskip.settings import (
 )
 from mlx_blockskip.tasks import estimate as estimate_task
 from mlx_blockskip.tasks import generate as generate_task
-from mlx_blockskip.tasks.checkpoint import adapters
+from mlx_blockskip.tasks.checkpoint import adapters, resolve
 from mlx_blockskip.tasks.checkpoint import convert as convert_task
-from mlx_blockskip.tasks.checkpoint.resolve import load
 from mlx_blockskip.tasks.doctor import doctor as doctor_task
 from mlx_blockskip.tasks.doctor.report import Report
 from mlx_blockskip.tasks.estimate import Estimate
 from mlx_blockskip.tasks.evaluate import evaluate as evaluate_task
 from mlx_blockskip.tasks.evaluate.evaluate import Evaluation
+from mlx_blockskip.tasks.running import running
 from mlx_blockskip.tasks.select import select as select_task
 from mlx_blockskip.tasks.select.select import Selection
 from mlx_blockskip.tasks.train import train as train_task
@@ -40,55 +42,68 @@ R = TypeVar("R")
 
 def convert(settings: ConvertSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> Path:
     """Convert a Hugging Face checkpoint; returns the MLX model directory. Options: fields of ConvertSettings."""
-    return _run(convert_task.convert, ConvertSettings, settings, options, on_event)
+    return _run("convert", convert_task.convert, ConvertSettings, settings, options, on_event)
 
 
 def train(settings: TrainSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> TrainResult:
     """Learn a subject; returns where the adapter is. Options: fields of TrainSettings."""
-    return _run(train_task.train, TrainSettings, settings, options, on_event)
+    return _run("train", train_task.train, TrainSettings, settings, options, on_event)
 
 
 def select(settings: SelectSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> Selection:
     """Choose which blocks to skip; returns the plans and their table. Options: fields of SelectSettings."""
-    return _run(select_task.select, SelectSettings, settings, options, on_event)
+    return _run("select", select_task.select, SelectSettings, settings, options, on_event)
 
 
 def generate(
     settings: GenerateSettings | None = None, *, on_event: Listener | None = None, **options: Any
 ) -> list[Path]:
     """Generate images; returns the PNG files. Options: fields of GenerateSettings."""
-    return _run(generate_task.generate, GenerateSettings, settings, options, on_event)
+    return _run("generate", generate_task.generate, GenerateSettings, settings, options, on_event)
 
 
 def estimate(
     settings: EstimateSettings | None = None, *, on_event: Listener | None = None, **options: Any
 ) -> list[Estimate]:
     """Say what a run would take; returns a row a precision and skip ratio. Options: fields of EstimateSettings."""
-    return _run(estimate_task.estimate, EstimateSettings, settings, options, on_event)
+    return _run("estimate", estimate_task.estimate, EstimateSettings, settings, options, on_event)
 
 
 def evaluate(
     settings: EvaluateSettings | None = None, *, on_event: Listener | None = None, **options: Any
 ) -> Evaluation:
     """Measure an adapter; returns its mean scores and where the report is. Options: fields of EvaluateSettings."""
-    return _run(evaluate_task.evaluate, EvaluateSettings, settings, options, on_event)
+    return _run("evaluate", evaluate_task.evaluate, EvaluateSettings, settings, options, on_event)
 
 
 def export(settings: ExportSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> Path:
     """Write an adapter for another tool; returns the file. Options: fields of ExportSettings."""
-    return _run(adapters.export, ExportSettings, settings, options, on_event)
+    return _run("export", adapters.export, ExportSettings, settings, options, on_event)
 
 
 def doctor(settings: DoctorSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> Report:
     """Say what this machine is and test results on it; returns the report. Options: fields of DoctorSettings."""
-    return _run(doctor_task.doctor, DoctorSettings, settings, options, on_event)
+    return _run("doctor", doctor_task.doctor, DoctorSettings, settings, options, on_event)
+
+
+def load(model: str = "tiny-flux", memory_budget: int | None = None) -> DiffusionModel:
+    """Open a model for use from Python; what has to be converted first is converted silently."""
+    system.require()
+    return resolve.open_named(model, memory_budget)
 
 
 def _run(
-    task: Callable[[S], R], cls: type[S], given: S | None, options: dict[str, Any], on_event: Listener | None
+    name: str,
+    task: Callable[[S], R],
+    cls: type[S],
+    given: S | None,
+    options: dict[str, Any],
+    on_event: Listener | None,
 ) -> R:
+    if name != "doctor":  # which says by itself why nothing can run here
+        system.require()
     chosen = from_mapping(cls, options)
     if given is not None:
         chosen = replace(given, **options)  # type: ignore[type-var]
-    with listening(on_event):
+    with listening(on_event), running(name):
         return task(chosen)

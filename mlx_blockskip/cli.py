@@ -8,12 +8,13 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
 import typer
 
 from mlx_blockskip import __version__, settings
 from mlx_blockskip.display import Json, Plain, Silent, drawn_by
+from mlx_blockskip.engine import system
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.options import merge, options_of
 
@@ -123,9 +124,11 @@ def run(name: str, cls: type, given: dict[str, Any], config: str | None, as_json
     """Run one task and draw it; errors of the user's become one sentence and exit code 1."""
     try:
         chosen: Any = merge(cls, config, given)
-        task = getattr(importlib.import_module(TASKS[name]), name)
+        task = _task(name)
         report = name in REPORTS
-        with drawn_by((Silent() if report else Json()) if as_json else _drawer()):
+        from mlx_blockskip.tasks.running import running  # brings MLX, which --help does without
+
+        with drawn_by((Silent() if report else Json()) if as_json else _drawer()), running(name):
             result = task(chosen)
         if report and as_json:
             typer.echo(json.dumps(result.document(), indent=2, allow_nan=False))
@@ -138,6 +141,20 @@ def run(name: str, cls: type, given: dict[str, Any], config: str | None, as_json
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _task(name: str) -> Callable[[Any], Any]:
+    """The command's function. Where nothing can run that is said, before MLX is used; doctor says it by itself, if it
+    can be imported.
+    """
+    reason = system.obstacle()
+    if reason is None or name in REPORTS:
+        try:
+            return cast(Callable[[Any], Any], getattr(importlib.import_module(TASKS[name]), name))
+        except ImportError:
+            if reason is None:
+                raise
+    raise UserError(reason)
 
 
 def _drawer() -> Any:

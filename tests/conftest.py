@@ -19,6 +19,12 @@ def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("MLX_BLOCKSKIP_CACHE", str(tmp_path_factory.getbasetemp() / "models"))
 
 
+@pytest.fixture(autouse=True)
+def _asleep_as_usual(monkeypatch):
+    """Tests keep no Mac awake, and say nothing of its battery."""
+    monkeypatch.setenv("MLX_BLOCKSKIP_KEEP_AWAKE", "0")
+
+
 @pytest.fixture(scope="session")
 def tiny_flux(tmp_path_factory):
     """The bundled model, converted to float32."""

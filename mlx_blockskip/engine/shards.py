@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_blockskip.engine import files
+from mlx_blockskip.engine import device, files
 from mlx_blockskip.engine.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -75,6 +75,8 @@ class Shards:
                     mx.eval(left[:count])
                     del left[:count]
             except (RuntimeError, KeyError, ValueError) as error:
+                if device.is_device_error(error):
+                    raise
                 raise UserError(f"{self.path / file}: cannot be read ({error}); convert the model again") from error
             found |= part
         return found

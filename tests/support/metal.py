@@ -12,6 +12,9 @@ import pytest
 
 from mlx_blockskip.models import cpu, kernels, product
 
+FAILED = "[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPUCommandBufferErrorOutOfMemory)."
+"""What MLX raises where a command buffer did not run."""
+
 KEYS = 7
 """Keys that the stand-in takes at a time."""
 

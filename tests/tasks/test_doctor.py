@@ -31,7 +31,7 @@ SCHEMA = {
     "": {"format", "version", "healthy", "machine", "fits", "checks", "bench", "seconds"},
     "machine": {
         *("chip", "memory", "recommended", "budget", "system", "architecture", "translated", "python", "mlx"),
-        *("device", "gpu", "power", "disk_free", "disk_speed", "logged_in", "environment"),
+        *("unsupported", "device", "gpu", "power", "caffeinate", "disk_free", "disk_speed", "logged_in", "environment"),
     },
     "checks": {"name", "status", "value", "bound", "unit", "means", "seconds", "note"},
     "fits": {"model", "precision", "ratio", "phases", "fits"},

@@ -15,12 +15,9 @@ class TestTheMachine:
         assert found.disk_free > 0
         assert found.disk_speed is None
 
-    def test_processors_and_power_are_read_from_what_the_system_says(self):
+    def test_processors_are_read_from_what_the_system_says(self):
         assert machine.model_name("processor\t: 0\nmodel name\t: Some CPU\n") == "Some CPU"
         assert machine.model_name("") is None
-        assert machine.source_of("Now drawing from 'Battery Power'\n -InternalBattery-0 80%") == "battery"
-        assert machine.source_of("Now drawing from 'AC Power'\n") == "mains"
-        assert machine.source_of("") == "unknown"
 
     def test_a_disk_that_cannot_be_written_is_not_measured(self, monkeypatch):
         def full(_):
@@ -29,17 +26,24 @@ class TestTheMachine:
         monkeypatch.setattr("mlx_blockskip.engine.disk.read_speed", full)
         assert machine.disk_speed() is None
 
-    def test_a_command_that_is_not_there_or_fails_says_nothing(self):
-        assert machine.asked("no-such-command-here") is None
-        assert machine.asked("false") is None
-
     def test_what_should_change_is_said(self):
-        found = replace(machine.examine(timed=False), translated=True, power="battery", logged_in=False, device="GPU")
-        assert [
-            word for text in machine.advice(found) for word in ("Rosetta", "battery", "hf auth login") if word in text
-        ]
-        assert len(machine.advice(found)) == 3
-        assert machine.advice(replace(found, translated=False, power="mains", logged_in=True)) == []
+        found = replace(machine.examine(timed=False), power="battery", logged_in=False, device="GPU")
+        found = replace(found, unsupported="too old")
+        said = machine.advice(found)
+        assert [text for text in said if text == "too old" or "battery" in text or "hf auth login" in text] == said
+        assert len(said) == 3
+        assert machine.advice(replace(found, unsupported=None, power="mains", logged_in=True)) == []
+
+    def test_a_mac_is_asked_for_what_keeps_it_awake(self):
+        found = replace(machine.examine(timed=False), unsupported=None, power="mains", logged_in=True, device="GPU")
+        for system, there, row in (
+            ("macOS 15.5", True, "found"),
+            ("macOS 15.5", False, "not found"),
+            ("Linux 6", False, None),
+        ):
+            mac = replace(found, system=system, caffeinate=there)
+            assert dict(machine.table(mac).rows).get("caffeinate") == row
+            assert any("caffeinate" in text for text in machine.advice(mac)) == (row == "not found")
 
 
 def phases(train: int, decode: int) -> dict[str, int]:

@@ -1,6 +1,9 @@
 """The training loop around its steps, which are scripted here: chunks, losses, checkpoints, and how it stops."""
 
 import math
+import os
+import signal
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -14,6 +17,7 @@ from mlx_blockskip.tasks.defaults import train_config
 from mlx_blockskip.tasks.train import loop, optimizer
 from mlx_blockskip.tasks.train import train as train_task
 from mlx_blockskip.tasks.train.checkpoints import State
+from support.metal import FAILED
 from support.models import HEDGEHOG, prepared
 from support.tasks import drive
 
@@ -145,6 +149,63 @@ def test_ctrl_c_saves_what_is_done_and_nothing_where_nothing_is(scripted):
         assert sum("--resume" in event.message for event in said if isinstance(event, Note)) == len(saved)
 
 
+def stopped_by(error, job, state):
+    """What the run says that this error ends."""
+    with pytest.raises(type(error)) as found:
+        loop.run(job, state)
+    return str(found.value)
+
+
+def test_an_error_of_the_device_saves_what_is_done_and_becomes_a_sentence(scripted):
+    job, done = scripted((1.0, 1.0, RuntimeError(FAILED)), iters=4)
+    said = stopped_by(UserError(), job, State(tree(0)))
+    assert done.saved == [2]
+    assert said.startswith("the GPU could not go on: [METAL] Command buffer execution failed: Insufficient Memory")
+    assert f"{job.directory / 'step'} is saved: go on with the same command, --resume and a smaller" in said
+    job, done = scripted((RuntimeError(FAILED),), iters=4)
+    done.saved.clear()
+    assert "no checkpoint is saved yet; give a smaller --memory-budget" in stopped_by(UserError(), job, State(tree(0)))
+    assert done.saved == []
+
+
+def test_an_error_of_another_kind_is_not_taken_for_one(scripted):
+    job, done = scripted((1.0, RuntimeError("out of cheese")), iters=4)
+    assert stopped_by(RuntimeError(), job, State(tree(0))) == "out of cheese"
+    assert done.saved == []
+
+
+def test_what_is_not_whole_or_cannot_be_saved_leaves_the_checkpoint_before_it(scripted, monkeypatch):
+    job, done = scripted((1.0, RuntimeError(FAILED)), iters=4)
+    for name in ("step-000002", "step-000004"):
+        (job.directory / "checkpoints" / name).mkdir(parents=True)
+        (job.directory / "checkpoints" / name / "state.json").write_text("{}")
+    said = stopped_by(UserError(), job, State(tree(0), whole=False))
+    assert "the step under way is lost, and " in said
+    assert "step-000004 is the last checkpoint: go on with" in said
+    assert done.saved == []
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    job, _ = scripted((1.0, RuntimeError(FAILED)), iters=4)
+    monkeypatch.setattr(loop.checkpoints, "save", full)
+    said = stopped_by(UserError(), job, State(tree(0)))
+    assert "what is done could not be saved ([Errno 28] No space left on device), and " in said
+    assert "step-000004 is the last checkpoint: go on with" in said
+
+
+def test_it_is_saved_without_the_gpu(scripted, monkeypatch):
+    job, _ = scripted((1.0, RuntimeError(FAILED)), iters=4)
+    used = []
+    monkeypatch.setattr(
+        loop.checkpoints, "save", lambda *arguments: used.append(mx.default_stream(mx.default_device()))
+    )
+    monkeypatch.setattr(loop.mx, "stream", lambda device: used.append(device) or nullcontext())
+    stopped_by(UserError(), job, State(tree(0)))
+    assert used[0] == mx.cpu
+    assert len(used) == 2
+
+
 def test_checkpoints_are_between_steps_and_samples_after_the_last_one_too(scripted):
     job, done = scripted([1.0] * 6, steps_per_save=2, steps_per_sample=3, sample_prompt=["a cat"], seed=5)
     loop.run(job, State(tree(0)))
@@ -189,3 +250,23 @@ def test_a_step_without_a_finite_loss_is_counted_and_changes_nothing(small, monk
         assert math.isnan(loop.train_step(job, chunk, state))
     assert (state.step, state.updates, state.skipped) == (2, 0, 2)
     assert state.tree is before
+
+
+def test_a_ctrl_c_cannot_fall_between_an_update_and_the_count_of_its_step(small, monkeypatch):
+    job = small()
+    state = train_task.first_state(job)
+    _, chunk = loop.next_chunk(job, state)
+    update = optimizer.update
+
+    def interrupted(*arguments):
+        update(*arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop.optimizer, "update", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            loop.train_step(job, chunk, state)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (state.updates, state.step, state.whole) == (1, 1, True)

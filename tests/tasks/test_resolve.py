@@ -11,6 +11,7 @@ from huggingface_hub import errors
 
 from mlx_blockskip import convert
 from mlx_blockskip.converters import flux1
+from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, listening
 from mlx_blockskip.tasks.checkpoint import hub
@@ -30,6 +31,15 @@ def test_a_bundled_model_is_converted_once_and_that_is_said():
     assert path.parent == cache_directory()
     assert drive(resolve, "tiny-flux") == (path, [])
     assert drive(resolve, str(path)) == (path, [])
+
+
+def test_bundled_models_are_in_float32_on_every_device_and_the_users_own_in_bfloat16_on_metal(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx.core.metal.is_available", lambda: True)
+    assert files.read_json(resolve("tiny-flux") / "config.json")["dtype"] == "float32"
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "tiny-flux"):  # a directory of the user's wins over the bundled name
+        shutil.copytree(assets() / "tiny-flux", tmp_path / name)
+        assert files.read_json(resolve(name) / "config.json")["dtype"] == "bfloat16"
 
 
 def test_a_directory_that_changes_is_converted_again(tmp_path):

@@ -24,11 +24,14 @@ from mlx_blockskip.tasks.checkpoint.convert import ENCODER_DTYPE, convert_direct
 
 BUNDLED = ("tiny-flux", "tiny-sana")
 
+BUNDLED_DTYPE = "float32"
+"""What bundled models are stored in on every device: their tables and plans were made so, and they are small."""
+
 
 @dataclass(frozen=True)
 class Kind:
     """What is looked for under a name. bundled: what of this kind is in the package. is_checkpoint: whether a
-    directory is one in Hugging Face layout. dtype: what it is converted to.
+    directory is one in Hugging Face layout. dtype: what another one than these is converted to.
     """
 
     what: str
@@ -36,6 +39,10 @@ class Kind:
     layout: hub.Layout
     is_checkpoint: Callable[[Path], bool]
     dtype: Callable[[], str]
+
+    def dtype_of(self, model: str) -> str:
+        """What the model of this name is converted to."""
+        return BUNDLED_DTYPE if model in self.bundled and not Path(model).is_dir() else self.dtype()
 
 
 MODEL = Kind("model", BUNDLED, hub.PIPELINE, lambda path: (path / "model_index.json").is_file(), default_dtype)
@@ -88,11 +95,6 @@ def open_named(model: str, budget: int | None) -> DiffusionModel:
     return opened
 
 
-def load(model: str = "tiny-flux", memory_budget: int | None = None) -> DiffusionModel:
-    """Open a model for use from Python; what has to be converted first is converted silently."""
-    return open_named(model, memory_budget)
-
-
 def _from_hub(model: str, kind: Kind) -> Path:
     """A repo is converted once a commit, and then needs neither its download nor the Hub."""
     repo, _, revision = model.partition("@")
@@ -120,14 +122,14 @@ def _converted_before(model: str, kind: Kind) -> Path | None:
     found = [
         path.parent
         for path in cache_directory().glob("[!.]*/config.json")
-        if (config := files.read_json(path)).get("source") == model and config.get("dtype") == kind.dtype()
+        if (config := files.read_json(path)).get("source") == model and config.get("dtype") == kind.dtype_of(model)
     ]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _converted(source: Callable[[], Path], name: str, key: str, kind: Kind) -> Path:
     """The converted copy of a checkpoint, made now if it is not there; only then is `source` asked where it lies."""
-    dtype = kind.dtype()
+    dtype = kind.dtype_of(name)
     short = re.sub(r"[^A-Za-z0-9._-]+", "-", name.rstrip("/").split("/")[-1])
     target = cache_directory() / f"{short}-{dtype}-{key[:12]}"
     if is_converted(target):

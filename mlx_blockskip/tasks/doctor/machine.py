@@ -2,7 +2,6 @@
 
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_blockskip.display import memory
-from mlx_blockskip.engine import disk, files, limits
+from mlx_blockskip.engine import awake, disk, files, limits
+from mlx_blockskip.engine.system import asked, obstacle, power, translated
 from mlx_blockskip.events import Table
 from mlx_blockskip.tasks.checkpoint.resolve import cache_directory
 from mlx_blockskip.tasks.memory.limit import AUTO, budget_of
@@ -23,16 +23,14 @@ VARIABLES = (
 )
 """Environment variables that change results or speed. Only these are shown: others may hold secrets."""
 
-PATIENCE = 5.0
-"""Seconds that a command of the system may take."""
-
 
 @dataclass(frozen=True)
 class Machine:
     """memory, recommended (by Metal for one program; None elsewhere), budget (--memory-budget auto), disk_free: bytes.
-    disk_speed: bytes a second, None where it was not measured. translated: Python runs under Rosetta. gpu: Metal's name
-    of its architecture. power: mains, battery or unknown. logged_in: whether there is a token of the Hub. environment:
-    VARIABLES that are set.
+    disk_speed: bytes a second, None where it was not measured. translated: Python runs under Rosetta. unsupported: why
+    no other command runs here; None where they do. gpu: Metal's name of its architecture. power: mains, battery or
+    unknown. caffeinate: whether long runs can keep it awake. logged_in: whether there is a token of the Hub.
+    environment: VARIABLES that are set.
     """
 
     chip: str
@@ -42,15 +40,21 @@ class Machine:
     system: str
     architecture: str
     translated: bool
+    unsupported: str | None
     python: str
     mlx: str
     device: str
     gpu: str
     power: str
+    caffeinate: bool
     disk_free: int
     disk_speed: float | None
     logged_in: bool
     environment: dict[str, str]
+
+    @property
+    def on_a_mac(self) -> bool:
+        return self.system.startswith("macOS")
 
     @property
     def computes_on(self) -> str:
@@ -68,12 +72,14 @@ def examine(*, timed: bool) -> Machine:
         budget=budget_of(AUTO) or 0,
         system=system(),
         architecture=platform.machine(),
-        translated=asked("sysctl", "-n", "sysctl.proc_translated") == "1",
+        translated=translated(),
+        unsupported=obstacle(),
         python=platform.python_version(),
         mlx=version("mlx"),
         device="GPU" if mx.metal.is_available() else "CPU",
         gpu=str(mx.device_info().get("architecture", "")) if mx.metal.is_available() else "",
         power=power(),
+        caffeinate=awake.available(),
         disk_free=files.free_space(cache_directory()),
         disk_speed=disk_speed() if timed else None,
         logged_in=logged_in(),
@@ -102,17 +108,6 @@ def system() -> str:
     return f"{platform.system()} {platform.release()}"
 
 
-def power() -> str:
-    """What the machine runs on."""
-    return source_of(asked("pmset", "-g", "batt") or "") if sys.platform == "darwin" else "unknown"
-
-
-def source_of(answer: str) -> str:
-    """mains, battery or unknown, by the answer of `pmset -g batt`."""
-    first = answer.partition("\n")[0]
-    return "mains" if "'AC Power'" in first else "battery" if "'Battery Power'" in first else "unknown"
-
-
 def logged_in() -> bool:
     """Whether a token of the Hub is stored here. Nothing of the token itself is kept."""
     from huggingface_hub import get_token
@@ -134,15 +129,6 @@ def disk_speed() -> float | None:
     return None
 
 
-def asked(*command: str) -> str | None:
-    """What a command of the system prints; None where it is not there or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
@@ -153,12 +139,14 @@ def _read(path: Path) -> str:
 def advice(machine: Machine) -> list[str]:
     """What of this machine should be changed first."""
     found = []
-    if machine.translated:
-        found.append("Python is translated by Rosetta: install a native one (arm64), MLX needs it")
+    if machine.unsupported is not None:
+        found.append(machine.unsupported)
     if machine.device == "CPU":
         found.append("MLX has no Metal here: everything works on the CPU, too slowly for FLUX.1 or SANA")
     if machine.power == "battery":
         found.append("the machine runs on battery: plug it in before a long run")
+    if machine.on_a_mac and not machine.caffeinate:
+        found.append("caffeinate is not found: long runs do not keep this Mac awake")
     if not machine.logged_in:
         found.append("not logged in to the Hub: `hf auth login` before FLUX.1-dev, whose licence has to be accepted")
     return found
@@ -178,6 +166,7 @@ def table(machine: Machine) -> Table:
         "Python, MLX": f"{machine.python}, {machine.mlx}",
         "MLX computes on": machine.computes_on,
         "power": machine.power,
+        **({"caffeinate": "found" if machine.caffeinate else "not found"} if machine.on_a_mac else {}),
         "disk": f"{memory(machine.disk_free)} free, {speed}",
         "logged in to the Hub": "yes" if machine.logged_in else "no",
         **{name: machine.environment.get(name, "not set") for name in VARIABLES[:2]},

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from mlx_blockskip.engine import device
 from mlx_blockskip.events import Table, unheard
 from mlx_blockskip.tasks.doctor.workshop import Workshop
 
@@ -56,6 +57,8 @@ def hold(trial: Trial, workshop: Workshop) -> Check:
             value = float(trial.measure(workshop))
         status = PASSED if value <= trial.bound else FAILED
     except Exception as error:
+        if device.is_device_error(error):
+            device.drain()  # or the next trial is blamed for it
         note = f"{type(error).__name__}: {' '.join(str(error).split())}"
     if value is not None and not math.isfinite(value):
         value, note = None, f"the value is {value}"

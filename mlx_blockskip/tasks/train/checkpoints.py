@@ -12,6 +12,7 @@ import mlx.core as mx
 from mlx_blockskip import lora
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.interrupt import deferred
 from mlx_blockskip.engine.stack import Stack
 from mlx_blockskip.tasks.checkpoint.adapters import read_tensors
 from mlx_blockskip.tasks.train.moments import BlockMoments, Moments
@@ -22,7 +23,7 @@ KEPT = 2
 @dataclass
 class State:
     """What changes while training. step: optimizer steps done. at_chunk: the adapter as it was at its chunk's start,
-    where residuals are fresh.
+    where residuals are fresh. whole: False while a step is being written into it, and where that was broken off.
     """
 
     tree: lora.Tree
@@ -31,6 +32,16 @@ class State:
     updates: int = 0
     skipped: int = 0
     at_chunk: lora.Tree = field(default_factory=dict)
+    whole: bool = True
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Around all that a step writes into the state: a Ctrl-C waits. All of it is computed when this ends well."""
+        with deferred():
+            self.whole = False
+            yield
+            mx.synchronize()  # what the device could not do is raised here
+            self.whole = True
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_blockskip import lora
 from mlx_blockskip.blockskip import records, residuals
 from mlx_blockskip.blockskip.records import Chunk
-from mlx_blockskip.engine import kept, sweep
+from mlx_blockskip.engine import device, kept, sweep
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.sweep import Batch
 from mlx_blockskip.events import Note, emit
@@ -29,7 +29,9 @@ PATIENCE = 10
 
 
 def run(job: Job, state: State) -> float:
-    """Chunk after chunk until `iters`; returns the mean loss of the last steps. Ctrl-C saves and says how to go on."""
+    """Chunk after chunk until `iters`; returns the mean loss of the last steps. Ctrl-C saves and says how to go on, and
+    so does an error of the device, which becomes a UserError.
+    """
     config = job.config
     losses: list[float] = []
     failures = 0
@@ -55,7 +57,31 @@ def run(job: Job, state: State) -> float:
             path = checkpoints.save(job.directory, state, job.model.stack, job.identity)
             emit(Note(f"Stopped; {path} is saved. Go on with the same command and --resume"))
         raise
+    except RuntimeError as error:
+        if not device.is_device_error(error):
+            raise
+        raise UserError(f"{device.described(error)}; {rescued(job, state)}") from error
     return sum(losses) / max(1, len(losses))
+
+
+def rescued(job: Job, state: State) -> str:
+    """Save after an error of the device, and say what is there now and how to go on. What was saved before stays."""
+    device.drain()
+    path, unsaved = None, "" if state.whole else "the step under way is lost, and "
+    if state.whole and state.step:
+        try:
+            with mx.stream(mx.cpu):  # the GPU may refuse everything from now on
+                path = checkpoints.save(job.directory, state, job.model.stack, job.identity)
+        except (OSError, RuntimeError) as error:
+            unsaved = f"what is done could not be saved ({error}), and "
+    saved = path or next(reversed(checkpoints.found(job.directory)), None)
+    if saved is None:
+        return f"{unsaved}no checkpoint is saved yet; give a smaller --memory-budget or --train-resolution"
+    what = f"{saved} is saved" if path else f"{unsaved}{saved} is the last checkpoint"
+    return (
+        f"{what}: go on with the same command, --resume and a smaller --memory-budget, or begin another run with a "
+        "smaller --train-resolution if it stops again"
+    )
 
 
 def next_chunk(job: Job, state: State) -> tuple[range, Chunk]:
@@ -110,12 +136,13 @@ def train_step(job: Job, chunk: Chunk, state: State) -> float:
         )
     value = sum(float(loss) for loss in losses)
     norm = optimizer.global_norm(grads)
-    if math.isfinite(value) and math.isfinite(norm):
-        optimizer.update(state, grads, config, norm)
-    else:
-        state.skipped += 1
-        value = math.nan
-    state.step += 1
+    with state.stepping():
+        if math.isfinite(value) and math.isfinite(norm):
+            optimizer.update(state, grads, config, norm)
+        else:
+            state.skipped += 1
+            value = math.nan
+        state.step += 1
     state.moments.settle(job.model.reader, state.tree)
     return value
 
