@@ -40,7 +40,7 @@ def write_hollow(
     beside: a model directory, of either layout, whose tokenizers (and scheduler, where none is given) are copied.
     """
     components = components_of(family, configs)
-    with files.atomic_directory(target) as temporary:
+    with files.atomic_directory(target, durable=False) as temporary:
         for component in components:
             files.write_json(temporary / component.folder / "config.json", configs[component.folder])
             _write_component(component, temporary / component.folder, precision)

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mlx_blockskip.converters.source import FLOATS, Source, open_source
 from mlx_blockskip.converters.table import Component, Row
-from mlx_blockskip.engine import files
+from mlx_blockskip.engine import dtypes, files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.shards import INDEX
 from mlx_blockskip.models import schedulers
@@ -201,7 +201,7 @@ def _dtype(component: Component, precision: Precision) -> str:
 
 
 def _entries(row: Row, shard: Shard, precision: Precision, dtype: str) -> list[files.TensorEntry]:
-    name = files.dtype_name(getattr(mx, dtype))
+    name = dtypes.dtype_name(getattr(mx, dtype))
     group = shard.groups.get(row.name)
     if group is None:
         return [files.TensorEntry(row.name, row.shape, name)]

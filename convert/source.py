@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_blockskip.engine import files
+from mlx_blockskip.engine import dtypes, files
 from mlx_blockskip.engine.errors import UserError
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -51,7 +51,7 @@ class Source:
         count = (rows if stop is None else stop) - start
         size = entry.nbytes // max(1, rows)
         raw = np.fromfile(path, np.uint8, count=count * size, offset=entry.start + start * size)
-        return mx.array(raw).view(files.mlx_dtype(entry.dtype)).reshape((count, *rest) if entry.shape else ())
+        return mx.array(raw).view(dtypes.mlx_dtype(entry.dtype)).reshape((count, *rest) if entry.shape else ())
 
 
 def open_source(folder: Path) -> Source:

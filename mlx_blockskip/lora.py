@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_blockskip.engine import files, philox
+from mlx_blockskip.engine import dtypes, philox
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.reader import BlockReader
 from mlx_blockskip.engine.stack import Apply, Context, Mask, Modulation, Stack, State, Trainable, Weights
@@ -140,5 +140,5 @@ def checksum(tree: Tree) -> str:
     for index, factors in sorted(tree.items()):
         for name, value in factors.items():
             state.update(f"{index} {name} {value.shape}".encode())
-            state.update(files.raw_bytes(value))
+            state.update(dtypes.raw_bytes(value))
     return state.hexdigest()

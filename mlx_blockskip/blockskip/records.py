@@ -24,7 +24,7 @@ import mlx.core as mx
 
 from mlx_blockskip.blockskip import residuals
 from mlx_blockskip.blockskip.plan import SkipPlan
-from mlx_blockskip.engine import files
+from mlx_blockskip.engine import dtypes, files
 from mlx_blockskip.engine.files import TensorEntry
 from mlx_blockskip.engine.stack import Modulation
 from mlx_blockskip.models.family import Tokens
@@ -105,7 +105,7 @@ def layout(
 
 def entries_of(tensors: Tensors) -> list[TensorEntry]:
     """What a file says of these tensors."""
-    return [TensorEntry(name, tuple(a.shape), files.dtype_name(a.dtype)) for name, a in tensors.items()]
+    return [TensorEntry(name, tuple(a.shape), dtypes.dtype_name(a.dtype)) for name, a in tensors.items()]
 
 
 def chunk_bytes(layouts: Mapping[int, Layout], prompts: Sequence[TensorEntry]) -> int:

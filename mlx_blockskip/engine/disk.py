@@ -1,9 +1,12 @@
-"""How fast a disk is read, past what the system keeps of its files in memory."""
+"""What has to be on the disk itself: flushing to it, and how fast it is read past what the system keeps in memory."""
 
+import errno
 import os
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SAMPLE_BYTES = 256 << 20
@@ -36,7 +39,7 @@ def _write(path: Path, nbytes: int) -> None:
         for start in range(0, nbytes, PIECE):
             file.write(os.urandom(min(PIECE, nbytes - start)))
         file.flush()
-        os.fsync(file.fileno())
+        flush(file.fileno())
 
 
 def past_memory(descriptor: int) -> None:
@@ -49,3 +52,52 @@ def past_memory(descriptor: int) -> None:
         fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
     else:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def flush(descriptor: int) -> None:
+    """Wait until what was written to a file, or the names in a directory, would outlive a power loss.
+
+    On macOS fsync leaves it in the drive's own cache. A descriptor that is open for reading only will do.
+    """
+    if sys.platform == "darwin":
+        import fcntl
+
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+        except OSError as error:
+            if error.errno == errno.EIO:
+                raise
+    os.fsync(descriptor)  # shares and some disks have nothing more
+
+
+def flush_file(path: Path) -> None:
+    """The same for a file by its name."""
+    with path.open("rb") as file:
+        flush(file.fileno())
+
+
+def flush_directory(path: Path) -> None:
+    """The same for the names in a directory, where the file system has that."""
+    with suppress(OSError), _descriptor(path) as descriptor:
+        flush(descriptor)
+
+
+def flush_tree(path: Path) -> None:
+    """The same for a directory with all files in it: each goes to the drive, and the drive is flushed once."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with (Path(folder) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        with suppress(OSError), _descriptor(Path(folder)) as descriptor:
+            os.fsync(descriptor)
+    flush_directory(path)
+
+
+@contextmanager
+def _descriptor(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

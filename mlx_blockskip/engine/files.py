@@ -16,24 +16,11 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 import numpy as np
 
+from mlx_blockskip.engine import disk
+from mlx_blockskip.engine.dtypes import DTYPES, dtype_name, mlx_dtype, raw_bytes
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.names import Names
 
-DTYPES: dict[str, tuple[int, mx.Dtype]] = {
-    "BOOL": (1, mx.bool_),
-    "U8": (1, mx.uint8),
-    "I8": (1, mx.int8),
-    "U16": (2, mx.uint16),
-    "I16": (2, mx.int16),
-    "F16": (2, mx.float16),
-    "BF16": (2, mx.bfloat16),
-    "U32": (4, mx.uint32),
-    "I32": (4, mx.int32),
-    "F32": (4, mx.float32),
-    "U64": (8, mx.uint64),
-    "I64": (8, mx.int64),
-}
-PLAIN = (mx.uint8, mx.int32, mx.uint32, mx.float32)  # Python sees their bytes as they lie
 Metadata = Mapping[str, str] | None
 MAX_HEADER = 100 << 20
 
@@ -42,8 +29,8 @@ MAX_HEADER = 100 << 20
 def atomic_file(path: Path, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes `path`'s place when the block ends well, else it is removed.
 
-    durable: it is on the disk before it has its name, so that a power loss leaves all of it or none. Scratch that no
-    later run reads can do without.
+    durable: it is on the disk before it has its name, and its name when this returns, so that a power loss leaves all
+    of it or none. Scratch that no later run reads can do without.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -51,20 +38,21 @@ def atomic_file(path: Path, durable: bool = True) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        if durable:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
         temporary.chmod(0o644)
+        if durable:
+            disk.flush_file(temporary)
         temporary.replace(path)
+        if durable:
+            disk.flush_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
+def atomic_directory(path: Path, replace: bool = False, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary directory beside `path`; it is renamed to `path` when the block ends well, else removed.
 
-    Raises UserError where `path` exists, unless `replace`.
+    durable: as in `atomic_file`, of all that is in it. Raises UserError where `path` exists, unless `replace`.
     """
     if path.exists() and not replace:
         raise UserError(f"{path}: already exists; choose another path or remove it")
@@ -73,15 +61,42 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
+        if durable:
+            disk.flush_tree(temporary)
+        old = None
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
             path.replace(old)
-            temporary.replace(path)
-            shutil.rmtree(old)
-        else:
-            temporary.replace(path)
+        temporary.replace(path)
+        if durable:
+            disk.flush_directory(path.parent)
+        if old:
+            remove_tree(old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory and what is in it, also where some of that goes by itself: on disks without extended
+    attributes (exFAT, shares) macOS removes a file's companion `._name` with the file. There shutil.rmtree fails before
+    Python 3.13.
+    """
+    for folder, folders, names in os.walk(path, topdown=False):
+        for name in names:
+            Path(folder, name).unlink(missing_ok=True)
+        for name in folders:
+            below = Path(folder, name)
+            below.unlink() if below.is_symlink() else below.rmdir()
+    path.rmdir()
+
+
+def visible(path: Path, pattern: str = "*") -> list[Path]:
+    """What matches a glob pattern in a directory, sorted, but for hidden files and what is in hidden directories.
+
+    `*` matches them too, and macOS keeps a hidden `._name` beside each file on disks without extended attributes.
+    """
+    found = ((p, p.relative_to(path).parts) for p in path.glob(pattern))
+    return sorted(p for p, parts in found if not any(part.startswith(".") for part in parts))
 
 
 def free_space(path: Path) -> int:
@@ -173,31 +188,6 @@ def _parse_header(path: Path, file: BinaryIO, size: int) -> Header:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a safetensors file ({error}); get it again") from None
     return Header(entries, metadata)
-
-
-def mlx_dtype(name: str) -> mx.Dtype:
-    """The MLX dtype of a safetensors dtype name."""
-    return DTYPES[name][1]
-
-
-def dtype_name(dtype: mx.Dtype | np.dtype) -> str:
-    """The safetensors name of a dtype."""
-    if isinstance(dtype, np.dtype):
-        dtype = mx.array(np.zeros((), dtype)).dtype
-    return next(name for name, (_, known) in DTYPES.items() if known == dtype)
-
-
-def raw_bytes(array: mx.array | np.ndarray) -> memoryview:
-    """The array's bytes in row order, without a copy where it is contiguous."""
-    if isinstance(array, np.ndarray):
-        return np.ascontiguousarray(array).data.cast("B") if array.size else memoryview(b"")
-    if array.size == 0:
-        return memoryview(b"")
-    if array.dtype in PLAIN and (view := memoryview(array)).c_contiguous:  # type: ignore[arg-type]
-        return view.cast("B")  # nothing is scheduled for it
-    array = mx.contiguous(array.reshape(-1)).view(mx.uint8)
-    mx.eval(array)
-    return memoryview(array).cast("B")  # type: ignore[arg-type]
 
 
 def encode_header(entries: Sequence[TensorEntry], metadata: Metadata = None) -> tuple[bytes, int]:

@@ -1,7 +1,6 @@
 """Directories that this tool fills and clears again. Only what it made itself is removed, by a marker of its own."""
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ def _clear(path: Path, names: Sequence[str]) -> None:
         if not _ours(found, names):
             continue
         if found.is_dir() and not found.is_symlink():
-            shutil.rmtree(found)
+            files.remove_tree(found)
         else:
             found.unlink()
 

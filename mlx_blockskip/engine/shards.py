@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_blockskip.engine import device, files
+from mlx_blockskip.engine import device, dtypes, files
 from mlx_blockskip.engine.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -104,7 +104,7 @@ class Shards:
         raw = np.memmap(self.path / file, mode="r", offset=entry.start, shape=(count, entry.nbytes // count))
         data = np.ascontiguousarray(raw[ids.reshape(-1)])
         del raw
-        return mx.array(data).view(files.mlx_dtype(entry.dtype)).reshape(*ids.shape, width)
+        return mx.array(data).view(dtypes.mlx_dtype(entry.dtype)).reshape(*ids.shape, width)
 
     def _file(self, name: str) -> str:
         try:

@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import os
 import sys
@@ -18,7 +19,7 @@ def test_all_of_a_sample_is_read_and_nothing_is_left(tmp_path, monkeypatch, nbyt
 
 
 def test_the_sample_is_removed_where_it_cannot_be_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(disk, "flush", lambda _: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         disk.read_speed(tmp_path, 10)
     assert not list(tmp_path.iterdir())
@@ -27,13 +28,62 @@ def test_the_sample_is_removed_where_it_cannot_be_read(tmp_path, monkeypatch):
 def test_on_a_mac_the_system_keeps_neither_what_is_written_nor_what_is_read(tmp_path, monkeypatch):
     told = []
 
-    def tell(descriptor, what, value):
+    def tell(descriptor, what, value=0):
         mode = fcntl_of(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
         told.append((mode, what, value, os.fstat(descriptor).st_size))
 
     fcntl_of = fcntl.fcntl
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(fcntl, "F_NOCACHE", 48, raising=False)
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
     monkeypatch.setattr(fcntl, "fcntl", tell)
     disk.read_speed(tmp_path, 1000)
-    assert told == [(os.O_WRONLY, 48, 1, 0), (os.O_RDONLY, 48, 1, 1000)], "before a byte is written or read"
+    assert [told[0], told[-1]] == [(os.O_WRONLY, 48, 1, 0), (os.O_RDONLY, 48, 1, 1000)], "before a byte is handled"
+    assert told[1:-1] == [(os.O_WRONLY, 51, 0, 1000)], "and it is on the disk itself before it is read"
+
+
+def refuse(number):
+    def refused(*_):
+        raise OSError(number, os.strerror(number))
+
+    return refused
+
+
+@pytest.mark.parametrize("refused", [None, errno.ENOTSUP, errno.ENOTTY, errno.EINVAL, errno.EIO])
+def test_on_a_mac_the_drive_is_flushed_too_and_fsync_has_to_do_where_it_cannot_be(tmp_path, monkeypatch, refused):
+    calls = []
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", refuse(refused) if refused else lambda _, what: calls.append(what))
+    monkeypatch.setattr(os, "fsync", lambda _: calls.append("fsync"))
+    (tmp_path / "a").touch()
+    if refused == errno.EIO:
+        with pytest.raises(OSError, match="Input/output error"):
+            disk.flush_file(tmp_path / "a")
+        return
+    disk.flush_file(tmp_path / "a")
+    disk.flush_directory(tmp_path)
+    assert calls == 2 * [51 if refused is None else "fsync"]
+
+
+def test_a_tree_goes_to_the_drive_file_by_file_and_the_drive_is_flushed_once(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", lambda _, what: calls.append(what))
+    monkeypatch.setattr(os, "fsync", lambda _: calls.append("fsync"))
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "a").touch()
+    (tmp_path / "b").touch()
+    disk.flush_tree(tmp_path)
+    assert calls == 4 * ["fsync"] + [51]
+
+
+def test_a_file_system_that_flushes_no_directories_is_no_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "fsync", refuse(errno.EINVAL))
+    disk.flush_tree(tmp_path)
+    disk.flush_directory(tmp_path)
+    (tmp_path / "a").touch()
+    with pytest.raises(OSError, match="Invalid argument"):
+        disk.flush_tree(tmp_path)

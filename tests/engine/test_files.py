@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors import safe_open
 
-from mlx_blockskip.engine import files, philox
+from mlx_blockskip.engine import dtypes, files, philox
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.files import SafetensorsWriter, TensorEntry
 from mlx_blockskip.engine.locks import lock
@@ -48,11 +49,18 @@ def test_what_outlives_a_power_loss_is_on_the_disk_before_it_has_its_name_and_sc
     tmp_path, monkeypatch
 ):
     flushed, fsync, path = [], os.fsync, tmp_path / "t.safetensors"
-    monkeypatch.setattr(os, "fsync", lambda number: (fsync(number), flushed.append(path.exists())))
+    inode = tmp_path.stat().st_ino
+
+    def seen(number):
+        fsync(number)
+        flushed.append(("directory" if os.fstat(number).st_ino == inode else "file", path.exists()))
+
+    monkeypatch.setattr(sys, "platform", "linux")  # elsewhere it is not fsync that flushes
+    monkeypatch.setattr(os, "fsync", seen)
     files.save_tensors(path, {"a": mx.ones((2,))})
-    assert flushed == [False]
+    assert flushed == [("file", False), ("directory", True)]
     files.save_tensors(path, {"a": mx.zeros((2,))}, durable=False)
-    assert flushed == [False]
+    assert len(flushed) == 2
     assert same_bits(files.MappedTensors(path).read("a"), mx.zeros((2,)))
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
@@ -61,11 +69,11 @@ def test_bytes_that_lie_there_are_taken_as_they_are(monkeypatch):
     array = mx.arange(6, dtype=mx.float32).reshape(2, 3)
     mx.eval(array)
     monkeypatch.setattr(mx, "eval", None)
-    assert bytes(files.raw_bytes(array)) == np.arange(6, dtype=np.float32).tobytes()
+    assert bytes(dtypes.raw_bytes(array)) == np.arange(6, dtype=np.float32).tobytes()
 
 
 def test_tensors_may_be_written_in_any_order(tmp_path):
-    entries = [TensorEntry(n, tuple(t.shape), files.dtype_name(t.dtype)) for n, t in TENSORS.items()]
+    entries = [TensorEntry(n, tuple(t.shape), dtypes.dtype_name(t.dtype)) for n, t in TENSORS.items()]
     with SafetensorsWriter(tmp_path / "t.safetensors", entries) as writer:
         for name in reversed(TENSORS):
             writer.write(name, TENSORS[name])
@@ -127,6 +135,68 @@ def test_a_directory_is_replaced_only_when_asked(tmp_path):
     with files.atomic_directory(tmp_path / "d", replace=True) as directory:
         (directory / "new").touch()
     assert [p.name for p in (tmp_path / "d").iterdir()] == ["new"]
+
+
+def test_all_of_a_directory_is_on_the_disk_before_it_has_its_name_and_the_old_one_goes_when_the_new_one_has(
+    tmp_path, monkeypatch
+):
+    flushed, fsync, target = [], os.fsync, tmp_path / "d"
+    target.mkdir()
+    old = target.stat().st_ino
+
+    def seen(number):
+        fsync(number)
+        there = {p.stat().st_ino: p.name for p in (tmp_path, *tmp_path.rglob("*"))}
+        name = there[os.fstat(number).st_ino]
+        flushed.append(("new" if name.startswith(".d.") else name, target.stat().st_ino != old, old in there))
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "fsync", seen)
+    with files.atomic_directory(target, replace=True) as directory:
+        (directory / "part").mkdir()
+        (directory / "part" / "copied").touch()
+    assert set(flushed[:-1]) == {("copied", False, True), ("part", False, True), ("new", False, True)}
+    assert flushed[-1] == (tmp_path.name, True, True)
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+    flushed.clear()
+    with files.atomic_directory(target, replace=True, durable=False) as directory:
+        (directory / "scratch").touch()
+    assert not flushed
+
+
+def test_a_tree_is_removed_though_companions_go_by_themselves_and_links_go_without_what_they_point_to(
+    tmp_path, monkeypatch
+):
+    tree, kept = tmp_path / "tree", tmp_path / "kept"
+    for folder in (tree / "a", tree / "a" / "b", kept):
+        folder.mkdir(parents=True)
+        for name in ("x", "._x", "y"):
+            (folder / name).touch()
+    (tree / "._a").touch()
+    (tree / "link").symlink_to(kept)
+    unlink = Path.unlink
+
+    def with_companion(path, missing_ok=False):
+        unlink(path, missing_ok)
+        unlink(path.with_name(f"._{path.name}"), True)
+
+    monkeypatch.setattr(Path, "unlink", with_companion)
+    files.remove_tree(tree)
+    assert not tree.exists()
+    assert len(list(kept.iterdir())) == 3
+    with pytest.raises(FileNotFoundError):
+        files.remove_tree(tree)
+
+
+def test_hidden_files_are_not_listed_nor_what_is_in_hidden_directories(tmp_path):
+    root = tmp_path / ".cache"
+    for name in ("b.bin", "a.bin", "._a.bin", "c.txt", "in/d.bin", "in/._d.bin", ".in/e.bin"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    assert [p.name for p in files.visible(root, "*.bin")] == ["a.bin", "b.bin"]
+    assert [p.name for p in files.visible(root, "**/*.bin")] == ["a.bin", "b.bin", "d.bin"]
+    assert files.visible(root, "*/*.bin") == [root / "in" / "d.bin"]
+    assert [p.name for p in files.visible(root)] == ["a.bin", "b.bin", "c.txt", "in"]
 
 
 def good_bytes():
