@@ -67,7 +67,7 @@ def load_dataset(
             break
     else:
         _check_here(*(p for p in listing.awaited(directory) if _looks_like_image(p) or p.suffix.lower() == ".txt"))
-        texts = _texts(found)
+        texts = _texts(directory, found)
         examples = [Example(path, _caption(path, texts[path], prompt, prompt_option)) for path in found]
     if not examples:
         raise UserError(f"{directory}: holds no images ({', '.join(s[1:] for s in SUFFIXES)})")
@@ -101,13 +101,13 @@ def _check_here(*paths: Path) -> None:
         )
 
 
-def _texts(images: Sequence[Path]) -> dict[Path, Path]:
+def _texts(directory: Path, images: Sequence[Path]) -> dict[Path, Path]:
     """Where the caption of each image is, or would be: in the text of its name, else of a name alike that is no other
     image's.
     """
     own = {image: image.with_suffix(".txt") for image in images}
-    beside = [p for folder in {image.parent for image in images} for p in listing.visible(folder) if p.is_file()]
-    others = listing.by_spelling(p for p in beside if p.suffix.lower() == ".txt" and p not in own.values())
+    texts = {p for p in listing.visible(directory) if p.suffix.lower() == ".txt" and p.is_file()}
+    others = listing.by_spelling(sorted(texts - set(own.values())))
     return {image: text if text.is_file() else listing.spelled(text, others) for image, text in own.items()}
 
 
