@@ -252,7 +252,7 @@ def write_model(
     for name in table.COPIED:
         if not (source / name).is_dir():
             raise UserError(f"{source / name}: this part of the checkpoint is missing; download it again")
-        shutil.copytree(source / name, target / name)
+        shutil.copytree(source / name, target / name, ignore=shutil.ignore_patterns(".*"))
     for path in source.iterdir():
         if path.is_file() and (path.name == "model_index.json" or path.name.upper().startswith(("LICENSE", "README"))):
             shutil.copyfile(path, target / path.name)

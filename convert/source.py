@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_blockskip.engine import dtypes, files
+from mlx_blockskip.engine import dtypes, files, listing
 from mlx_blockskip.engine.errors import UserError
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -61,13 +61,13 @@ def open_source(folder: Path) -> Source:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: this part of the checkpoint is missing; download it again")
-    found = preferred(path.name for pattern in WEIGHTS for path in folder.glob(pattern))
+    found = preferred(path.name for pattern in WEIGHTS for path in listing.visible(folder, pattern))
     indexes = sorted(name for name in found if name.endswith(".json"))
     if indexes:
         return _indexed(folder, folder / indexes[0])
     shards = sorted(folder / name for name in found)
     if not shards:
-        if any(path.suffix in PICKLED for path in folder.iterdir()):
+        if any(path.suffix in PICKLED for path in listing.visible(folder)):
             raise UserError(
                 f"{folder}: its weights are pickled files, which can run code when opened; "
                 "get a checkpoint in safetensors format"

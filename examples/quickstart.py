@@ -33,7 +33,7 @@ def main(out: Path, data: Path) -> None:
     before = images(out, "before", prompts, None)
     trained = train(data=str(data), adapter_path=str(out / "adapter"), on_event=Plain().draw)
     after = images(out, "after", prompts, trained.adapter_path)
-    shown = [Image.open(path).convert("RGB") for path in sorted(data.glob("*.png"))]
+    shown = [Image.open(path).convert("RGB") for path in sorted(data.glob("[!.]*.png"))]
     labels = ["before: " + ", ".join(COLOURS) + "; then prompts without the trigger", "after", "the subject's pictures"]
     sheet = out / "comparison.png"
     grid([before, after, shown], labels).save(sheet)

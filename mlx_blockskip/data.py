@@ -1,10 +1,13 @@
 """The training set: images as a camera or a phone leaves them, and their captions."""
 
+import functools
 import hashlib
 import io
 import json
 import os
+import shlex
 import warnings as python_warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from mlx_blockskip.engine import files
+from mlx_blockskip.engine import files, listing
 from mlx_blockskip.engine.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif", ".avif")
@@ -47,22 +50,25 @@ def load_dataset(
 
     Captions come from metadata.jsonl (`file_name`, `text`), else from train.jsonl (`image`, `prompt`), and then only
     the images it lists are used; without a list from `name.txt` beside `name.jpg`; and from `prompt` where there is no
-    caption or an empty one. option, prompt_option: what errors call the two.
-    Raises UserError where the directory, a list, an image or a caption is not usable.
+    caption or an empty one. Names match as they do on a Mac: see `listing.alike`. option, prompt_option: what errors
+    call the two. Raises UserError where the directory, a list, an image or a caption is not usable, or in iCloud.
     """
     if not directory.is_dir():
         problem = "not a directory" if directory.exists() else "no such directory"
         raise UserError(f"{directory}: {problem}; {option} takes a directory of images")
-    found = sorted(p for p in directory.iterdir() if _looks_like_image(p) and p.is_file())
+    found = [p for p in listing.visible(directory) if _looks_like_image(p) and p.is_file()]
     warnings = []
     for name, image_key, text_key in LISTS:
+        _check_here(directory / name)
         if (directory / name).is_file():
             examples = _listed(directory / name, image_key, text_key, prompt, prompt_option)
             if unlisted := set(found) - {example.path for example in examples}:
                 warnings.append(f"{directory / name}: {len(unlisted)} images beside it are not listed and not used")
             break
     else:
-        examples = [Example(path, _caption(path, prompt, prompt_option)) for path in found]
+        _check_here(*(p for p in listing.awaited(directory) if _looks_like_image(p) or p.suffix.lower() == ".txt"))
+        texts = _texts(directory, found)
+        examples = [Example(path, _caption(path, texts[path], prompt, prompt_option)) for path in found]
     if not examples:
         raise UserError(f"{directory}: holds no images ({', '.join(s[1:] for s in SUFFIXES)})")
     state = hashlib.sha256()
@@ -81,7 +87,28 @@ def metadata_line(name: str, caption: str) -> str:
 
 
 def _looks_like_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    return path.suffix.lower() in SUFFIXES
+
+
+def _check_here(*paths: Path) -> None:
+    """Raise UserError where one of these files is still in iCloud."""
+    away = [path for path in paths if listing.in_icloud(path)]
+    if away:
+        more = f", and {len(away) - 1} more like it" if len(away) > 1 else ""
+        raise UserError(
+            f"{away[0]}: is in iCloud and not on this Mac{more}; choose Download Now in Finder, or run: "
+            f"brctl download {shlex.quote(str(away[0].parent))}"
+        )
+
+
+def _texts(directory: Path, images: Sequence[Path]) -> dict[Path, Path]:
+    """Where the caption of each image is, or would be: in the text of its name, else of a name alike that is no other
+    image's.
+    """
+    own = {image: image.with_suffix(".txt") for image in images}
+    texts = {p for p in listing.visible(directory) if p.suffix.lower() == ".txt" and p.is_file()}
+    others = listing.by_spelling(sorted(texts - set(own.values())))
+    return {image: text if text.is_file() else listing.spelled(text, others) for image, text in own.items()}
 
 
 def _text(path: Path) -> str:
@@ -91,8 +118,7 @@ def _text(path: Path) -> str:
         raise UserError(f"{path}: not UTF-8 text; save it again as UTF-8") from None
 
 
-def _caption(path: Path, prompt: str | None, prompt_option: str) -> str:
-    beside = path.with_suffix(".txt")
+def _caption(path: Path, beside: Path, prompt: str | None, prompt_option: str) -> str:
     caption = " ".join(_text(beside).split()) if beside.is_file() else ""
     if caption:
         return caption
@@ -102,8 +128,8 @@ def _caption(path: Path, prompt: str | None, prompt_option: str) -> str:
 
 
 def _listed(path: Path, image_key: str, text_key: str, prompt: str | None, prompt_option: str) -> list[Example]:
-    directory = path.parent
-    examples = []
+    directory, examples = path.parent, []
+    spellings = functools.cache(lambda folder: listing.by_spelling(listing.visible(folder)))
     for number, line in enumerate(_text(path).split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
         if not line.strip():
             continue
@@ -118,11 +144,13 @@ def _listed(path: Path, image_key: str, text_key: str, prompt: str | None, promp
         inside = os.path.normpath(name)
         if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir:
             raise UserError(f"{path}:{number}: {name} is outside of {directory}; move it there")
-        if not (directory / inside).is_file():
+        image = listing.spelled(directory / inside, spellings((directory / inside).parent))
+        _check_here(image)
+        if not image.is_file():
             raise UserError(f"{path}:{number}: {name} does not exist; correct or remove the line")
         if not text.strip() and prompt is None:
             raise UserError(f'{path}:{number}: "{text_key}" is empty; write a caption, or give {prompt_option}')
-        examples.append(Example(directory / inside, text if text.strip() else prompt or ""))
+        examples.append(Example(image, text if text.strip() else prompt or ""))
     if not examples:
         raise UserError(f"{path}: lists no images; add lines or remove the file")
     return sorted(examples, key=lambda example: (example.path, example.caption))

@@ -378,6 +378,58 @@ def test_a_list_names_the_images_and_their_captions(tmp_path, name, image, text)
     assert "1 images beside it are not listed" in warning
 
 
+def test_a_caption_may_be_spelled_otherwise_than_its_image(tmp_path):
+    for name in ("Foto.jpg", "Caf\u00e9.png", "b.png", "B.jpg"):
+        saved(tmp_path / name)
+    for name in ("Foto.TXT", "cafe\u0301.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    captions = {e.path.name: e.caption for e in load_dataset(tmp_path, "the prompt").examples}
+    assert captions == {
+        "B.jpg": "b.txt" if (tmp_path / "B.txt").is_file() else "the prompt",  # the same file on most Macs
+        "Caf\u00e9.png": "cafe\u0301.txt",
+        "Foto.jpg": "Foto.TXT",
+        "b.png": "b.txt",
+    }
+
+
+def test_a_listed_image_may_be_spelled_otherwise_than_its_file(tmp_path):
+    for name in ("cafe\u0301.png", "IMG_1.JPG", "more/IMG_2.JPG", "other.png"):
+        saved(tmp_path / name)
+    lines = [data.metadata_line(name, name) for name in ("caf\u00e9.png", "img_1.jpg", "more/img_2.jpg")]
+    (tmp_path / "metadata.jsonl").write_text("".join(lines))
+    dataset = load_dataset(tmp_path)
+    assert {str(e.path.relative_to(tmp_path)): e.caption for e in dataset.examples} == {
+        "IMG_1.JPG": "img_1.jpg", "cafe\u0301.png": "caf\u00e9.png", "more/IMG_2.JPG": "more/img_2.jpg",
+    }  # fmt: skip
+    assert dataset.warnings == (f"{tmp_path / 'metadata.jsonl'}: 1 images beside it are not listed and not used",)
+
+
+@pytest.mark.parametrize("away", ["b.jpg", "a.txt", "metadata.jsonl", "train.jsonl"])
+def test_what_is_still_in_icloud_is_named_and_how_to_get_it(tmp_path, away):
+    place = tmp_path / "my photos"
+    saved(place / "a.png")
+    (place / f".{away}.icloud").touch()
+    (place / ".notes.pdf.icloud").touch()
+    with pytest.raises(UserError, match=f"{away}: is in iCloud and not on this Mac; choose") as caught:
+        load_dataset(place, "p")
+    assert str(caught.value).endswith(f"choose Download Now in Finder, or run: brctl download '{place}'")
+    (place / ".c.heic.icloud").touch()
+    if not away.endswith("jsonl"):
+        with pytest.raises(UserError, match="not on this Mac, and 1 more like it; choose"):
+            load_dataset(place, "p")
+
+
+def test_an_image_that_is_not_listed_may_stay_in_icloud_and_one_that_is_may_not(tmp_path):
+    saved(tmp_path / "a.png")
+    (tmp_path / ".b.jpg.icloud").touch()
+    line = data.metadata_line("a.png", "x")
+    (tmp_path / "metadata.jsonl").write_text(line)
+    assert len(load_dataset(tmp_path).examples) == 1
+    (tmp_path / "metadata.jsonl").write_text(line + data.metadata_line("b.jpg", "x"))
+    with pytest.raises(UserError, match=r"b\.jpg: is in iCloud"):
+        load_dataset(tmp_path)
+
+
 def test_metadata_goes_before_train(tmp_path):
     saved(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "this"}')

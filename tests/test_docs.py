@@ -219,3 +219,12 @@ class TestTheChecksCanFail:
     def test_a_wrong_argument(self):
         code = "from mlx_blockskip import train, trian\ntrain(data='a', modle='b', on_event=print)"
         assert list(problems_of_python(code)) == ["import trian", "train(modle=)"]
+
+
+def test_what_is_predicted_for_metal_is_called_a_lower_bound():
+    """It leaves out what a command buffer keeps until it has run."""
+    places = [*PAGES, ROOT / "examples" / "bench" / "flux_scale.py"]
+    lines = [line for page in places for line in page.read_text(encoding="utf-8").splitlines()]
+    predicted = [line for line in lines if "predicted for Metal" in line]
+    assert len(predicted) >= 6
+    assert not [line for line in predicted if "at least" not in line and "lower bound" not in line]

@@ -90,15 +90,6 @@ def remove_tree(path: Path) -> None:
     path.rmdir()
 
 
-def visible(path: Path, pattern: str = "*") -> list[Path]:
-    """What matches a glob pattern in a directory, sorted, but for hidden files and what is in hidden directories.
-
-    `*` matches them too, and macOS keeps a hidden `._name` beside each file on disks without extended attributes.
-    """
-    found = ((p, p.relative_to(path).parts) for p in path.glob(pattern))
-    return sorted(p for p, parts in found if not any(part.startswith(".") for part in parts))
-
-
 def free_space(path: Path) -> int:
     """Bytes free on the disk where `path` is or will be."""
     while not path.exists():

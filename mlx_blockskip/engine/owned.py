@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_blockskip.engine import files
+from mlx_blockskip.engine import files, listing
 from mlx_blockskip.engine.errors import UserError
 
 MARKER = "made_from.json"
@@ -22,7 +22,7 @@ def begin(path: Path, names: Sequence[str], made_from: Mapping[str, Any] | None 
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file, and a directory of this name is needed; move it elsewhere")
     before = _marked(path)
-    foreign = sorted(p.name for p in _visible(path) if p != marker and not (before and _ours(p, names)))
+    foreign = sorted(p.name for p in listing.visible(path) if p != marker and not (before and _ours(p, names)))
     if foreign or (marker.exists() and not before):
         raise UserError(
             f"{path}: holds {foreign[0] if foreign else MARKER}, which mlx-blockskip did not make; "
@@ -40,23 +40,24 @@ def clear(path: Path, names: Sequence[str]) -> None:
     if not _marked(path):
         return
     _clear(path, names)
-    if not any(p.name != MARKER for p in path.iterdir()):
-        (path / MARKER).unlink()
+    marker = path / MARKER
+    if set(path.iterdir()) <= {marker, listing.companion(marker)}:
+        marker.unlink()
+        listing.companion(marker).unlink(missing_ok=True)
         path.rmdir()
 
 
 def _clear(path: Path, names: Sequence[str]) -> None:
-    for found in _visible(path):
+    for found in listing.visible(path):
         if not _ours(found, names):
             continue
         if found.is_dir() and not found.is_symlink():
             files.remove_tree(found)
         else:
             found.unlink()
-
-
-def _visible(path: Path) -> list[Path]:
-    return [p for p in path.iterdir() if not p.name.startswith(".")] if path.is_dir() else []
+    for left in list(path.glob("._*")):  # macOS takes a companion away with its file, other systems do not
+        if _ours(left.with_name(left.name[2:]), names):
+            left.unlink(missing_ok=True)
 
 
 def _ours(path: Path, names: Sequence[str]) -> bool:

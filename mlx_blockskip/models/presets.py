@@ -7,7 +7,7 @@ import re
 from importlib import resources
 from pathlib import Path
 
-from mlx_blockskip.engine import files
+from mlx_blockskip.engine import files, listing
 from mlx_blockskip.models.family import Configs
 from mlx_blockskip.models.schedulers import FILE
 
@@ -15,7 +15,7 @@ from mlx_blockskip.models.schedulers import FILE
 def folders() -> dict[str, Path]:
     """The presets' directories, by name."""
     root = Path(str(resources.files("mlx_blockskip") / "assets" / "presets"))
-    return {path.name: path for path in sorted(root.iterdir()) if path.is_dir()}
+    return {path.name: path for path in listing.visible(root) if path.is_dir()}
 
 
 def folder(model: str) -> Path | None:
@@ -26,7 +26,7 @@ def folder(model: str) -> Path | None:
 
 def configs(path: Path) -> Configs:
     """The content of the config files of a checkpoint by folder, and that of its scheduler."""
-    found = {file.parent.name: files.read_json(file) for file in sorted(path.glob("*/config.json"))}
+    found = {file.parent.name: files.read_json(file) for file in listing.visible(path, "*/config.json")}
     return {**found, "scheduler": files.read_json(path / "scheduler" / FILE)}
 
 

@@ -53,6 +53,24 @@ def test_hidden_files_do_not_stand_in_the_way(tmp_path):
     assert (tmp_path / "a" / ".DS_Store").exists()
 
 
+def test_companions_go_with_what_is_removed_and_stand_in_no_ones_way(tmp_path):
+    path = tmp_path / "a"
+    owned.begin(path, NAMES, {"seed": 1})
+    (path / "deep").mkdir()
+    for name in ("1.png", "._1.png", "._deep", "._made_from.json", "deep/x", "deep/._x"):
+        (path / name).touch()
+    owned.begin(path, NAMES, {"seed": 1})
+    owned.begin(path, NAMES, {"seed": 2})
+    assert names(path) == ["._made_from.json", "made_from.json"]
+    for name in ("2.png", "._2.png", "._3.png", "._mine.txt"):
+        (path / name).touch()
+    owned.clear(path, NAMES)
+    assert names(path) == ["._made_from.json", "._mine.txt", "made_from.json"]
+    (path / "._mine.txt").unlink()
+    owned.clear(path, NAMES)
+    assert not path.exists()
+
+
 def test_an_empty_directory_is_taken_and_removed_when_it_is_empty_again(tmp_path):
     (tmp_path / "a").mkdir()
     owned.begin(tmp_path / "a", NAMES)

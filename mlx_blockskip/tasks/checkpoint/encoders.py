@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mlx_blockskip.engine import listing
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.vision.encoder import Encoder, open_encoder
 from mlx_blockskip.tasks.checkpoint.resolve import ENCODER, resolve
@@ -34,4 +35,5 @@ def clip_encoder(name_or_path: str | None, model_path: Path) -> Encoder:
 def default(choice: tuple[str, str], model_path: Path) -> str:
     """Of a small model's encoder and the others', the one for this model: it goes by the size of the weights."""
     small, other = choice
-    return small if sum(path.stat().st_size for path in model_path.rglob("*.safetensors")) < SMALL else other
+    weights = listing.visible(model_path, "**/*.safetensors")
+    return small if sum(path.stat().st_size for path in weights) < SMALL else other

@@ -17,12 +17,12 @@ from mlx_blockskip import lora
 from mlx_blockskip.data import Dataset, load_dataset, load_image
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.locks import lock
 from mlx_blockskip.events import Note, Saved, Warning, emit
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.vision.encoder import Encoder
 from mlx_blockskip.options import to_mapping
 from mlx_blockskip.settings import EvaluateSettings
+from mlx_blockskip.tasks.alone import alone
 from mlx_blockskip.tasks.checkpoint import encoders
 from mlx_blockskip.tasks.checkpoint.adapters import CONFIG, load_adapters
 from mlx_blockskip.tasks.checkpoint.resolve import open_named
@@ -86,7 +86,7 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     }  # fmt: skip
     output = Path(settings.output).expanduser() if settings.output else evaluation_directory(adapter)
     plan = Plan(settings, how, subject, output, identities)
-    with lock(output / ".lock"):
+    with alone(output / ".lock"):
         by_adapted, by_base = (plan.pictures(prompts, adapted=adapted) for adapted in (True, False))
         kept = {"adapter_path": [settings.adapter_path], "lora_scale": [settings.lora_scale]}
         make(model, how, [*by_adapted.subject, *by_adapted.others], tree, {"model": settings.model, **kept})
