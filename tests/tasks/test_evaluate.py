@@ -1,5 +1,7 @@
 """Evaluation as a user meets it: what it makes, what it writes, how it goes on, what it refuses."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import shutil
@@ -14,7 +16,7 @@ from mlx_blockskip import evaluate, export, generate, train
 from mlx_blockskip.cli import app
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Image as Made
-from mlx_blockskip.events import Note, PhaseEnd, Saved, Table
+from mlx_blockskip.events import Note, PhaseEnd, Saved, Table, Warning
 from mlx_blockskip.options import from_mapping
 from mlx_blockskip.settings import EvaluateSettings, GenerateSettings
 from mlx_blockskip.tasks.checkpoint import encoders
@@ -154,6 +156,22 @@ def test_only_what_is_not_there_is_made(asked, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS[::-1], "a {} on a white background"]))
     _, _, more = made({**asked, "n_images": 1})
     assert [path.name.rsplit("-", 1)[0] for path in more] == ["adapted-a-sks-toy-on-a-white-background-0"]
+
+
+def test_a_disk_without_locks_is_said_before_anything_is_made(asked, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def stop(event):
+        heard.append(event)
+        if isinstance(event, Made):
+            raise KeyboardInterrupt
+
+    heard = []
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(**asked, on_event=stop)
+    assert any(isinstance(e, Warning) and "out: its disk has no locks" in e.message for e in heard)
 
 
 def digests(paths):
