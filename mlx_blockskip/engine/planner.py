@@ -50,8 +50,8 @@ def measured(run: Callable[[], None]) -> tuple[int, float]:
 
 
 def traced(run: Callable[[], None]) -> tuple[int, float, bool]:
-    """The same, from a sample of the passes that `run` is made of (`engine.sampled`), and whether it left out any over a
-    map.
+    """The same, from a sample of the passes that `run` is made of (`engine.sampled`). The last: whether the sample left
+    out any over a map.
     """
     with sampled() as sample:
         peak, seconds = measured(run)

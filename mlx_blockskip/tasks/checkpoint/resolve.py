@@ -15,10 +15,10 @@ from pathlib import Path
 from mlx_blockskip.converters.run import Precision, default_dtype
 from mlx_blockskip.engine import files, limits
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.locks import lock
 from mlx_blockskip.events import Note, emit
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import open_model
+from mlx_blockskip.tasks.alone import alone
 from mlx_blockskip.tasks.checkpoint import hub
 from mlx_blockskip.tasks.checkpoint.convert import ENCODER_DTYPE, convert_directory, is_converted, is_encoder
 
@@ -134,7 +134,7 @@ def _converted(source: Callable[[], Path], name: str, key: str, kind: Kind) -> P
     target = cache_directory() / f"{short}-{dtype}-{key[:12]}"
     if is_converted(target):
         return target
-    with lock(target.with_name(f"{target.name}.lock")):
+    with alone(target.with_name(f"{target.name}.lock")):
         if is_converted(target):
             return target
         for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # of a process that was killed

@@ -1,6 +1,5 @@
 """Checkpoints of a run: whole or absent, and enough to end with the same bits as a run that was never stopped."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -73,7 +72,7 @@ def save(directory: Path, state: State, stack: Stack, settings: dict[str, Any]) 
         counts = {"step": state.step, "updates": state.updates, "skipped": state.skipped}
         files.write_json(temporary / "state.json", {**counts, "settings": settings})
     for old in found(directory)[:-KEPT]:
-        shutil.rmtree(old)
+        files.remove_tree(old)
     return target
 
 

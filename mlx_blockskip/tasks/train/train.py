@@ -13,11 +13,11 @@ from mlx_blockskip.blockskip.patches import coverage
 from mlx_blockskip.data import load_dataset
 from mlx_blockskip.engine import limits, owned
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.locks import lock
 from mlx_blockskip.events import Event, Note, Saved, Warning, as_record, emit, listening
 from mlx_blockskip.models.registry import family_named, read_config
 from mlx_blockskip.options import to_mapping
 from mlx_blockskip.settings import TrainSettings
+from mlx_blockskip.tasks.alone import alone
 from mlx_blockskip.tasks.checkpoint.adapters import TENSORS, save_adapter
 from mlx_blockskip.tasks.checkpoint.resolve import open_named
 from mlx_blockskip.tasks.defaults import train_config
@@ -59,7 +59,7 @@ def train(settings: TrainSettings) -> TrainResult:
     emit(Note(described(limits.in_force())))
     plan = known_plan(settings, model)
     ample = check_training(config, model, plan or even_plan(settings, model))
-    with lock(directory / ".lock"):
+    with alone(directory / ".lock"):
         owned.begin(directory / CACHE, CACHE_FILES)
         if plan is None:
             plan = probed_plan(settings, config, model, dataset, directory)
