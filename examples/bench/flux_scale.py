@@ -37,7 +37,7 @@ class Model:
 
     depths: the config's names for numbers of blocks. full: those of the preset. pixels: a side of one token. text:
     tokens of a prompt. read: those that its encoder reads. side: of a training patch; s_max is twice that. encoded,
-    drawn: sides of images. samples: records that wait in one sweep. limits: GiB that a phase may take, in 4 bit and in
+    drawn: sides of images. samples: records of a chunk, of which some wait in one sweep. limits: GiB that a phase may take, in 4 bit and in
     bfloat16. The rest are points, with the plan or what waits.
     """
 
@@ -62,7 +62,7 @@ class Model:
 MODELS = {
     "flux1-dev": Model(
         bundled="tiny-flux", depths=("num_layers", "num_single_layers"), full=(19, 38), pixels=16, text=512, read=512,
-        side=256, encoded=512, drawn=1024, samples=42, plans=((28, 0), (14, 14), (0, 28)),
+        side=256, encoded=512, drawn=1024, samples=64, plans=((28, 0), (14, 14), (0, 28)),
         limits={
             "convert": (0.6, 1.0), "encode prompts": (0.6, 1.0), "encode images": (0.6, 0.6),
             "precompute": (0.6, 1.0), "train": (0.7, 1.0), "generate": (0.6, 1.0), "decode": (1.0, 1.0),
@@ -362,7 +362,7 @@ def predict(job: dict) -> dict[str, int]:
             if job["phase"] == "train":
                 found[f"{bits} {n} {m}"] = tracer.train(plan.retained).peak
             else:
-                found[f"{bits} {n} {m}"] = tracer.precompute(plan, "base", job["samples"]).peak
+                found[f"{bits} {n} {m}"] = tracer.precompute(plan, "base", tracer.together(job["samples"])).peak
     return found
 
 
