@@ -37,8 +37,8 @@ class Model:
 
     depths: the config's names for numbers of blocks. full: those of the preset. pixels: a side of one token. text:
     tokens of a prompt. read: those that its encoder reads. side: of a training patch; s_max is twice that. encoded,
-    drawn: sides of images. samples: records of a chunk, of which some wait in one sweep. limits: GiB that a phase may take, in 4 bit and in
-    bfloat16. The rest are points, with the plan or what waits.
+    drawn: sides of images. samples: records of a chunk, of which some wait in one sweep. limits: GiB that a phase may
+    take, in 4 bit and in bfloat16. The rest are points, with the plan or what waits.
     """
 
     bundled: str
