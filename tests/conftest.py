@@ -10,7 +10,10 @@ from support.compare import gather, parity_table, worst
 from support.models import HEDGEHOG, assets, convert
 from support.toy import make_toy
 
-QUICK = {"data": str(HEDGEHOG), "iters": 6, "rank": 2, "learning_rate": 1e-3, "steps_per_save": 2, "class_images": 0}
+QUICK = {
+    "data": str(HEDGEHOG), "iters": 6, "rank": 2, "learning_rate": 1e-3, "steps_per_save": 2, "class_images": 0,
+    "memory_budget": "any",  # nothing has to be traced first
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

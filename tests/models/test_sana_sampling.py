@@ -28,6 +28,9 @@ class Model(Network):
     def sampler(self, steps, size, fresh=None):
         return flow.sampler(self.scheduler, steps, size[0] * size[1], fresh)
 
+    def make_room(self):
+        pass
+
     def guide(self, conditional, unconditional, scale):
         return flow.guided(conditional, unconditional, scale)
 

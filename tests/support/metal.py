@@ -117,13 +117,23 @@ class Compiled:
                 f"{PRELUDE} typedef {TYPES[template['T']]} T; {fixed}\n"
                 f'extern "C" void all_threads({names}, T* {self.outputs[0]}, uint threads) {{ {body} }}\n'
             )
-            path = self.directory / f"{sha256(text.encode()).hexdigest()}.cpp"  # a library is loaded once by its path
-            path.write_text(text)
-            library = path.with_suffix(".so")
-            command = ["g++", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-o", library, path]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            self.compiled[key] = ctypes.CDLL(str(library))
+            self.compiled[key] = _compiled(text, self.directory)
         return self.compiled[key]
+
+
+LIBRARIES: dict[str, ctypes.CDLL] = {}
+"""By their text: each is compiled once a session."""
+
+
+def _compiled(text: str, directory: Path) -> ctypes.CDLL:
+    if text not in LIBRARIES:
+        path = directory / f"{sha256(text.encode()).hexdigest()}.cpp"  # a library is loaded once by its path
+        path.write_text(text)
+        library = path.with_suffix(".so")
+        command = ["g++", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-o", library, path]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        LIBRARIES[text] = ctypes.CDLL(str(library))
+    return LIBRARIES[text]
 
 
 def kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
