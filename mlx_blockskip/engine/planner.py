@@ -59,7 +59,9 @@ def traced(run: Callable[[], None]) -> tuple[int, float, bool]:
     What takes a moment is run three times, and the highest peak counts: MLX's CPU backend counts ten operations as one,
     so which of their outputs meet is chance, and these are all that a small model takes.
     """
-    peaks, seconds, left_out = [], [], False
+    peaks: list[int] = []
+    seconds: list[float] = []
+    left_out = False
     while len(peaks) < 3 and sum(seconds) < MOMENT:
         with sampled() as sample:
             peak, took = measured(run)
