@@ -50,6 +50,7 @@ def test_a_phase_keeps_the_freed_buffers_that_its_budget_allows(monkeypatch, met
 def test_training_names_its_limits_before_anything_else(toy, tmp_path):
     events = []
     fixed = {**QUICK, "iters": 1, "model": str(toy), "train_resolution": 32, "resolution": 64, "plan": "even"}
-    train(TrainSettings(**fixed, adapter_path=str(tmp_path / "a"), memory_budget="1GB"), on_event=events.append)
+    fixed |= {"adapter_path": str(tmp_path / "a"), "memory_budget": "1GB"}
+    train(TrainSettings(**fixed), on_event=events.append)
     first = next(event for event in events if isinstance(event, Note))
     assert first.message == described(limits.of(GIB, limits.on_metal()))
