@@ -1,6 +1,7 @@
 """A component's weights on disk: one shard a block, read lazily, verified once."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -59,39 +60,47 @@ class Shards:
 
     def load(self, names: Iterable[str], room: Room | None = None) -> dict[str, mx.array]:
         """Read these tensors and no others, evaluated when this returns; as many together as there is room for."""
-        by_file: dict[str, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self._file(name), []).append(name)
         found: dict[str, mx.array] = {}
-        for file, wanted in by_file.items():
-            self._verify(file)
-            try:
-                lazy = files.load_lazily(self.path / file)
-                part = {name: lazy[name] for name in wanted}
-                del lazy
-                left = list(part.values())
+        for file, wanted in self._by_file(names):
+            part = self._open(file, wanted)
+            left = list(part.values())
+            with self._readable(file):
                 while left:
                     count = len(left) if room is None else room([array.nbytes for array in left])
                     mx.eval(left[:count])
                     del left[:count]
-            except (RuntimeError, KeyError, ValueError) as error:
-                if device.is_device_error(error):
-                    raise
-                raise UserError(f"{self.path / file}: cannot be read ({error}); convert the model again") from error
             found |= part
         return found
 
     def lazily(self, names: Iterable[str]) -> dict[str, mx.array]:
         """These tensors, each read when it is evaluated."""
-        by_file: dict[str, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self._file(name), []).append(name)
         found: dict[str, mx.array] = {}
-        for file, wanted in by_file.items():
-            self._verify(file)
-            lazy = files.load_lazily(self.path / file)
-            found |= {name: lazy[name] for name in wanted}
+        for file, wanted in self._by_file(names):
+            found |= self._open(file, wanted)
         return found
+
+    def _by_file(self, names: Iterable[str]) -> Iterable[tuple[str, list[str]]]:
+        found: dict[str, list[str]] = {}
+        for name in names:
+            found.setdefault(self._file(name), []).append(name)
+        return found.items()
+
+    def _open(self, file: str, names: Sequence[str]) -> dict[str, mx.array]:
+        """Tensors of one file, which is verified; none of them is read yet."""
+        self._verify(file)
+        with self._readable(file):
+            lazy = files.load_lazily(self.path / file)
+            return {name: lazy[name] for name in names}
+
+    @contextmanager
+    def _readable(self, file: str) -> Iterator[None]:
+        """Inside, what goes wrong with the file is a UserError; an error of the device stays one."""
+        try:
+            yield
+        except (RuntimeError, KeyError, ValueError) as error:
+            if device.is_device_error(error):
+                raise
+            raise UserError(f"{self.path / file}: cannot be read ({error}); convert the model again") from error
 
     def rows(self, name: str, ids: np.ndarray) -> mx.array:
         """Rows `ids` (any shape, ints) of a 2-D table, gathered from the file: (*ids.shape, width)."""

@@ -68,12 +68,8 @@ class Hollow:
     def weights(self, kind: str, part: Part = "body") -> Mapping[str, mx.array]:
         """A block's weights, none of them read yet."""
         reader, index = self.model.reader, self.index(kind)
-        prefix, names = self.model.stack.block(index).prefix, reader.names(index, part)
-        opened: dict[str, dict[str, mx.array]] = {}
-        for name in names:
-            file = reader.shards.weight_map[name]
-            opened.setdefault(file, files.load_lazily(reader.shards.path / file))
-        return {name[len(prefix) :]: opened[reader.shards.weight_map[name]][name] for name in names}
+        prefix = self.model.stack.block(index).prefix
+        return {name[len(prefix) :]: a for name, a in reader.shards.lazily(reader.names(index, part)).items()}
 
 
 def published(workshop: Workshop, name: str, bits: int = 0) -> Hollow:
