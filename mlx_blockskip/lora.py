@@ -50,6 +50,16 @@ def init(
     return tree
 
 
+def blank(reader: BlockReader, index: int, modules: Iterable[str], rank: int) -> dict[str, mx.array]:
+    """Zeros in the shapes of one block's factors. Not evaluated: shapes are often enough."""
+    found: dict[str, mx.array] = {}
+    for module in modules:
+        out, width = linear_shape(reader, index, module)
+        found[f"{module}.lora_a"] = mx.zeros((width, rank))
+        found[f"{module}.lora_b"] = mx.zeros((rank, out))
+    return found
+
+
 def linear_shape(reader: BlockReader, index: int, module: str) -> tuple[int, int]:
     """(out, in) of a linear layer, quantized or not, from the file's header."""
     prefix = reader.stack.block(index).prefix + module

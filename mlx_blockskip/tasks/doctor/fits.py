@@ -48,7 +48,7 @@ def path() -> Path:
 
 
 def read() -> dict[str, Any]:
-    """backend, mlx: what the figures were traced on; models: `Models`. None without it."""
+    """backend, mlx: what the figures were traced on; models: `Models`, none where there is no file."""
     return files.read_json(path()) if path().is_file() else {"backend": "-", "mlx": "-", "models": {}}
 
 

@@ -42,12 +42,9 @@ class Hollow:
 
     def factors(self, kind: str) -> dict[str, mx.array]:
         """Zeros in the shapes of a block's LoRA, on all linear layers."""
-        index, found = self.index(kind), dict[str, mx.array]()
-        for module in lora.targets(self.family.lora_targets, "all")[kind]:
-            out, width = lora.linear_shape(self.model.reader, index, module)
-            found[f"{module}.lora_a"] = mx.zeros((width, RANK))
-            found[f"{module}.lora_b"] = mx.zeros((RANK, out))
-        return found
+        return lora.blank(
+            self.model.reader, self.index(kind), lora.targets(self.family.lora_targets, "all")[kind], RANK
+        )
 
     def sample(self, width: int, height: int, length: int) -> Batch:
         """Zeros for an image of this size and a prompt of this length, with the modulation of every kind. Not

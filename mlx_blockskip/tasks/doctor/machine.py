@@ -11,15 +11,15 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_blockskip.display import memory
-from mlx_blockskip.engine import awake, disk, files, limits
+from mlx_blockskip.engine import awake, disk, environment, files, limits
 from mlx_blockskip.engine.system import asked, obstacle, power, translated
 from mlx_blockskip.events import Table
 from mlx_blockskip.tasks.checkpoint.resolve import cache_directory
 from mlx_blockskip.tasks.memory.limit import AUTO, budget_of
 
 VARIABLES = (
-    *("MLX_CONV_WINOGRAD_WORKING_SET", "MLX_ENABLE_TF32", "MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER"),
-    *("MLX_METAL_FAST_SYNCH", "OPENBLAS_NUM_THREADS"),
+    *environment.WANTED,
+    *("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER", "MLX_METAL_FAST_SYNCH", "OPENBLAS_NUM_THREADS"),
 )
 """Environment variables that change results or speed. Only these are shown: others may hold secrets."""
 
@@ -169,7 +169,7 @@ def table(machine: Machine) -> Table:
         **({"caffeinate": "found" if machine.caffeinate else "not found"} if machine.on_a_mac else {}),
         "disk": f"{memory(machine.disk_free)} free, {speed}",
         "logged in to the Hub": "yes" if machine.logged_in else "no",
-        **{name: machine.environment.get(name, "not set") for name in VARIABLES[:2]},
+        **{name: machine.environment.get(name, "not set") for name in environment.WANTED},
         **{name: value for name, value in machine.environment.items() if name not in VARIABLES[:2]},
     }
     return Table("This machine", ("what", "is"), tuple(rows.items()))

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 
-from mlx_blockskip.engine import limits, memory, planner, sweep
+from mlx_blockskip.engine import planner, sweep
 from mlx_blockskip.engine.reader import BlockReader
 from mlx_blockskip.engine.stack import State, arrays
 from mlx_blockskip.engine.sweep import Batch
@@ -66,24 +66,21 @@ def measured(workshop: Workshop) -> int:
 def _swept(workshop: Workshop) -> int:
     of, sample = block(workshop)
     index, factors = _first(of)
-    stack, highest = of.model.stack, memory.Peak()
+    stack = of.model.stack
     reader = BlockReader(of.model.reader.shards, stack, 0, prefetch=False)
     batch = Batch(sample.state, sample.context, sample.modulation)
 
     def loss(_: int, state: State) -> mx.array:
         return mx.sum(arrays(state)[0].astype(mx.float32))
 
-    mx.synchronize()
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    with limits.tight():
-        highest.restart()
+    def there_and_back() -> None:
         sweep.backward(
             stack, reader, [batch], [index], trainable={index: factors}, loss=loss, on_grad=lambda *_: None,
             bridge=lambda batch, start, stop, state: state,
         )  # fmt: skip
         mx.synchronize()
-    return highest.read() - before
+
+    return planner.measured(there_and_back)[0]
 
 
 def _first(of: Hollow) -> tuple[int, dict[str, mx.array]]:

@@ -22,7 +22,7 @@ from mlx_blockskip.engine.reader import BlockReader
 from mlx_blockskip.engine.stack import Modulation, arrays
 from mlx_blockskip.engine.sweep import Batch
 from mlx_blockskip.models.family import DiffusionModel
-from mlx_blockskip.tasks.memory.waiting import together, waiting_bytes
+from mlx_blockskip.tasks.memory.waiting import adapter_waits, together, waiting_bytes
 
 TRACED_SIDES = (256, 384)
 """Sides in pixels at which a VAE that works on streams of rows is traced where larger images are asked for."""
@@ -146,8 +146,8 @@ class Tracer:
         return replace(phase, peak=phase.peak + self._waiting_adapter(plan, mode))
 
     def _waiting_adapter(self, plan: SkipPlan, mode: str) -> int:
-        """Where memory is scarce and records need no LoRA, it waits on disk."""
-        return 0 if self.model.scarce and mode != "fresh" else self.adapter(plan)
+        """Bytes of it beside the work on records."""
+        return 0 if adapter_waits(self.model, mode) else self.adapter(plan)
 
     def together(self, batches: int) -> int:
         """How many of so many micro-batches wait in one precompute sweep."""
@@ -156,13 +156,8 @@ class Tracer:
     def factors(self, kind: str) -> dict[str, mx.array]:
         """The LoRA of a block of this kind."""
         if kind not in self._factors:
-            found: dict[str, mx.array] = {}
-            for module in self.modules[kind]:
-                out, width = lora.linear_shape(self.reader, self.first[kind], module)
-                found[f"{module}.lora_a"] = mx.zeros((width, self.rank))
-                found[f"{module}.lora_b"] = mx.zeros((self.rank, out))
-            mx.eval(found)
-            self._factors[kind] = found
+            self._factors[kind] = lora.blank(self.reader, self.first[kind], self.modules[kind], self.rank)
+            mx.eval(self._factors[kind])
         return self._factors[kind]
 
     def forward(self, index: int, adapted: bool = False) -> Cost:

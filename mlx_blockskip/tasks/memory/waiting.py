@@ -1,5 +1,5 @@
-"""How many micro-batches wait together in one sweep over the whole stack. It changes no result: each is applied by
-itself.
+"""What waits while records are made, and where: it changes no result. Micro-batches that wait together in one sweep
+over the whole stack are each applied by itself.
 """
 
 from mlx_blockskip.engine.stack import Context, arrays
@@ -18,3 +18,10 @@ def waiting_bytes(model: DiffusionModel, tokens: Tokens, prompt: Prompt, context
     """Of a micro-batch that waits: its tokens, and what of its context is its own."""
     own = (*arrays(tokens), *model.prompt_conditioning(prompt).values(), *model.conditioning(context).values())
     return sum(array.nbytes for array in own)
+
+
+def adapter_waits(model: DiffusionModel, residuals: str) -> bool:
+    """Whether the adapter is on disk while records are made: memory is scarce, and the base model's features need none
+    of it.
+    """
+    return model.scarce and residuals != "fresh"

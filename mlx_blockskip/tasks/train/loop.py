@@ -17,6 +17,7 @@ from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.sweep import Batch
 from mlx_blockskip.events import Note, emit
 from mlx_blockskip.models.family import Tokens
+from mlx_blockskip.tasks.memory.waiting import adapter_waits
 from mlx_blockskip.tasks.phases import phase
 from mlx_blockskip.tasks.sampling.previews import write_samples
 from mlx_blockskip.tasks.train import checkpoints, optimizer
@@ -99,7 +100,7 @@ def next_chunk(job: Job, state: State) -> tuple[range, Chunk]:
     for old in path.parent.glob("chunk-*.safetensors"):
         if old != path:
             old.unlink()
-    aside = job.model.scarce and not fresh  # the base model's features need no factors
+    aside = adapter_waits(job.model, job.config.residuals)
     with checkpoints.set_aside(state, job.cache / "adapter.safetensors") if aside else nullcontext():
         return batches, compute_chunk(job, batches, path, records.fingerprint(parts), adapter)
 
