@@ -13,7 +13,7 @@ from mlx_blockskip.engine.sampled import passes
 from mlx_blockskip.models.attention import SCORE_BYTES, attention
 from mlx_blockskip.models.config import Config, NonNegativeInt, OneOf, PositiveInt, Unset
 from mlx_blockskip.models.layers import Weights, linear, silu, through
-from mlx_blockskip.models.vae.strips import Rows, conv2d, group_norm
+from mlx_blockskip.models.vae.strips import Rows, conv2d, done, group_norm
 
 EPS = 1e-6
 
@@ -67,18 +67,18 @@ def encode(
 ) -> tuple[mx.array, mx.array]:
     """Pixels (B, H, W, 3) in [-1, 1] -> mean and log variance, each (B, h, w, C), not scaled. rows: see strips."""
     groups = config.norm_num_groups
-    x = _done(conv2d(w, "encoder.conv_in", pixels, rows=rows))
+    x = conv2d(w, "encoder.conv_in", pixels, rows=rows)
     levels = len(config.block_out_channels)
     for i in range(levels):
         for j in range(config.layers_per_block):
             x = _resnet(w, f"encoder.down_blocks.{i}.resnets.{j}", x, groups, rows)
         if i < levels - 1:
             name = f"encoder.down_blocks.{i}.downsamplers.0.conv"
-            x = _done(conv2d(w, name, x, stride=2, padding=(0, 1), rows=rows))
+            x = conv2d(w, name, x, stride=2, padding=(0, 1), rows=rows)
         through(w, f"encoder.down_blocks.{i}.")
     x = _middle(w, "encoder.mid_block", x, config, rows)
     last = _normed_silu(w, "encoder.conv_norm_out", x, groups, rows)
-    x = _done(conv2d(w, "encoder.conv_out", x, rows=rows, before=last))
+    x = conv2d(w, "encoder.conv_out", x, rows=rows, before=last)
     if config.use_quant_conv:
         x = linear(w, "quant_conv", x)
     mean, logvar = mx.split(x, 2, axis=-1)
@@ -90,22 +90,22 @@ def decode(w: Weights, config: AutoencoderKLConfig, z: mx.array, rows: int | Non
     groups = config.norm_num_groups
     if config.use_post_quant_conv:
         z = linear(w, "post_quant_conv", z)
-    x = _done(conv2d(w, "decoder.conv_in", z, rows=rows))
+    x = conv2d(w, "decoder.conv_in", z, rows=rows)
     x = _middle(w, "decoder.mid_block", x, config, rows)
     levels = len(config.block_out_channels)
     for i in range(levels):
         for j in range(config.layers_per_block + 1):
             x = _resnet(w, f"decoder.up_blocks.{i}.resnets.{j}", x, groups, rows)
         if i < levels - 1:
-            x = _done(conv2d(w, f"decoder.up_blocks.{i}.upsamplers.0.conv", x, upsample=2, rows=rows))
+            x = conv2d(w, f"decoder.up_blocks.{i}.upsamplers.0.conv", x, upsample=2, rows=rows)
         through(w, f"decoder.up_blocks.{i}.")
     last = _normed_silu(w, "decoder.conv_norm_out", x, groups, rows)
-    return _done(conv2d(w, "decoder.conv_out", x, rows=rows, before=last))
+    return conv2d(w, "decoder.conv_out", x, rows=rows, before=last)
 
 
 def _resnet(w: Weights, name: str, x: mx.array, groups: int, rows: int | None) -> mx.array:
     first = _normed_silu(w, f"{name}.norm1", x, groups, rows)
-    y = _done(conv2d(w, f"{name}.conv1", x, rows=rows, before=first))
+    y = conv2d(w, f"{name}.conv1", x, rows=rows, before=first)
     second = _normed_silu(w, f"{name}.norm2", y, groups, rows)
 
     def shortcut(start: int, stop: int) -> mx.array:
@@ -113,7 +113,7 @@ def _resnet(w: Weights, name: str, x: mx.array, groups: int, rows: int | None) -
             return x[:, start:stop]
         return conv2d(w, f"{name}.conv_shortcut", x[:, start:stop], padding=(0, 0), rows=stop - start)
 
-    y = _done(conv2d(w, f"{name}.conv2", y, rows=rows, before=second, add=shortcut, in_place=True))
+    y = conv2d(w, f"{name}.conv2", y, rows=rows, before=second, add=shortcut, in_place=True)
     through(w, f"{name}.")
     return y
 
@@ -141,16 +141,10 @@ def _attention(w: Weights, name: str, x: mx.array, groups: int, rows: int | None
     q, k, v = (linear(w, f"{name}.to_{part}", normed) for part in "qkv")
     chunk = max(1, SCORE_BYTES // (4 * b * h * width)) if rows is None else rows * width
     for start in passes(range(0, h * width, chunk), q.shape):
-        part = _done(attention(q[:, :, start : start + chunk], k, v, scale=1 / math.sqrt(c), query_chunk=chunk))
+        part = done(attention(q[:, :, start : start + chunk], k, v, scale=1 / math.sqrt(c), query_chunk=chunk))
         q[:, :, start : start + chunk] = part
         del part
         mx.eval(q)
-    x = _done(x + linear(w, f"{name}.to_out.0", q).reshape(b, h, width, c))
+    x = done(x + linear(w, f"{name}.to_out.0", q).reshape(b, h, width, c))
     through(w, f"{name}.")
-    return x
-
-
-def _done(x: mx.array) -> mx.array:
-    """Evaluate here, so that no more than one layer's maps are in memory."""
-    mx.eval(x)
     return x

@@ -36,7 +36,7 @@ def conv2d(
     add: Callable[[int, int], mx.array] | None = None,
     in_place: bool = False,
 ) -> mx.array:
-    """A k x k convolution, weights OHWI, in strips of output rows with their halo.
+    """A k x k convolution, weights OHWI, in strips of output rows with their halo; evaluated when this returns.
 
     padding: rows and columns of zeros (before, after), the same in both directions. upsample: nearest-neighbour factor
     applied to x first, strip by strip. before: applied to the input's rows first, pixel by pixel, so that its result is
@@ -89,22 +89,22 @@ def in_strips(
     of the work on a strip, for `passes`. out: the map that is filled; by default a new one.
     """
     if step >= shape[1]:
-        whole = [_done(strip(0, shape[1])) for _ in passes(range(1), kind)]
-        return whole[0] if whole else mx.zeros(shape, dtype)
+        whole = [done(strip(0, shape[1])) for _ in passes(range(1), kind)]
+        return whole[0] if whole else done(mx.zeros(shape, dtype))
     if out is None:
-        out = mx.zeros(shape, dtype)
-        mx.eval(out)
+        out = done(mx.zeros(shape, dtype))
     for start in passes(range(0, shape[1], step), kind):
         stop = min(start + step, shape[1])
-        part = strip(start, stop)
-        mx.eval(part)  # nothing refers to the old map any more, so that the new one takes its memory
+        part = done(strip(start, stop))
+        # nothing refers to the old map any more, so that the new one takes its memory
         out[:, start:stop] = part
         del part
         mx.eval(out)
     return out
 
 
-def _done(x: mx.array) -> mx.array:
+def done(x: mx.array) -> mx.array:
+    """Evaluated here, so that no more than one layer's maps are in memory."""
     mx.eval(x)
     return x
 
