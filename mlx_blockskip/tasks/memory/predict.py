@@ -271,8 +271,9 @@ def images(model: DiffusionModel, width: int, height: int, *, decoding: bool) ->
     carried along the line through them.
     """
     least = model.size_multiple
-    _, in_strips = _image(model, least, least, decoding)
-    small, large = TRACED_STRIPS if in_strips else TRACED_SIDES
+    small, large = TRACED_SIDES
+    if width * height > large**2 and _image(model, least, least, decoding)[1]:
+        small, large = TRACED_STRIPS
     if width * height <= large**2:
         return _image(model, width, height, decoding)[0]
     sides = [max(least, side // least * least) for side in (small, large)]
