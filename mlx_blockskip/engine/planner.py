@@ -137,16 +137,11 @@ def forward_peak(weights: Sequence[int], costs: Sequence[Cost], state: int, wait
 def backward_peak(
     weights: Sequence[int], costs: Sequence[Cost], state: int, trainable: Sequence[int], waiting: int = 1
 ) -> int:
-    """Peak of a backward sweep of `waiting` samples: at each block its weights and its work, beside the inputs of the
-    blocks before it and the gradients of those after it.
+    """Peak of a backward sweep of `waiting` samples: at each block its weights and its work, where the inputs of the
+    blocks before it and the gradients of those after it are on disk.
 
     trainable: bytes of each block's tree, by place on the path. state: bytes of a sample's state.
     """
-    highest, after = 0, 0
-    for place in reversed(range(len(weights))):
-        others = 3 * (waiting - 1) * state  # the other samples' inputs, ends and cotangents
-        sums = 2 * trainable[place] if waiting > 1 else 0  # gradients so far, and with this sample's
-        inputs = place * waiting * state
-        highest = max(highest, inputs + others + after + sums + weights[place] + costs[place].nbytes)
-        after += trainable[place]
-    return highest
+    others = 2 * (waiting - 1) * state  # the other samples' ends and cotangents
+    sums = 2 if waiting > 1 else 0  # gradients so far, and with this sample's
+    return others + max(w + cost.nbytes + sums * t for w, cost, t in zip(weights, costs, trainable, strict=True))

@@ -29,6 +29,9 @@ Tap = Callable[[int, State], None]
 Loss = Callable[[int, State], mx.array]
 """`(batch, state at the end) -> scalar`."""
 
+Hold = Callable[[int, int, State], Callable[[], State]]
+"""`(place on the path, batch, input of the block there) -> a function that gives it back, once`."""
+
 
 @dataclass
 class Batch:
@@ -103,15 +106,18 @@ def backward(
     loss: Loss,
     on_grad: Callable[[int, dict[str, mx.array]], None],
     bridge: Bridge | None = None,
+    hold: Hold | None = None,
 ) -> list[mx.array]:
     """Run `path` forward, then back; give each block's gradients, summed over batches, to `on_grad(block, grads)`.
 
-    The cotangent of the loss starts at the end of the stack. Returns the loss of each batch, evaluated. The batches'
+    hold: keeps each block's input for the way back; None keeps it in memory. The cotangent of the loss starts at the
+    end of the stack. Returns the loss of each batch, evaluated. The batches'
     states are left at the end of the stack.
     """
     path = list(path)
     turn = len(path)
-    inputs: list[list[State]] = []
+    hold = hold or _in_memory
+    inputs: list[list[Callable[[], State]]] = []
     losses: list[mx.array] = []
     cotangents: list[list[mx.array]] = []
     before = path[0]
@@ -123,7 +129,7 @@ def backward(
             inputs.append([])
             for i, batch in enumerate(batches):
                 batch.state = cross(i, before, block, batch.state, bridge)
-                inputs[-1].append(batch.state)
+                inputs[-1].append(hold(step, i, batch.state))
                 modulation = modulation_of(stack.block(block), weights, batch, block)
                 apply = stack.block(block).kind.apply
                 batch.state = apply(weights, tree, batch.state, batch.context, modulation, batch.masks.get(block))
@@ -134,17 +140,21 @@ def backward(
         else:
             position = 2 * turn - 1 - step
             grads: dict[str, mx.array] = {}
-            for i, (batch, state) in enumerate(zip(batches, inputs.pop(), strict=True)):
-                passed = Batch(state, batch.context, batch.modulation, batch.masks)
+            for i, (batch, take) in enumerate(zip(batches, inputs.pop(), strict=True)):
+                passed = Batch(take(), batch.context, batch.modulation, batch.masks)
                 cotangents[i], own = _pull_back(
                     stack.block(block), weights, tree, passed, block, cotangents[i], wants_state=position > 0
                 )
                 grads = {name: grads[name] + g for name, g in own.items()} if grads else own
                 mx.eval(cotangents[i], grads)
-                del passed, state, own
+                del passed, take, own
             on_grad(block, grads)
         del weights, tree
     return losses
+
+
+def _in_memory(place: int, batch: int, state: State) -> Callable[[], State]:
+    return lambda: state
 
 
 def modulations(

@@ -9,7 +9,7 @@ from engine.test_sweep import Pair, factors, make, samples
 
 from mlx_blockskip.engine import sweep
 from mlx_blockskip.engine.reader import BlockReader
-from mlx_blockskip.engine.spill import Spilled
+from mlx_blockskip.engine.spill import Spilled, Trees, hold_in
 from mlx_blockskip.engine.stack import arrays
 from support.compare import same_bits
 
@@ -58,3 +58,40 @@ def test_samples_may_join_and_leave_at_a_boundary(tmp_path):
     sweep.forward(stack, BlockReader(shards, stack), [alone := replace(sample, state=begin)])
     assert same_bits(waiting[0].state.a, alone.state.a)
     assert not same_bits(sample.state.a, alone.state.a)
+
+
+def test_a_held_state_is_not_in_memory_and_is_given_back_once(tmp_path):
+    hold, state = hold_in(tmp_path), Pair(mx.arange(1 << 20).astype(mx.bfloat16), None)
+    size = state.a.nbytes
+    take = hold(3, 0, state)
+    before = mx.get_active_memory()
+    del state
+    assert mx.get_active_memory() <= before - size
+    found = take()
+    assert found.b is None
+    assert same_bits(found.a, mx.arange(1 << 20).astype(mx.bfloat16))
+    with pytest.raises(Exception, match="no such file"):
+        take()
+
+
+def test_trees_on_disk_are_a_mapping_of_blocks_in_the_order_they_came(tmp_path):
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "9.safetensors").write_bytes(b"of an earlier run")
+    trees = Trees(tmp_path / "t")
+    assert not list(tmp_path.iterdir())
+    own = {5: {"a": mx.ones((2, 3)), "b/c": mx.arange(4)}, 2: {"a": mx.zeros((1,), mx.bfloat16)}}
+    for block, tree in own.items():
+        trees[block] = tree
+    assert list(trees) == [5, 2]
+    assert len(trees) == 2
+    assert 9 not in trees
+    for block, tree in own.items():
+        assert trees[block].keys() == tree.keys()
+        assert all(same_bits(trees[block][name], tree[name]) for name in tree)
+    assert trees.pop(5).keys() == own[5].keys()
+    assert [path.name for path in (tmp_path / "t").iterdir()] == ["2.safetensors"]
+    with pytest.raises(KeyError):
+        trees[5]
+    trees.clear()
+    assert not len(trees)
+    assert not (tmp_path / "t").exists()

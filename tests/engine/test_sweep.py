@@ -12,6 +12,7 @@ from mlx_blockskip.engine import memory, philox, sweep
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.reader import BlockReader, Prefetch
 from mlx_blockskip.engine.shards import Shards
+from mlx_blockskip.engine.spill import hold_in
 from mlx_blockskip.engine.stack import Block, BlockKind, Stack
 from mlx_blockskip.engine.sweep import Batch
 from mlx_blockskip.models.layers import linear
@@ -112,6 +113,26 @@ def test_gradients_equal_those_of_the_whole_graph(tmp_path, quantized, start):
     for block in path:
         for name, g in reference[str(block)].items():
             assert relative_error(grads[block][name], g) <= 1e-5, (block, name)
+
+
+@pytest.mark.parametrize("path", [range(6), [1, 2, 5]])
+def test_inputs_of_blocks_may_wait_in_files_and_change_no_bit(tmp_path, path):
+    stack, shards = make(tmp_path / "m", 6)
+    tree, reader, files = factors(6), BlockReader(shards, stack), []
+
+    def bridge(batch, start, stop, state):
+        files.append(len(list((tmp_path / "inputs").glob("*"))))
+        return state
+
+    losses, grads = run_backward(stack, reader, tree, path, bridge=bridge)
+    files.clear()
+    hold = hold_in(tmp_path / "inputs")
+    held_losses, held = run_backward(stack, reader, tree, path, bridge=bridge, hold=hold)
+    assert all(same_bits(a, b) for a, b in zip(losses, held_losses, strict=True))
+    assert all(same_bits(grads[block][name], held[block][name]) for block in path for name in grads[block])
+    if path != range(6):
+        assert files == [4, 5], "of two samples at two blocks, and of the first at the third"
+    assert not list((tmp_path / "inputs").glob("*")), "what was read is gone"
 
 
 @pytest.mark.parametrize("prefetch", [True, False])

@@ -12,8 +12,9 @@ from support.compare import same_bits
 
 SHAPES = {"attn.to_q.lora_a": (6, 2), "ff/0.lora_b": (2, 5)}
 TREE = {block: {name: mx.zeros(shape) for name, shape in SHAPES.items()} for block in (1, 3)}
-SIZE = 2 * 2 * 4 * (12 + 10)
-"""Bytes of both moments of the tree."""
+INPUTS = 1000
+SIZE = INPUTS + 3 * 2 * 4 * (12 + 10)
+"""Bytes of inputs, of both moments of the tree and of its gradients."""
 
 
 def drawn(block):
@@ -76,18 +77,18 @@ def test_moved_into_memory_they_are_the_same_and_their_files_gone(tmp_path):
 )
 def test_they_move_where_a_step_has_been_measured_and_both_of_each_factor_fit(tmp_path, spare, measured, moves):
     moments, room = filled(tmp_path / "m"), reader(spare, measured)
-    moments.settle(room, TREE)
+    moments.settle(room, TREE, INPUTS)
     assert (moments.directory is None) == moves
     assert room.taken == ([SIZE] if moves else [])
     assert_as_drawn(moments)
-    moments.settle(room, TREE)
+    moments.settle(room, TREE, INPUTS)
     assert len(room.taken) == int(moves), "once"
 
 
 def test_they_may_move_before_the_first_update(tmp_path):
     """After a step that was skipped there is nothing on disk yet."""
     moments = Moments(tmp_path / "m")
-    moments.settle(reader(None), TREE)
+    moments.settle(reader(None), TREE, INPUTS)
     assert (moments.directory, moments.blocks) == (None, [])
 
 

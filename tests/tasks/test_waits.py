@@ -2,8 +2,8 @@
 
 Once a block, a direction and a micro-batch, which is what bounds memory; once a micro-batch for the loss; once for the
 norm of all gradients; and once for the update where the moments are in memory. Where there is no room for those, they
-are read and written a block at a time, and a block's update is waited for between the two. Last of all once more, so
-that an error of the device is raised before the step counts.
+and the gradients are read and written a block at a time, and a block's norm and update are waited for. Last of all once
+more, so that an error of the device is raised before the step counts.
 """
 
 import threading
@@ -89,8 +89,8 @@ def test_a_step_waits_for_the_device_as_often_as_memory_needs_it(
     found, blocks = waits(monkeypatch, tiny_flux, tmp_path, budget, accumulation, plan)
     assert blocks >= 3
     sweep = blocks * accumulation if kept else (2 * blocks + 1) * accumulation
-    update = 2 * blocks if in_files else 1
-    assert found["eval"] == sweep + 1 + update, found
+    norm, update = (2 * blocks + 1, 3 * blocks) if in_files else (1, 1)
+    assert found["eval"] == sweep + norm + update, found
     assert found["float"] == 0, "of what was not evaluated yet"
     assert 1 <= found["synchronize"] <= 2 * blocks + 1, (
         "where a block goes to work, to know what is in memory, and last"

@@ -216,7 +216,9 @@ class Tracer:
         return Phase("precompute", held + max(peaks), read, sum(cost.seconds for cost in costs) * waiting, held + read)
 
     def train(self, retained: Sequence[int], accumulation: int = 1, fresh: bool = False) -> Phase:
-        """One optimizer step, its moments in files. fresh: the adapter as it was at the chunk's start is there too."""
+        """One optimizer step; its moments, gradients and inputs of blocks in files. fresh: the adapter as it was at the
+        chunk's start is there too.
+        """
         weights = [self.reader.nbytes(index, "body") for index in retained]
         adapter = [self.adapter_bytes(index) for index in retained]
         costs = [self.backward(index) for index in retained]
@@ -224,7 +226,7 @@ class Tracer:
         held = (2 if fresh else 1) * sum(adapter) + max(adapter) + self._head_bytes() + contexts
         peak = held + max(
             planner.backward_peak(weights, costs, self.state, adapter, accumulation),
-            sum(adapter) + 4 * max(adapter),  # AdamW on one block, all gradients there
+            5 * max(adapter),  # AdamW on one block
         )
         ample = held + 3 * sum(adapter) + sum(weights) + sum(cost.kept for cost in costs)
         ample += 2 * max(cost.nbytes for cost in costs) + accumulation * self.state

@@ -14,7 +14,10 @@ from mlx_blockskip.tasks.defaults import TrainConfig
 from mlx_blockskip.tasks.train.samples import TrainingSamples
 
 CACHE = "cache"
-CACHE_FILES = ("prompts.safetensors", "latents.safetensors", "chunk-*.safetensors", "adapter.safetensors", "moments")
+CACHE_FILES = (
+    *("prompts.safetensors", "latents.safetensors", "chunk-*.safetensors"),
+    *("adapter.safetensors", "moments", "gradients", "inputs"),
+)
 """What the cache in an adapter directory holds while a run is under way."""
 
 

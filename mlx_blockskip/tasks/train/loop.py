@@ -6,6 +6,7 @@ residual (Eq. 3), and takes the mean square error of the velocity; there and bac
 
 import math
 from contextlib import nullcontext
+from functools import partial
 
 import mlx.core as mx
 
@@ -14,6 +15,8 @@ from mlx_blockskip.blockskip import records, residuals
 from mlx_blockskip.blockskip.records import Chunk
 from mlx_blockskip.engine import device, kept, sweep
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.spill import Trees, hold_in
+from mlx_blockskip.engine.stack import arrays
 from mlx_blockskip.engine.sweep import Batch
 from mlx_blockskip.events import Note, emit
 from mlx_blockskip.models.family import Tokens
@@ -123,9 +126,12 @@ def train_step(job: Job, chunk: Chunk, state: State) -> float:
         error = velocity.astype(mx.float32) - chunk.target(batches[i])
         return mx.mean(mx.square(error) * chunk.weight(batches[i])) / count
 
-    grads: optimizer.Grads = {}
+    inputs = len(job.plan.retained) * sum(array.nbytes for batch in waiting for array in arrays(batch.state))
+    in_memory = state.moments.in_memory
+    grads: optimizer.Grads = {} if in_memory else Trees(job.cache / "gradients")
+    hold = None if in_memory else hold_in(job.cache / "inputs")
     with job.resident():
-        losses = (kept if job.ample else sweep).backward(
+        losses = (kept.backward if job.ample else partial(sweep.backward, hold=hold))(
             job.stack,
             model.reader,
             waiting,
@@ -144,7 +150,7 @@ def train_step(job: Job, chunk: Chunk, state: State) -> float:
             state.skipped += 1
             value = math.nan
         state.step += 1
-    state.moments.settle(job.model.reader, state.tree)
+    state.moments.settle(job.model.reader, state.tree, inputs)
     return value
 
 

@@ -1,6 +1,7 @@
 """AdamW, block by block, with the learning rate a pure function of the step, and global-norm clipping."""
 
 import math
+from collections.abc import MutableMapping
 from typing import Any
 
 import mlx.core as mx
@@ -10,8 +11,8 @@ from mlx_blockskip.engine.interrupt import deferred
 from mlx_blockskip.tasks.defaults import TrainConfig
 from mlx_blockskip.tasks.train.checkpoints import State
 
-Grads = dict[int, dict[str, mx.array]]
-"""Gradients of a LoRA tree, by block."""
+Grads = MutableMapping[int, dict[str, mx.array]]
+"""Gradients of a LoRA tree, by block, in memory or on disk."""
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -24,11 +25,14 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def global_norm(grads: Grads) -> float:
-    """Euclidean norm over all gradients, in float32. The device is waited for once."""
+    """Euclidean norm over all gradients, in float32. The device is waited for once; once a block where the gradients
+    are on disk.
+    """
+    evaluate = mx.async_eval if isinstance(grads, dict) else mx.eval
     squares: list[mx.array] = []
     for tree in grads.values():
         own = [mx.sum(mx.square(g.astype(mx.float32))) for g in tree.values()]
-        mx.async_eval(own)  # a block at a time, as MLX would have the squares of many gradients in memory at once
+        evaluate(own)  # a block at a time, as MLX would have the squares of many gradients in memory at once
         squares += own
     mx.eval(squares)
     return math.sqrt(sum(float(square) for square in squares))
