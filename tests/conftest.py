@@ -1,3 +1,5 @@
+import os
+
 import mlx_blockskip  # noqa: F401  (before mlx.core is imported: it makes its settings)
 
 # isort: split
@@ -11,7 +13,7 @@ from support.models import HEDGEHOG, assets, convert
 from support.toy import make_toy
 
 QUICK = {
-    "data": str(HEDGEHOG), "iters": 6, "rank": 2, "learning_rate": 1e-3, "steps_per_save": 2, "class_images": 0,
+    "data": str(HEDGEHOG), "iters": 4, "rank": 2, "learning_rate": 1e-3, "steps_per_save": 2, "class_images": 0,
     "memory_budget": "any",  # nothing has to be traced first
 }  # fmt: skip
 
@@ -20,6 +22,12 @@ QUICK = {
 def _own_cache(tmp_path_factory, monkeypatch):
     """Models that tests convert go into a cache of the test session."""
     monkeypatch.setenv("MLX_BLOCKSKIP_CACHE", str(tmp_path_factory.getbasetemp() / "models"))
+
+
+@pytest.fixture(autouse=True)
+def _no_wait_for_the_disk(monkeypatch):
+    """What tests write need not survive a power loss; those of the flushing itself look at what is called."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(autouse=True)

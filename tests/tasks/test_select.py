@@ -92,35 +92,37 @@ def test_the_probe_does_not_depend_on_the_budget(small):
 
 def test_the_table_is_the_mean_over_adapters_prompts_and_seeds(small, family_model, tmp_path):
     paths = [adapter(family_model, tmp_path / f"a{i}", i) for i in range(2)]
-    result = select(small("generate", adapter_path=paths, prompt=["a red cat", "a dog"], n_images=2, seed=5))
+    drawn = {"n_images": 2, "seed": 5, "steps": 1, "skip_ratio": 0.25}
+    result = select(small("generate", adapter_path=paths, prompt=["a red cat", "a dog"], **drawn))
     written = files.read_json(result.path)
     assert len(written["measurements"]) == 8
     assert {(m["adapter"], m["prompt"], m["seed"]) for m in written["measurements"]} == {
         (a, p, s) for a in (0, 1) for p in ("a red cat", "a dog") for s in (5, 6)
     }
     assert np.allclose(written["first"], np.mean([m["first"] for m in written["measurements"]], axis=0))
-    both = [select(small("probe", adapter_path=[path], output=str(tmp_path / "p.json"))).distances for path in paths]
-    assert select(small("probe", adapter_path=paths)).distances == selection.mean(both)
+    probed = {"skip_ratio": 0.25, "output": str(tmp_path / "p.json")}
+    both = [select(small("probe", adapter_path=[path], **probed)).distances for path in paths]
+    assert select(small("probe", adapter_path=paths, **probed)).distances == selection.mean(both)
     assert both[0] != both[1]
 
 
 def test_prompts_are_the_adapters_own_captions(small, family_model, tmp_path):
     path = adapter(family_model, tmp_path / "a", 1, ["a sks cat", "a sks cat asleep"])
-    result = select(small("generate", adapter_path=[path], prompt=[]))
+    result = select(small("generate", adapter_path=[path], prompt=[], skip_ratio=0.25))
     assert {m["prompt"] for m in files.read_json(result.path)["measurements"]} == {"a sks cat", "a sks cat asleep"}
 
 
 def test_images_that_are_there_are_not_made_again(small, tmp_path):
-    first = select(small("generate")).distances
+    first = select(small("generate", skip_ratio=0.25)).distances
     images = tmp_path / "s_images" / "adapter0"
     paths = sorted(images.glob("*.png"))
     assert len(paths) == 1 + 2 * first.k
     times = {path: path.stat().st_mtime_ns for path in paths}
     paths[1].unlink()
-    assert select(small("generate")).distances == first
+    assert select(small("generate", skip_ratio=0.25)).distances == first
     changed = [path for path in paths if path.stat().st_mtime_ns != times[path]]
     assert changed == [paths[1]]
-    select(small("generate", steps=1))
+    select(small("generate", skip_ratio=0.25, steps=1))
     assert all(path.stat().st_mtime_ns != times[path] for path in paths), "they were made from something else"
 
 
