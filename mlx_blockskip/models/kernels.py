@@ -1,4 +1,4 @@
-"""Chains of elementwise operations as one Metal kernel each: GELU, SiLU, rotary positions, group norm.
+"""Chains of elementwise operations as one Metal kernel each: GELU, SiLU, modulation, rotary positions, group norm.
 
 MLX runs each operation of such a chain as a kernel of its own, which reads and writes the whole array. `mx.compile` is
 no way out: it leaves a function alone whose inputs are being differentiated, so a block's forward pass would be made
@@ -17,82 +17,12 @@ from typing import cast
 import mlx.core as mx
 
 from mlx_blockskip.models import cpu
+from mlx_blockskip.models.kernel_sources import ANY_STRIDES, GELU_CUBE, GELU_SLOPE, INPUTS, SOURCES
 
 VARIABLE = "MLX_BLOCKSKIP_KERNELS"
 
-GELU_SLOPE, GELU_CUBE = 0.7978845608028654, 0.044715
-
 TOGETHER = 256
 """Threads of a group."""
-
-SOURCES = {
-    # x, dy, y: any shape
-    "gelu": f"""
-        uint i = thread_position_in_grid.x;
-        float v = float(x[i]);
-        float t = metal::precise::tanh({GELU_SLOPE}f * (v + {GELU_CUBE}f * v * v * v));
-        y[i] = T(0.5f * v * (1.0f + t));
-    """,
-    "gelu_back": f"""
-        uint i = thread_position_in_grid.x;
-        float v = float(x[i]);
-        float t = metal::precise::tanh({GELU_SLOPE}f * (v + {GELU_CUBE}f * v * v * v));
-        float slope = {GELU_SLOPE}f * (1.0f + 3.0f * {GELU_CUBE}f * v * v);
-        y[i] = T(float(dy[i]) * 0.5f * (1.0f + t + v * (1.0f - t * t) * slope));
-    """,
-    "silu": """
-        uint i = thread_position_in_grid.x;
-        float v = float(x[i]);
-        y[i] = T(v / (1.0f + metal::precise::exp(-v)));
-    """,
-    "silu_back": """
-        uint i = thread_position_in_grid.x;
-        float v = float(x[i]);
-        float s = 1.0f / (1.0f + metal::precise::exp(-v));
-        y[i] = T(float(dy[i]) * s * (1.0f + v * (1.0f - s)));
-    """,
-    # x: (B, H, L, d), any strides; cosines, sines: (L, d / 2), float32; a thread turns a pair
-    "rope": """
-        uint pair = thread_position_in_grid.x;
-        uint half_width = x_shape[3] / 2;
-        uint column = pair % half_width;
-        uint row = pair / half_width % x_shape[2];
-        uint head = pair / half_width / x_shape[2] % x_shape[1];
-        uint sample = pair / half_width / x_shape[2] / x_shape[1];
-        size_t at = sample * x_strides[0] + head * x_strides[1] + row * x_strides[2] + 2 * column * x_strides[3];
-        float even = float(x[at]);
-        float odd = float(x[at + x_strides[3]]);
-        float c = cosines[row * cosines_strides[0] + column * cosines_strides[1]];
-        float s = sines[row * sines_strides[0] + column * sines_strides[1]];
-        s = BACK ? -s : s;
-        y[2 * pair] = T(even * c - odd * s);
-        y[2 * pair + 1] = T(odd * c + even * s);
-    """,
-    # x: (B, rows, W, C); mean, inverse: (B, 1, groups, 1), float32; weight, bias: (C,)
-    "group_norm": """
-        uint i = thread_position_in_grid.x;
-        uint channels = x_shape[3];
-        uint channel = i % channels;
-        uint sample = i / channels / x_shape[2] / x_shape[1];
-        uint group = sample * mean_shape[2] + channel * mean_shape[2] / channels;
-        float v = (float(x[i]) - mean[group]) * inverse[group];
-        v = v * float(weight[channel]) + float(bias[channel]);
-        y[i] = T(SILU ? v / (1.0f + metal::precise::exp(-v)) : v);
-    """,
-}
-"""Bodies of kernels that write y from the inputs in INPUTS. T is the type of x and y."""
-
-INPUTS = {
-    "gelu": ("x",),
-    "gelu_back": ("x", "dy"),
-    "silu": ("x",),
-    "silu_back": ("x", "dy"),
-    "rope": ("x", "cosines", "sines"),
-    "group_norm": ("x", "mean", "inverse", "weight", "bias"),
-}
-
-ANY_STRIDES = ("rope",)
-"""Kernels whose inputs need not be contiguous."""
 
 
 def _differentiable(name: str) -> Callable[[mx.array], mx.array]:
@@ -114,6 +44,34 @@ gelu = _differentiable("gelu")
 
 silu = _differentiable("silu")
 """x sigmoid(x)."""
+
+
+def modulate(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
+    """x (1 + scale) + shift: x (B, L, D); shift, scale (B or 1, 1, D), which get no gradient."""
+
+    @mx.custom_function
+    def forward(x: mx.array) -> mx.array:
+        return _run("modulate", [x, shift, scale], x.size)
+
+    @forward.vjp
+    def back(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+        return _run("scale_back", [cotangent, scale], x.size, FROM_ONE=True)
+
+    return cast(mx.array, forward(x))
+
+
+def gate_add(x: mx.array, gate: mx.array, branch: mx.array) -> mx.array:
+    """x + gate branch: x, branch (B, L, D); gate (B or 1, 1, D), which gets no gradient."""
+
+    @mx.custom_function
+    def forward(x: mx.array, branch: mx.array) -> mx.array:
+        return _run("gate_add", [x, branch, gate], x.size)
+
+    @forward.vjp
+    def back(primals: list[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+        return cotangent, _run("scale_back", [cotangent, gate], cotangent.size, FROM_ONE=False)
+
+    return cast(mx.array, forward(x, branch))
 
 
 def rope(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
@@ -188,9 +146,21 @@ def _kernel(name: str) -> Callable[..., list[mx.array]]:
 
 def _trials() -> dict[str, tuple[mx.array, mx.array]]:
     """By kernel and type what it says of a small input, and what MLX's own operations say of the same in float32."""
+    return {
+        f"{name} in {dtype}": pair for dtype in (mx.float32, mx.bfloat16) for name, pair in _trials_in(dtype).items()
+    }
+
+
+def _trials_in(dtype: mx.Dtype) -> dict[str, tuple[mx.array, mx.array]]:
+    x, dy = ((mx.sin(mx.arange(1, 97) * step) * 3).reshape(2, 4, 3, 4).astype(dtype) for step in (0.7, 1.3))
     angles = mx.arange(8, dtype=mx.float32).reshape(4, 2)
     cos, sin = mx.cos(angles), mx.sin(angles)
+    heads, dy_heads = x.transpose(0, 2, 1, 3), dy.transpose(0, 2, 1, 3)
     mean, inverse = (mx.arange(1, 5, dtype=mx.float32).reshape(2, 1, 2, 1) * by for by in (0.2, 0.7))
+    weight, bias = (mx.arange(1, 5).astype(dtype) * by for by in (0.5, -0.5))
+    normed = _normed(_wide(x), mean, inverse, _wide(weight), _wide(bias))
+    rows, dy_rows = x.reshape(2, 16, 3), dy.reshape(2, 16, 3)
+    shift, scale = ((mx.arange(1, 7) * by).reshape(2, 1, 3).astype(dtype) for by in (0.3, -0.2))
 
     def turn(x: mx.array) -> mx.array:
         return rope(x, cos, sin)
@@ -198,24 +168,26 @@ def _trials() -> dict[str, tuple[mx.array, mx.array]]:
     def plain_turn(x: mx.array) -> mx.array:
         return _rope(x, cos, sin)
 
-    found: dict[str, tuple[mx.array, mx.array]] = {}
-    for dtype in (mx.float32, mx.bfloat16):
-        x, dy = ((mx.sin(mx.arange(1, 97) * step) * 3).reshape(2, 4, 3, 4).astype(dtype) for step in (0.7, 1.3))
-        heads, dy_heads = x.transpose(0, 2, 1, 3), dy.transpose(0, 2, 1, 3)
-        weight, bias = (mx.arange(1, 5).astype(dtype) * by for by in (0.5, -0.5))
-        normed = _normed(_wide(x), mean, inverse, _wide(weight), _wide(bias))
-        these = {
-            "gelu": (gelu(x), _gelu(_wide(x))),
-            "gelu_back": (_back(gelu, x, dy), _back(_gelu, _wide(x), _wide(dy))),
-            "silu": (silu(x), _silu(_wide(x))),
-            "silu_back": (_back(silu, x, dy), _back(_silu, _wide(x), _wide(dy))),
-            "rope": (turn(heads), plain_turn(_wide(heads))),
-            "rope back": (_back(turn, heads, dy_heads), _back(plain_turn, _wide(heads), _wide(dy_heads))),
-            "group_norm": (group_norm(x, mean, inverse, weight, bias, False), normed),
-            "group_norm with SiLU": (group_norm(x, mean, inverse, weight, bias, True), _silu(normed)),
-        }
-        found |= {f"{name} in {dtype}": pair for name, pair in these.items()}
-    return found
+    return {
+        "gelu": (gelu(x), _gelu(_wide(x))),
+        "gelu_back": (_back(gelu, x, dy), _back(_gelu, _wide(x), _wide(dy))),
+        "silu": (silu(x), _silu(_wide(x))),
+        "silu_back": (_back(silu, x, dy), _back(_silu, _wide(x), _wide(dy))),
+        "modulate": (modulate(rows, shift, scale), _wide(rows) * (1 + _wide(scale)) + _wide(shift)),
+        "gate_add": (gate_add(rows, scale, dy_rows), _wide(rows) + _wide(scale) * _wide(dy_rows)),
+        "scale_back": (
+            _back(lambda x: modulate(x, shift, scale), rows, dy_rows),
+            _wide(dy_rows) * (1 + _wide(scale)),
+        ),
+        "scale_back of a gate": (
+            _back(lambda x: gate_add(rows, scale, x), rows, dy_rows),
+            _wide(dy_rows) * _wide(scale),
+        ),
+        "rope": (turn(heads), plain_turn(_wide(heads))),
+        "rope back": (_back(turn, heads, dy_heads), _back(plain_turn, _wide(heads), _wide(dy_heads))),
+        "group_norm": (group_norm(x, mean, inverse, weight, bias, False), normed),
+        "group_norm with SiLU": (group_norm(x, mean, inverse, weight, bias, True), _silu(normed)),
+    }
 
 
 def _back(function: Callable[[mx.array], mx.array], x: mx.array, cotangent: mx.array) -> mx.array:

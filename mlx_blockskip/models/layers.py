@@ -74,6 +74,18 @@ def rms_norm(w: Weights, name: str, x: mx.array, eps: float) -> mx.array:
     return mx.fast.rms_norm(x, w[f"{name}.weight"], eps)
 
 
+def modulated(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
+    """x (1 + scale) + shift: x (B, L, D); shift, scale (B or 1, 1, D). On Metal it is one kernel, and its derivative
+    by x another; the modulation gets no gradient there.
+    """
+    return kernels.modulate(x, shift, scale) if kernels.in_use() else x * (1 + scale) + shift
+
+
+def gate_add(x: mx.array, gate: mx.array, branch: mx.array) -> mx.array:
+    """x + gate branch: x, branch (B, L, D); gate (B or 1, 1, D). As `modulated`."""
+    return kernels.gate_add(x, gate, branch) if kernels.in_use() else x + gate * branch
+
+
 def silu(x: mx.array) -> mx.array:
     """x sigmoid(x). On Metal it is one kernel, and its derivative another."""
     return kernels.silu(x) if kernels.in_use() else x * mx.sigmoid(x)

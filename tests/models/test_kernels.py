@@ -6,7 +6,7 @@ import pytest
 from mlx_blockskip.engine import philox
 from mlx_blockskip.models import kernels
 from mlx_blockskip.models.attention import apply_rope
-from mlx_blockskip.models.layers import gelu_tanh, silu
+from mlx_blockskip.models.layers import gate_add, gelu_tanh, modulated, silu
 from support.compare import relative_error, same_bits
 from support.metal import kernels_on_the_cpu
 
@@ -34,7 +34,35 @@ def silu_input(dtype):
     return normal(2, 1, shape=(2, 5, 33), dtype=dtype) * 3, silu
 
 
-@pytest.mark.parametrize("chain", [gelu_input, silu_input, rope_input])
+def like(x, *others):
+    return [other.astype(x.dtype) for other in others]
+
+
+def modulated_input(dtype, batch=2):
+    shift, scale = (normal(4, i, shape=(batch, 1, 33), dtype=dtype) for i in range(2))
+    return normal(2, 1, shape=(2, 5, 33), dtype=dtype), lambda x: modulated(x, *like(x, shift, scale))
+
+
+def modulated_alike_input(dtype):
+    return modulated_input(dtype, batch=1)
+
+
+def residual_input(dtype):
+    gate, branch = normal(5, shape=(2, 1, 33), dtype=dtype), normal(6, shape=(2, 5, 33), dtype=dtype)
+    return normal(2, 1, shape=(2, 5, 33), dtype=dtype), lambda x: gate_add(x, *like(x, gate, branch))
+
+
+def branch_input(dtype):
+    gate, residual = normal(5, shape=(2, 1, 33), dtype=dtype), normal(6, shape=(2, 5, 33), dtype=dtype)
+    return normal(2, 1, shape=(2, 5, 33), dtype=dtype), lambda x: gate_add(*like(x, residual, gate), x)
+
+
+CHAINS = [
+    gelu_input, silu_input, rope_input, modulated_input, modulated_alike_input, residual_input, branch_input,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_a_kernel_computes_what_its_chain_does_both_ways(chain, dtype, by_kernels):
     x, function = chain(dtype)

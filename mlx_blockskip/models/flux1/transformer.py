@@ -13,10 +13,12 @@ from mlx_blockskip.models.config import Config, NonNegativeInt, OneOf, PositiveI
 from mlx_blockskip.models.family import Size, Tokens
 from mlx_blockskip.models.layers import (
     by_rows,
+    gate_add,
     gelu_tanh,
     layer_norm,
     linear,
     merge_heads,
+    modulated,
     rms_norm,
     silu,
     sinusoid,
@@ -110,8 +112,8 @@ def double_block(
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (mod[0][:, i] for i in range(6))
     t_shift, t_scale, t_gate, t_shift_mlp, t_scale_mlp, t_gate_mlp = (mod[1][:, i] for i in range(6))
 
-    image = _modulated(x.image, shift, scale)
-    text = _modulated(x.text, t_shift, t_scale)
+    image = _normed(x.image, shift, scale)
+    text = _normed(x.text, t_shift, t_scale)
 
     def project(name: str, of: mx.array, norm: str | None) -> mx.array:
         y = split_heads(linear(w, f"attn.{name}", of, trainable), heads)
@@ -122,11 +124,13 @@ def double_block(
     v = mx.concatenate([project("add_v_proj", text, None), project("to_v", image, None)], axis=2)
     attended = _attend(q, k, v, c, text_length, mask)
 
-    image = x.image + gate * linear(w, "attn.to_out.0", attended[:, text_length:], trainable)
-    text = x.text + t_gate * linear(w, "attn.to_add_out", attended[:, :text_length], trainable)
+    image = gate_add(x.image, gate, linear(w, "attn.to_out.0", attended[:, text_length:], trainable))
+    text = gate_add(x.text, t_gate, linear(w, "attn.to_add_out", attended[:, :text_length], trainable))
 
-    image = image + gate_mlp * _feed_forward(w, "ff", _modulated(image, shift_mlp, scale_mlp), trainable)
-    text = text + t_gate_mlp * _feed_forward(w, "ff_context", _modulated(text, t_shift_mlp, t_scale_mlp), trainable)
+    image = gate_add(image, gate_mlp, _feed_forward(w, "ff", _normed(image, shift_mlp, scale_mlp), trainable))
+    text = gate_add(
+        text, t_gate_mlp, _feed_forward(w, "ff_context", _normed(text, t_shift_mlp, t_scale_mlp), trainable)
+    )
     if text.dtype == mx.float16:
         text = mx.clip(text, -65504, 65504)
     return Tokens(image, text)
@@ -141,7 +145,7 @@ def single_block(
     text_length = x.text.shape[1]
     shift, scale, gate = (mod[0][:, i] for i in range(3))
     joined = mx.concatenate([x.text, x.image], axis=1)
-    normed = _modulated(joined, shift, scale)
+    normed = _normed(joined, shift, scale)
 
     q = rms_norm(w, "attn.norm_q", split_heads(linear(w, "attn.to_q", normed, trainable), heads), EPS)
     k = rms_norm(w, "attn.norm_k", split_heads(linear(w, "attn.to_k", normed, trainable), heads), EPS)
@@ -152,7 +156,7 @@ def single_block(
         mlp = gelu_tanh(linear(w, "proj_mlp", normed, trainable))
         return linear(w, "proj_out", mx.concatenate([attended, mlp], axis=-1), trainable)
 
-    out = joined + gate * by_rows(project, normed, attended)
+    out = gate_add(joined, gate, by_rows(project, normed, attended))
     if out.dtype == mx.float16:
         out = mx.clip(out, -65504, 65504)
     return Tokens(out[:, text_length:], out[:, :text_length])
@@ -164,8 +168,8 @@ def _attend(q: mx.array, k: mx.array, v: mx.array, c: Context, text_length: int,
     return merge_heads(attention(q, k, v, scale=scale, text_length=text_length, mask=mask))
 
 
-def _modulated(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
-    return layer_norm(x, EPS) * (1 + scale) + shift
+def _normed(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
+    return modulated(layer_norm(x, EPS), shift, scale)
 
 
 def _feed_forward(w: Weights, name: str, x: mx.array, trainable: Trainable) -> mx.array:
@@ -217,7 +221,7 @@ def output_modulation(w: Weights, temb: mx.array) -> tuple[mx.array, mx.array]:
 def output(w: Weights, image: mx.array, modulation: tuple[mx.array, mx.array]) -> mx.array:
     """The predicted velocity, packed: (B, image tokens, out channels)."""
     scale, shift = modulation
-    return linear(w, "proj_out", layer_norm(image, EPS) * (1 + scale) + shift)
+    return linear(w, "proj_out", _normed(image, shift, scale))
 
 
 def pack(latents: mx.array) -> mx.array:

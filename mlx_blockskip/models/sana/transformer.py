@@ -19,10 +19,12 @@ from mlx_blockskip.models.family import Size, Tokens
 from mlx_blockskip.models.layers import (
     TOKEN_ROWS,
     by_rows,
+    gate_add,
     gelu_tanh,
     layer_norm,
     linear,
     merge_heads,
+    modulated,
     rms_norm,
     silu,
     sinusoid,
@@ -111,14 +113,14 @@ def block(
     modulation = w["scale_shift_table"][None, :, None] + c.temb
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (modulation[:, i] for i in range(6))
 
-    normed = (layer_norm(x, eps) * (1 + scale) + shift).astype(x.dtype)
-    x = x + gate * linear_attention(w, "attn1", normed, heads, trainable)
+    normed = modulated(layer_norm(x, eps), shift, scale).astype(x.dtype)
+    x = gate_add(x, gate, linear_attention(w, "attn1", normed, heads, trainable))
     if mask != IMAGE_TO_TEXT:
         x = x + cross_attention(w, "attn2", x, c.text, c.bias, cross_heads, mask, trainable)
-    normed = layer_norm(x, eps, w if "norm2.weight" in w else None, "norm2") * (1 + scale_mlp) + shift_mlp
+    normed = modulated(layer_norm(x, eps, w if "norm2.weight" in w else None, "norm2"), shift_mlp, scale_mlp)
     batch, _, width = x.shape
     image = normed.reshape(batch, c.size[0] // patch, c.size[1] // patch, width)
-    return Tokens(x + gate_mlp * glumb_conv(w, "ff", image, trainable).reshape(x.shape))
+    return Tokens(gate_add(x, gate_mlp, glumb_conv(w, "ff", image, trainable).reshape(x.shape)))
 
 
 def linear_attention(w: Weights, name: str, x: mx.array, heads: int, trainable: Trainable) -> mx.array:
@@ -286,6 +288,6 @@ def output(w: Weights, config: SanaTransformer2DConfig, image: mx.array, embedde
     Reads `scale_shift_table` and `proj_out`. Source: SanaModulatedNorm and the end of SanaTransformer2DModel.
     """
     shift, scale = (w["scale_shift_table"][None, i, None] + embedded for i in range(2))
-    y = linear(w, "proj_out", layer_norm(image, OUTPUT_EPS) * (1 + scale) + shift)
+    y = linear(w, "proj_out", modulated(layer_norm(image, OUTPUT_EPS), shift, scale))
     p, (h, width) = config.patch_size, size
     return y.reshape(y.shape[0], h // p, width // p, p, p, -1).swapaxes(2, 3).reshape(y.shape[0], h, width, -1)
