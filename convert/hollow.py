@@ -10,16 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_blockskip.converters.run import (
-    Precision,
-    components_of,
-    index_of,
-    load_table,
-    plan_shards,
-    quantization_of,
-    shard_entries,
-)
+from mlx_blockskip.converters.run import components_of, load_table
 from mlx_blockskip.converters.table import Component
+from mlx_blockskip.converters.write import Precision, index_of, plan_shards, quantization_of, shard_entries
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.shards import INDEX
 from mlx_blockskip.models.family import Configs

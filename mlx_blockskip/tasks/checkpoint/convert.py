@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mlx_blockskip.converters import run, vision
-from mlx_blockskip.converters.run import Precision, default_dtype
+from mlx_blockskip.converters import run, vision, write
 from mlx_blockskip.converters.table import Component
+from mlx_blockskip.converters.write import Precision, default_dtype
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, Saved, emit
@@ -50,13 +50,13 @@ def convert_directory(source: Path, target: Path, precision: Precision, origin: 
         components, writing = _encoder(source, precision, origin)
     else:
         components, writing = _pipeline(source, precision, origin)
-    need, free = sum(run.size_of(component, precision) for component in components), files.free_space(target)
+    need, free = sum(write.size_of(component, precision) for component in components), files.free_space(target)
     if need > free:
         raise UserError(
             f"{target}: {need / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB are free; choose another disk"
         )
     notes(components, precision)
-    shards = sum(len(run.plan_shards(component, precision)) for component in components)
+    shards = sum(len(write.plan_shards(component, precision)) for component in components)
     with phase("convert", shards, "shards") as track, files.atomic_directory(target) as temporary:
         for done, _ in enumerate(writing(temporary), 1):
             track.step(done)
@@ -71,7 +71,7 @@ def _pipeline(source: Path, precision: Precision, origin: str) -> tuple[list[Com
     opened = run.open_checkpoint(source, family)
 
     def writing(target: Path) -> Iterator[tuple[str, str]]:
-        return run.write_model(source, target, family, precision, opened, origin)
+        return write.write_model(source, target, family, precision, opened, origin)
 
     return [component for component, _ in opened], writing
 
@@ -92,7 +92,7 @@ def _encoder(source: Path, precision: Precision, origin: str) -> tuple[list[Comp
 
 def notes(components: list[Component], precision: Precision) -> None:
     """Say which layers the wanted group size does not divide."""
-    found = {k: v for component in components for k, v in run.exceptions(component, precision).items()}
+    found = {k: v for component in components for k, v in write.exceptions(component, precision).items()}
     smaller, whole = [k for k, v in found.items() if v], [k for k, v in found.items() if not v]
     if smaller:
         sizes = " or ".join(str(size) for size in sorted({found[k] for k in smaller}))
