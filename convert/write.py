@@ -155,12 +155,10 @@ def _write_row(
     dtype: str,
 ) -> None:
     """One tensor, about PART_BYTES of it at a time: nothing that is done to it looks beyond a part."""
-    theirs, count = source.shape(name), row.shape[0] if row.shape else 1
-    step = max(1, PART_BYTES * count // max(1, 4 * math.prod(row.shape)))
     group, module = shard.groups.get(row.name), row.name.removesuffix(".weight")
-    for start in range(0, count, step):
-        first = start + row.first(theirs)
-        part = source.read(name, first, first + min(step, count - start))
+    first = row.first(source.shape(name))
+    for start, stop in parts(row.shape):
+        part = source.read(name, first + start, first + stop)
         tensor = row.read(part).astype(getattr(mx, dtype))
         if group is None:
             writer.write(row.name, tensor, start)
@@ -168,6 +166,14 @@ def _write_row(
         packed, scales, biases = mx.quantize(tensor, group_size=group, bits=precision.bits_for(row))
         for target, value in ((row.name, packed), (f"{module}.scales", scales), (f"{module}.biases", biases)):
             writer.write(target, value, start)
+
+
+def parts(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Rows of a tensor, from the first to beyond the last, that are about PART_BYTES; a scalar is one row."""
+    count = shape[0] if shape else 1
+    step = max(1, PART_BYTES * count // max(1, 4 * math.prod(shape)))
+    for start in range(0, count, step):
+        yield start, min(start + step, count)
 
 
 def write_model(

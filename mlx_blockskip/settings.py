@@ -9,17 +9,18 @@ from mlx_blockskip.options import option
 
 @dataclass
 class ConvertSettings:
-    """Convert a Hugging Face checkpoint to an MLX model directory."""
+    """Convert a Hugging Face checkpoint to an MLX model directory, or back."""
 
-    hf_path: str = option("", "Hugging Face directory or repo id.")
+    hf_path: str = option("", "Hugging Face directory or repo id; with --to hf an MLX model directory.")
     mlx_path: str = option("mlx_model", "Directory to write.")
+    to: str = option("mlx", "Layout to write; hf makes a diffusers folder of an MLX model.", choices=("mlx", "hf"))
     quantize: bool = option(False, "Quantize the linear layers of the blocks.", short="-q")
     q_bits: int = option(4, "Bits per weight.", choices=(4, 6, 8))
     q_group_size: int = option(64, "Weights that share a scale.", choices=(32, 64, 128))
     q_modulation: str = option("none", "Bits of the modulation layers.", choices=("none", "8"))
     dtype: str | None = option(
         None,
-        "Type of what is not quantized (bfloat16 on Metal, float32 elsewhere).",
+        "Type of what is not quantized (bfloat16 on Metal, float32 elsewhere; with --to hf the stored one).",
         choices=("float32", "bfloat16", "float16"),
     )
     revision: str | None = option(None, "Branch, tag or commit of the repo.")

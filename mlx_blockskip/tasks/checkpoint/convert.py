@@ -1,4 +1,4 @@
-"""`convert`: a Hugging Face checkpoint becomes an MLX model directory."""
+"""`convert`: a Hugging Face checkpoint becomes an MLX model directory, or the other way round."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +12,7 @@ from mlx_blockskip.events import Note, Saved, emit
 from mlx_blockskip.models.family import Family
 from mlx_blockskip.models.registry import find_family
 from mlx_blockskip.settings import ConvertSettings
+from mlx_blockskip.tasks.checkpoint.hf import check_room, write_hugging_face
 from mlx_blockskip.tasks.checkpoint.hub import ENCODER, PIPELINE, download, looks_like_repo
 from mlx_blockskip.tasks.phases import phase
 
@@ -20,13 +21,17 @@ ENCODER_DTYPE = "float32"
 
 
 def convert(settings: ConvertSettings) -> Path:
-    """Convert `hf_path` (a directory or repo id) into the new directory `mlx_path`; returns its path."""
+    """Convert `hf_path` (a directory or repo id) into the new directory `mlx_path`; returns its path. With `to="hf"`,
+    `hf_path` is an MLX model directory, and the new one is in diffusers' layout.
+    """
     target = Path(settings.mlx_path).expanduser()
     if not settings.hf_path:
         raise UserError("--hf-path: give a Hugging Face directory or a repo id")
     if target.exists():
         raise UserError(f"{target}: already exists; choose another --mlx-path or remove it")
     source = Path(settings.hf_path).expanduser()
+    if settings.to == "hf":
+        return _back(settings, source, target)
     if not source.is_dir():
         if not looks_like_repo(settings.hf_path):
             raise UserError(f"{settings.hf_path}: no such directory, and not a repo id such as owner/name")
@@ -44,17 +49,28 @@ def convert(settings: ConvertSettings) -> Path:
     return target
 
 
+def _back(settings: ConvertSettings, source: Path, target: Path) -> Path:
+    if settings.quantize or settings.revision:
+        raise UserError(
+            f"--{'quantize' if settings.quantize else 'revision'}: does not go with --to hf, which writes a local MLX "
+            "model as diffusers reads it, with whole layers; leave it out"
+        )
+    if not source.is_dir():
+        raise UserError(f"{source}: no such directory; with --to hf give --hf-path an MLX model directory")
+    if not is_converted(source):
+        raise UserError(f"{source}: is not an MLX model directory, which --to hf takes; leave --to hf out to make one")
+    write_hugging_face(source, target, settings.dtype)
+    emit(Saved(target, "model for diffusers"))
+    return target
+
+
 def convert_directory(source: Path, target: Path, precision: Precision, origin: str) -> None:
     """Convert a local directory; the target appears when it is whole. Yields events."""
     if is_encoder(source):
         components, writing = _encoder(source, precision, origin)
     else:
         components, writing = _pipeline(source, precision, origin)
-    need, free = sum(write.size_of(component, precision) for component in components), files.free_space(target)
-    if need > free:
-        raise UserError(
-            f"{target}: {need / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB are free; choose another disk"
-        )
+    check_room(target, sum(write.size_of(component, precision) for component in components))
     notes(components, precision)
     shards = sum(len(write.plan_shards(component, precision)) for component in components)
     with phase("convert", shards, "shards") as track, files.atomic_directory(target) as temporary:
