@@ -26,6 +26,7 @@ COMMANDS = {
     "estimate": settings.EstimateSettings,
     "evaluate": settings.EvaluateSettings,
     "export": settings.ExportSettings,
+    "fuse": settings.FuseSettings,
     "doctor": settings.DoctorSettings,
 }
 TASKS = {
@@ -36,6 +37,7 @@ TASKS = {
     "estimate": "mlx_blockskip.tasks.estimate",
     "evaluate": "mlx_blockskip.tasks.evaluate.evaluate",
     "export": "mlx_blockskip.tasks.checkpoint.adapters",
+    "fuse": "mlx_blockskip.tasks.checkpoint.fuse",
     "doctor": "mlx_blockskip.tasks.doctor.doctor",
 }
 """The module that holds each command's function."""

@@ -240,6 +240,18 @@ class ExportSettings:
 
 
 @dataclass
+class FuseSettings:
+    """Add adapters to the weights of their model, and write a model of its own."""
+
+    adapter_path: list[str] = option([], "Adapter directory (adapters), or LoRA file of diffusers; repeatable.")
+    model: str | None = option(None, "Model that they are for (by default the one the first was trained on).")
+    save_path: str = option("fused_model", "Directory to write.")
+    to: str = option("mlx", "Layout to write: an MLX model, or a diffusers folder.", choices=("mlx", "hf"))
+    dequantize: bool = option(False, "Write quantized layers whole.", short="-d")
+    lora_scale: list[float] = option([], "Strength of each adapter; 1 by default.")
+
+
+@dataclass
 class DoctorSettings:
     """Say what this machine is and what fits it, and test here that results are right. Run it first."""
 
