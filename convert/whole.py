@@ -9,7 +9,8 @@ import mlx.core as mx
 
 from mlx_blockskip.converters.table import Component
 from mlx_blockskip.engine import dtypes
-from mlx_blockskip.engine.shards import Shards
+from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.shards import INDEX, Shards
 
 Factors = tuple[mx.array, mx.array]
 """(in, r) and (r, out), float32, with the adapter's strength in the second."""
@@ -32,7 +33,11 @@ class Whole:
         if not name.endswith(".weight") or scales not in self.shards.weight_map:
             return None
         (_, packed), (_, groups) = self.shards.shape(name), self.shards.shape(scales)
-        group_size = self.shards.group_sizes[module_of(name)]
+        group_size = self.shards.group_sizes.get(module_of(name))
+        if group_size is None:
+            raise UserError(
+                f"{self.shards.path / INDEX}: has no group size of {module_of(name)}; convert the model again"
+            )
         return group_size, packed * 32 // (groups * group_size)
 
     def shape(self, name: str) -> tuple[int, ...]:

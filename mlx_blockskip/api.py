@@ -19,12 +19,15 @@ from mlx_blockskip.settings import (
     GenerateSettings,
     SelectSettings,
     TrainSettings,
+    VerifySettings,
 )
 from mlx_blockskip.tasks import estimate as estimate_task
 from mlx_blockskip.tasks import generate as generate_task
 from mlx_blockskip.tasks.checkpoint import adapters, resolve
 from mlx_blockskip.tasks.checkpoint import convert as convert_task
 from mlx_blockskip.tasks.checkpoint import fuse as fuse_task
+from mlx_blockskip.tasks.checkpoint import verify as verify_task
+from mlx_blockskip.tasks.checkpoint.verify import Verification
 from mlx_blockskip.tasks.doctor import doctor as doctor_task
 from mlx_blockskip.tasks.doctor.report import Report
 from mlx_blockskip.tasks.estimate import Estimate
@@ -36,7 +39,9 @@ from mlx_blockskip.tasks.select.select import Selection
 from mlx_blockskip.tasks.train import train as train_task
 from mlx_blockskip.tasks.train.train import TrainResult
 
-__all__ = ["convert", "doctor", "estimate", "evaluate", "export", "fuse", "generate", "load", "select", "train"]
+__all__ = [
+    "convert", "doctor", "estimate", "evaluate", "export", "fuse", "generate", "load", "select", "train", "verify",
+]  # fmt: skip
 
 S = TypeVar("S")
 R = TypeVar("R")
@@ -86,6 +91,11 @@ def export(settings: ExportSettings | None = None, *, on_event: Listener | None 
 def fuse(settings: FuseSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> Path:
     """Add adapters to their model's weights; returns the new model's directory. Options: fields of FuseSettings."""
     return _run("fuse", fuse_task.fuse, FuseSettings, settings, options, on_event)
+
+
+def verify(settings: VerifySettings | None = None, *, on_event: Listener | None = None, **options: Any) -> Verification:
+    """Hold a directory against what was written there; returns what is wrong. Options: fields of VerifySettings."""
+    return _run("verify", verify_task.verify, VerifySettings, settings, options, on_event)
 
 
 def doctor(settings: DoctorSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> Report:

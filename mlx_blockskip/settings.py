@@ -252,6 +252,13 @@ class FuseSettings:
 
 
 @dataclass
+class VerifySettings:
+    """Hold a model, an adapter or a residual cache against what was written; the status is 1 where it differs."""
+
+    path: str = option("", "Directory of a converted model, an adapter or a cache.", bare=True)
+
+
+@dataclass
 class DoctorSettings:
     """Say what this machine is and what fits it, and test here that results are right. Run it first."""
 

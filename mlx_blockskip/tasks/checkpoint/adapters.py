@@ -66,9 +66,9 @@ def read_tensors(file: Path) -> dict[str, mx.array]:
 
 
 def save_adapter(directory: Path, tree: lora.Tree, model: DiffusionModel, config: dict[str, Any]) -> None:
-    """Write the factors and their description."""
+    """Write the factors and their description, with the checksum of their file."""
     files.save_tensors(directory / TENSORS, lora.flatten(tree, model.stack), {"format": "mlx"})
-    files.write_json(directory / CONFIG, config)
+    files.write_json(directory / CONFIG, {**config, "sha256": {TENSORS: files.sha256(directory / TENSORS)}})
 
 
 def export(settings: ExportSettings) -> Path:
