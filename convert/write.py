@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_blockskip.converters.quantization import of_model, with_record
 from mlx_blockskip.converters.run import load_table, their_name
 from mlx_blockskip.converters.source import Source
 from mlx_blockskip.converters.table import Component, Row
@@ -73,7 +74,8 @@ def write_component(component: Component, source: Source, target: Path, precisio
         checksums[shard.file] = files.sha256(target / shard.file)
         yield shard.file
     files.write_json(target / INDEX, index_of(component, shards, precision, checksums))
-    shutil.copyfile(source.folder / "config.json", target / "config.json")
+    config = files.read_json(source.folder / "config.json")
+    files.write_json(target / "config.json", with_record(config, component, precision))
 
 
 def index_of(
@@ -206,19 +208,7 @@ def model_config(
         "family": family,
         "components": [component.folder for component, _ in opened],
         "dtype": precision.dtype,
-        "quantization": quantization_of(precision, [component for component, _ in opened]),
+        "quantization": of_model(precision, [component for component, _ in opened]),
         "defaults": files.read_json(own) if own.is_file() else {},
         "source": origin,
-    }
-
-
-def quantization_of(precision: Precision, components: Sequence[Component]) -> dict[str, Any] | None:
-    """How layers are quantized, as config.json says it; None where none is."""
-    if not precision.bits and not precision.modulation_bits:
-        return None
-    return {
-        "bits": precision.bits,
-        "group_size": precision.group_size,
-        "modulation_bits": precision.modulation_bits,
-        "exceptions": {k: v for component in components for k, v in exceptions(component, precision).items()},
     }

@@ -375,7 +375,10 @@ def test_layers_that_the_group_size_does_not_divide_are_recorded_and_said(tmp_pa
     files.save_tensors(source / WEIGHTS, {row.name: mx.ones(row.shape) for row in rows})
     opened = open_source(source)
     config = write.model_config(tmp_path, "flux1", precision, [(made, opened)], "here")
-    assert config["quantization"]["exceptions"] == expected
+    assert config["quantization"] == {
+        "group_size": 64, "bits": 4, "mode": "affine",
+        "t.blocks.0.b": {"group_size": 32, "bits": 4}, "t.blocks.0.c": False,
+    }  # fmt: skip
     smaller, whole = (note.message for note in drive(convert_notes, [made], precision)[1])
     assert "1 layers have inputs that 64 does not divide, and get groups of 32: t/blocks.0.b" in smaller
     assert "stay whole: t/blocks.0.c" in whole

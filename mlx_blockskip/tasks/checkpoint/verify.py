@@ -8,6 +8,7 @@ from typing import Any
 from mlx_blockskip import __version__
 from mlx_blockskip.blockskip import records
 from mlx_blockskip.converters import run
+from mlx_blockskip.converters.quantization import recorded
 from mlx_blockskip.converters.table import Component
 from mlx_blockskip.converters.whole import Whole, misfits
 from mlx_blockskip.engine import files, listing, owned
@@ -119,6 +120,7 @@ def model(path: Path) -> Found:
         folder = path / component.folder
         try:
             problems += shape_problems(folder, component)
+            problems += quantization_problems(path, config.get("quantization"), component)
         except UserError as error:
             if not any(problem.file.is_relative_to(folder) for problem in problems):
                 problems.append(unreadable(_named_in(error, path), error))
@@ -164,6 +166,22 @@ def _packing_problems(folder: Path, name: str, whole: Whole) -> list[Problem]:
         for tensor, expected, actual in wrong
         if expected != actual
     ]
+
+
+def quantization_problems(path: Path, record: dict[str, Any] | None, component: Component) -> list[Problem]:
+    """Layers that are quantized otherwise than the model's config.json says."""
+    whole, found = Whole(Shards(path / component.folder)), []
+    for row in component.rows:
+        if row.name in whole.shards.weight_map:
+            said, stored = recorded(record, component.folder, row), whole.quantized(row.name)
+            if said != stored:
+                name = f"{component.folder}.{row.name}"
+                found.append(Problem(path / "config.json", name, _as_quantized(stored), _as_quantized(said)))
+    return found
+
+
+def _as_quantized(stored: tuple[int, int] | None) -> str:
+    return "a whole layer" if stored is None else f"{stored[1]} bits in groups of {stored[0]}"
 
 
 def _said(shape: tuple[int, ...] | None) -> str:
