@@ -151,7 +151,7 @@ def _middle(name: str, width: int, attends: bool) -> list[Row]:
         old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
         for new, legacy in old.items():
             aliases = (f"{attention}.{legacy}",)
-            rows += linear(f"{attention}.{new}", width, width, role="plain", fix="pointwise", aliases=aliases)
+            rows += linear(f"{attention}.{new}", width, width, role="plain", fix="was_pointwise", aliases=aliases)
     return rows
 
 

@@ -10,16 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_blockskip.converters.run import (
-    Precision,
-    components_of,
-    index_of,
-    load_table,
-    plan_shards,
-    quantization_of,
-    shard_entries,
-)
+from mlx_blockskip.converters.quantization import of_model, with_record
+from mlx_blockskip.converters.run import components_of, load_table
 from mlx_blockskip.converters.table import Component
+from mlx_blockskip.converters.write import Precision, index_of, plan_shards, shard_entries
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.shards import INDEX
 from mlx_blockskip.models.family import Configs
@@ -42,7 +36,8 @@ def write_hollow(
     components = components_of(family, configs)
     with files.atomic_directory(target, durable=False) as temporary:
         for component in components:
-            files.write_json(temporary / component.folder / "config.json", configs[component.folder])
+            own = with_record(configs[component.folder], component, precision)
+            files.write_json(temporary / component.folder / "config.json", own)
             _write_component(component, temporary / component.folder, precision)
         for name in load_table(family).COPIED:
             shutil.copytree(beside / name, temporary / name)
@@ -53,7 +48,7 @@ def write_hollow(
             "family": family,
             "components": [component.folder for component in components],
             "dtype": precision.dtype,
-            "quantization": quantization_of(precision, components),
+            "quantization": of_model(precision, components),
             "defaults": dict(defaults or {}),
             "source": "zeros",
         }

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import mlx.core as mx
 
 Role = Literal["linear", "modulation", "plain"]
-Fix = Literal["none", "conv", "pointwise", "first", "second"]
+Fix = Literal["none", "conv", "pointwise", "was_pointwise", "first", "second"]
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class Row:
 
     name: ours, which is that of the current reference class. shape: ours. aliases: names that older checkpoints use.
     role: "linear" may be quantized, "modulation" on request, "plain" never. fix: how the reference's layout becomes
-    ours: "conv" OIHW -> OHWI, "pointwise" (O, I, 1, 1) -> (O, I), "first" and "second" that half of (2 O, ...), where
-    older checkpoints have two layers as one.
+    ours: "conv" OIHW -> OHWI, "pointwise" (O, I, 1, 1) -> (O, I), "was_pointwise" the same in older checkpoints only,
+    "first" and "second" that half of (2 O, ...), where older checkpoints have two layers as one.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Row:
         """The other shape that the tensor may have in the checkpoint."""
         if self.fix in ("first", "second"):
             return 2 * self.shape[0], *self.shape[1:]
-        return (*self.shape, 1, 1) if self.fix == "pointwise" else self.their_shape()
+        return (*self.shape, 1, 1) if self.fix in ("pointwise", "was_pointwise") else self.their_shape()
 
     def first(self, theirs: tuple[int, ...]) -> int:
         """Where ours begins along the first axis of the checkpoint's tensor, by its shape."""
@@ -52,6 +52,16 @@ class Row:
         if self.fix == "conv":
             return theirs.transpose(0, 2, 3, 1)
         return theirs.reshape(theirs.shape[0], *self.shape[1:]) if self.shape else theirs
+
+    def current_shape(self) -> tuple[int, ...]:
+        """The shape that the tensor has in the current reference class."""
+        return (*self.shape, 1, 1) if self.fix == "pointwise" else self.their_shape()
+
+    def write(self, ours: mx.array) -> mx.array:
+        """Our tensor, or a part of it along the first axis, as the current reference class has it."""
+        if self.fix == "conv":
+            return ours.transpose(0, 3, 1, 2)
+        return ours[..., None, None] if self.fix == "pointwise" else ours
 
 
 @dataclass(frozen=True)

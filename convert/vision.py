@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_blockskip.converters import run
+from mlx_blockskip.converters import run, write
 from mlx_blockskip.converters.encoders import block_of, clip_layers, clip_text
-from mlx_blockskip.converters.run import Precision
 from mlx_blockskip.converters.source import Source, open_source
 from mlx_blockskip.converters.table import Component, Row, conv, linear, norm
+from mlx_blockskip.converters.write import Precision
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.config import Config
@@ -239,7 +239,7 @@ def write_encoder(
     for part in parts:
         folder = target / part.component.folder
         folder.mkdir()
-        for shard in run.write_component(part.component, part.source, folder, precision):
+        for shard in write.write_component(part.component, part.source, folder, precision):
             yield part.component.folder, shard
         files.write_json(folder / "config.json", asdict(part.config))
     files.write_json(target / preprocess.FILE, _preprocessing(source, kind))

@@ -15,14 +15,19 @@ from mlx_blockskip.settings import (
     EstimateSettings,
     EvaluateSettings,
     ExportSettings,
+    FuseSettings,
     GenerateSettings,
     SelectSettings,
     TrainSettings,
+    VerifySettings,
 )
 from mlx_blockskip.tasks import estimate as estimate_task
 from mlx_blockskip.tasks import generate as generate_task
 from mlx_blockskip.tasks.checkpoint import adapters, resolve
 from mlx_blockskip.tasks.checkpoint import convert as convert_task
+from mlx_blockskip.tasks.checkpoint import fuse as fuse_task
+from mlx_blockskip.tasks.checkpoint import verify as verify_task
+from mlx_blockskip.tasks.checkpoint.verify import Verification
 from mlx_blockskip.tasks.doctor import doctor as doctor_task
 from mlx_blockskip.tasks.doctor.report import Report
 from mlx_blockskip.tasks.estimate import Estimate
@@ -34,7 +39,9 @@ from mlx_blockskip.tasks.select.select import Selection
 from mlx_blockskip.tasks.train import train as train_task
 from mlx_blockskip.tasks.train.train import TrainResult
 
-__all__ = ["convert", "doctor", "estimate", "evaluate", "export", "generate", "load", "select", "train"]
+__all__ = [
+    "convert", "doctor", "estimate", "evaluate", "export", "fuse", "generate", "load", "select", "train", "verify",
+]  # fmt: skip
 
 S = TypeVar("S")
 R = TypeVar("R")
@@ -79,6 +86,16 @@ def evaluate(
 def export(settings: ExportSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> Path:
     """Write an adapter for another tool; returns the file. Options: fields of ExportSettings."""
     return _run("export", adapters.export, ExportSettings, settings, options, on_event)
+
+
+def fuse(settings: FuseSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> Path:
+    """Add adapters to their model's weights; returns the new model's directory. Options: fields of FuseSettings."""
+    return _run("fuse", fuse_task.fuse, FuseSettings, settings, options, on_event)
+
+
+def verify(settings: VerifySettings | None = None, *, on_event: Listener | None = None, **options: Any) -> Verification:
+    """Hold a directory against what was written there; returns what is wrong. Options: fields of VerifySettings."""
+    return _run("verify", verify_task.verify, VerifySettings, settings, options, on_event)
 
 
 def doctor(settings: DoctorSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> Report:

@@ -26,6 +26,8 @@ COMMANDS = {
     "estimate": settings.EstimateSettings,
     "evaluate": settings.EvaluateSettings,
     "export": settings.ExportSettings,
+    "fuse": settings.FuseSettings,
+    "verify": settings.VerifySettings,
     "doctor": settings.DoctorSettings,
 }
 TASKS = {
@@ -36,11 +38,13 @@ TASKS = {
     "estimate": "mlx_blockskip.tasks.estimate",
     "evaluate": "mlx_blockskip.tasks.evaluate.evaluate",
     "export": "mlx_blockskip.tasks.checkpoint.adapters",
+    "fuse": "mlx_blockskip.tasks.checkpoint.fuse",
+    "verify": "mlx_blockskip.tasks.checkpoint.verify",
     "doctor": "mlx_blockskip.tasks.doctor.doctor",
 }
 """The module that holds each command's function."""
 
-REPORTS = ("doctor",)
+REPORTS = ("verify", "doctor")
 """Commands whose --json is one document, that of their result; their status is 1 where the result is not healthy."""
 
 INTERRUPTED = 130
@@ -113,7 +117,8 @@ def _parameter(name: str, hint: Any, default: Any, metadata: Any) -> inspect.Par
         extra["show_default"] = False
     optional = get_origin(hint) in (types.UnionType, typing.Union)
     inner = next(a for a in get_args(hint) if a is not type(None)) if optional else hint
-    return _keyword(name, Annotated[inner | None if optional else inner, typer.Option(*flags, **extra)], default)
+    given = typer.Argument(metavar=name.upper(), **extra) if metadata["bare"] else typer.Option(*flags, **extra)
+    return _keyword(name, Annotated[inner | None if optional else inner, given], default)
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:

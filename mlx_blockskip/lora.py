@@ -113,6 +113,13 @@ def flatten(tree: Tree, stack: Stack) -> dict[str, mx.array]:
     return {stack.block(i).prefix + name: value for i, factors in tree.items() for name, value in factors.items()}
 
 
+def layers(tree: Tree, stack: Stack) -> dict[str, tuple[mx.array, mx.array]]:
+    """Both factors of every layer, by its full name (`transformer_blocks.0.attn.to_q`)."""
+    flat = flatten(tree, stack)
+    modules = [name.removesuffix(".lora_a") for name in flat if name.endswith(".lora_a")]
+    return {module: (flat[f"{module}.lora_a"], flat[f"{module}.lora_b"]) for module in modules}
+
+
 def unflatten(tensors: Mapping[str, mx.array], stack: Stack, source: Path) -> Tree:
     """The inverse of `flatten`. Raises UserError for a name that the model does not have."""
     prefixes = {stack.block(index).prefix: index for index in stack.path}

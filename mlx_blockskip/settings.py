@@ -9,17 +9,18 @@ from mlx_blockskip.options import option
 
 @dataclass
 class ConvertSettings:
-    """Convert a Hugging Face checkpoint to an MLX model directory."""
+    """Convert a Hugging Face checkpoint to an MLX model directory, or back."""
 
-    hf_path: str = option("", "Hugging Face directory or repo id.")
+    hf_path: str = option("", "Hugging Face directory or repo id; with --to hf an MLX model directory.")
     mlx_path: str = option("mlx_model", "Directory to write.")
+    to: str = option("mlx", "Layout to write; hf makes a diffusers folder of an MLX model.", choices=("mlx", "hf"))
     quantize: bool = option(False, "Quantize the linear layers of the blocks.", short="-q")
     q_bits: int = option(4, "Bits per weight.", choices=(4, 6, 8))
     q_group_size: int = option(64, "Weights that share a scale.", choices=(32, 64, 128))
     q_modulation: str = option("none", "Bits of the modulation layers.", choices=("none", "8"))
     dtype: str | None = option(
         None,
-        "Type of what is not quantized (bfloat16 on Metal, float32 elsewhere).",
+        "Type of what is not quantized (bfloat16 on Metal, float32 elsewhere; with --to hf the stored one).",
         choices=("float32", "bfloat16", "float16"),
     )
     revision: str | None = option(None, "Branch, tag or commit of the repo.")
@@ -236,6 +237,25 @@ class ExportSettings:
     adapter_path: str = option("adapters", "Adapter directory.")
     format: str = option("diffusers", "Format.", choices=("diffusers",))
     output: str = option("pytorch_lora_weights.safetensors", "File to write.")
+
+
+@dataclass
+class FuseSettings:
+    """Add adapters to the weights of their model, and write a model of its own."""
+
+    adapter_path: list[str] = option([], "Adapter directory (adapters), or LoRA file of diffusers; repeatable.")
+    model: str | None = option(None, "Model that they are for (by default the one the first was trained on).")
+    save_path: str = option("fused_model", "Directory to write.")
+    to: str = option("mlx", "Layout to write: an MLX model, or a diffusers folder.", choices=("mlx", "hf"))
+    dequantize: bool = option(False, "Write quantized layers whole.", short="-d")
+    lora_scale: list[float] = option([], "Strength of each adapter; 1 by default.")
+
+
+@dataclass
+class VerifySettings:
+    """Hold a model, an adapter or a residual cache against what was written; the status is 1 where it differs."""
+
+    path: str = option("", "Directory of a converted model, an adapter or a cache.", bare=True)
 
 
 @dataclass

@@ -103,14 +103,19 @@ def unknown_flags(paragraph: str) -> set[str]:
     return {flag for flag in FLAG.findall(paragraph) if flag not in FLAGS and f'"{flag}"' not in held}
 
 
+def words_of(parameter) -> list[str]:
+    """What stands for a parameter on the command line: its flags, or its name in capitals where it has none."""
+    return [word if word.startswith("-") else word.upper() for word in parameter.opts]
+
+
 def explained(text: str) -> dict[str, list[tuple[list[str], str]]]:
     """By command, the rows of docs/options.md: the flags of an option, and its default."""
     found: dict[str, list[tuple[list[str], str]]] = {}
     for section in text.split("\n## ")[1:]:
         name, _, body = section.partition("\n")
-        rows = re.findall(r"^\| (`-.+?`) \| (.+?) \|", body, re.M)
+        rows = re.findall(r"^\| (`[-A-Z].+?`) \| (.+?) \|", body, re.M)
         if rows:
-            found[name] = [(re.findall(r"`(-[^`]+)`", flags), default) for flags, default in rows]
+            found[name] = [(re.findall(r"`([-A-Z][^`]+)`", flags), default) for flags, default in rows]
     return found
 
 
@@ -167,7 +172,7 @@ def test_every_page_is_listed():
 def test_options_page_has_every_option_and_its_default(command):
     rows = explained((ROOT / "docs" / "options.md").read_text(encoding="utf-8"))[command]
     written = {flag: default for flags, default in rows for flag in flags}
-    params = {flag: p for p in CLICK[command].params for flag in p.opts if flag not in COMMON}
+    params = {flag: p for p in CLICK[command].params for flag in words_of(p) if flag not in COMMON}
     params.pop("-c", None)
     assert set(written) == set(params)
     for flag, default in written.items():

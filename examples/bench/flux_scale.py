@@ -133,7 +133,7 @@ def family_of(name: str):  # type: ignore[no-untyped-def]
 def hollow(job: dict, encoders: bool = False) -> Path:
     """A hollow model. encoders: text encoders at full depth."""
     from mlx_blockskip.converters.hollow import write_hollow
-    from mlx_blockskip.converters.run import Precision
+    from mlx_blockskip.converters.write import Precision
     from mlx_blockskip.tasks.checkpoint.resolve import bundled
 
     name, bits, depth = job["model"], job["bits"], job["depth"]

@@ -47,7 +47,7 @@ from mlx_blockskip import lora
 from mlx_blockskip.blockskip import records, residuals
 from mlx_blockskip.blockskip.plan import SkipPlan
 from mlx_blockskip.converters.hollow import write_hollow
-from mlx_blockskip.converters.run import Precision
+from mlx_blockskip.converters.write import Precision
 from mlx_blockskip.engine import files, kept, limits, sweep
 from mlx_blockskip.engine.reader import BlockReader, Part
 from mlx_blockskip.engine.shards import Shards

@@ -76,7 +76,7 @@ def transformer_config(width: int, doubles: int, singles: int) -> dict[str, Any]
 def hollow_model(target: Path, transformer: dict[str, Any], dtype: str, bits: int = 0) -> None:
     """A model directory of zeros with this transformer; its encoders and VAE are tiny-flux's. bits: 0 for none"""
     from mlx_blockskip.converters.hollow import write_hollow
-    from mlx_blockskip.converters.run import Precision
+    from mlx_blockskip.converters.write import Precision
     from mlx_blockskip.engine import files
 
     tiny = Path(str(resources.files("mlx_blockskip") / "assets" / "tiny-flux"))

@@ -27,6 +27,7 @@ from mlx_blockskip.blockskip.plan import SkipPlan
 from mlx_blockskip.engine import dtypes, files
 from mlx_blockskip.engine.files import TensorEntry
 from mlx_blockskip.engine.stack import Modulation
+from mlx_blockskip.engine.verify import Problem
 from mlx_blockskip.models.family import Tokens
 
 FINGERPRINT = "fingerprint"
@@ -146,6 +147,33 @@ def writing(path: Path, layouts: Mapping[int, Layout], prompts: Tensors, expecte
 def valid(path: Path, expected: str) -> bool:
     """Whether the file is a whole chunk with this fingerprint."""
     return path.is_file() and files.read_header(path).metadata.get(FINGERPRINT) == expected
+
+
+def problems(path: Path) -> list[Problem]:
+    """What is wrong with a chunk whose header is whole: no fingerprint, records that lack what others have, samples
+    whose numbers differ from tensor to tensor, prompts that are not there.
+    """
+    header = files.read_header(path)
+    if FINGERPRINT not in header.metadata:
+        return [Problem(path, None, f"a {FINGERPRINT} in its metadata", "none")]
+    found: list[Problem] = []
+    tensors = files.MappedTensors(path)
+    by_number: dict[str, dict[str, TensorEntry]] = {}
+    for name, entry in header.entries.items():
+        number, _, rest = name.partition(".")
+        by_number.setdefault(number, {})[rest] = entry
+    prompts = {name.split(".")[0] for name in by_number.pop("prompt", {})}
+    wanted = {"target", "weight", "captions"}.union(*by_number.values())
+    for number, held in by_number.items():
+        found += [Problem(path, f"{number}.{name}", "a tensor", "none") for name in sorted(wanted - set(held))]
+        batch = held["captions"].shape[0] if "captions" in held else 0
+        for name in ("target", "weight", "entry.image"):
+            if name in held and held[name].shape[:1] != (batch,):
+                found.append(Problem(path, f"{number}.{name}", f"{batch} samples", f"{list(held[name].shape)}"))
+        asked = cast(list[int], tensors.read(f"{number}.captions").tolist()) if "captions" in held else []
+        for prompt in (p for p in asked if prompts and str(p) not in prompts):
+            found.append(Problem(path, f"{number}.captions", "prompts that the chunk has", str(prompt)))
+    return found
 
 
 class Chunk:

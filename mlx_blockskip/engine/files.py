@@ -256,6 +256,14 @@ def load_lazily(path: Path) -> dict[str, mx.array]:
     return tensors
 
 
+def read_rows(path: Path, entry: TensorEntry, start: int, stop: int) -> mx.array:
+    """Rows start to stop - 1 of a tensor of a file (a scalar is one row); no file stays open."""
+    rows, *rest = entry.shape or (1,)
+    size = entry.nbytes // max(1, rows)
+    raw = np.fromfile(path, np.uint8, count=(stop - start) * size, offset=entry.start + start * size)
+    return mx.array(raw).view(mlx_dtype(entry.dtype)).reshape((stop - start, *rest) if entry.shape else ())
+
+
 class MappedTensors:
     """A safetensors file read through a memory map: what is asked for is copied, one tensor at a time."""
 

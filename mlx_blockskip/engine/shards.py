@@ -87,7 +87,7 @@ class Shards:
 
     def _open(self, file: str, names: Sequence[str]) -> dict[str, mx.array]:
         """Tensors of one file, which is verified; none of them is read yet."""
-        self._verify(file)
+        self.verify(file)
         with self._readable(file):
             lazy = files.load_lazily(self.path / file)
             return {name: lazy[name] for name in names}
@@ -105,7 +105,7 @@ class Shards:
     def rows(self, name: str, ids: np.ndarray) -> mx.array:
         """Rows `ids` (any shape, ints) of a 2-D table, gathered from the file: (*ids.shape, width)."""
         file = self._file(name)
-        self._verify(file)
+        self.verify(file)
         entry = self._entry(name)
         count, width = entry.shape
         if ids.size and (ids.min() < 0 or ids.max() >= count):
@@ -114,6 +114,15 @@ class Shards:
         data = np.ascontiguousarray(raw[ids.reshape(-1)])
         del raw
         return mx.array(data).view(dtypes.mlx_dtype(entry.dtype)).reshape(*ids.shape, width)
+
+    def part(self, name: str, start: int, stop: int) -> mx.array:
+        """Rows start to stop - 1 of a tensor; nothing else is read, and no file stays open."""
+        self.verify(self._file(name))
+        return files.read_rows(self.path / self._file(name), self._entry(name), start, stop)
+
+    def dtype(self, name: str) -> str:
+        """safetensors' name of a tensor's type."""
+        return self._entry(name).dtype
 
     def _file(self, name: str) -> str:
         try:
@@ -130,7 +139,10 @@ class Shards:
         except KeyError:
             raise UserError(f"{self.path / file}: has no tensor {name}; convert the model again") from None
 
-    def _verify(self, file: str) -> None:
+    def verify(self, file: str) -> None:
+        """Hold a shard against its checksum, if that was not done before. Raises UserError where it is not as it was
+        written.
+        """
         if file in self._verified:
             return
         path = self.path / file

@@ -15,7 +15,8 @@ from mlx_blockskip.blockskip import plan as plans
 from mlx_blockskip.blockskip.patches import PatchSettings
 from mlx_blockskip.blockskip.plan import SkipPlan
 from mlx_blockskip.converters import hollow, run
-from mlx_blockskip.converters.run import Precision, load_table, size_of
+from mlx_blockskip.converters.run import load_table
+from mlx_blockskip.converters.write import Precision, size_of
 from mlx_blockskip.engine import disk, files, limits
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, Table, emit

@@ -7,7 +7,7 @@ from mlx_blockskip.engine import awake, device, system
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, emit
 
-LONG = ("convert", "train", "select", "generate", "evaluate")
+LONG = ("convert", "train", "select", "generate", "evaluate", "fuse")
 """Commands that may take hours."""
 
 

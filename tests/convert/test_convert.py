@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_blockskip import convert
-from mlx_blockskip.converters import run
+from mlx_blockskip.converters import run, write
 from mlx_blockskip.converters.encoders import autoencoder_kl
 from mlx_blockskip.converters.source import open_source
 from mlx_blockskip.converters.table import Component, Row
@@ -128,7 +128,7 @@ def test_old_attention_names_and_shapes_of_the_vae_are_read(tmp_path):
         source = open_source(tmp_path / name)
         run.check_rows(made, source)
         (tmp_path / f"{name}-mlx").mkdir()
-        list(run.write_component(made, source, tmp_path / f"{name}-mlx", run.Precision("float32")))
+        list(write.write_component(made, source, tmp_path / f"{name}-mlx", write.Precision("float32")))
         found.append(Shards(tmp_path / f"{name}-mlx"))
     assert found[0].checksums == found[1].checksums
 
@@ -154,7 +154,7 @@ def test_quantizes_the_linear_layers_of_blocks_and_nothing_else(tmp_path, bits, 
 
 
 def test_the_group_size_falls_back_and_is_recorded():
-    precision = run.Precision("float32", bits=4, group_size=64)
+    precision = write.Precision("float32", bits=4, group_size=64)
     groups = [precision.group_for(Row("x", (8, width), "linear")) for width in (128, 96, 5600, 40)]
     assert groups == [64, 32, 32, 0]
 
@@ -196,8 +196,8 @@ def test_memory_stays_at_about_one_tensor(tmp_path):
         before = mx.get_active_memory()
         mx.reset_peak_memory()
         list(
-            run.write_component(
-                made, open_source(folder), tmp_path / f"mlx{quantized}", run.Precision("bfloat16", quantized)
+            write.write_component(
+                made, open_source(folder), tmp_path / f"mlx{quantized}", write.Precision("bfloat16", quantized)
             )
         )
         assert mx.get_peak_memory() - before < 3 * one < 32 * one / 8
@@ -219,13 +219,13 @@ def test_a_large_tensor_goes_in_parts_and_gives_the_same_file(tmp_path, monkeypa
     made, source = Component("big", (row,), block=lambda name: None), open_source(folder)
     written, peaks = [], []
     for part in (1 << 30, 1 << 18):
-        monkeypatch.setattr(run, "PART_BYTES", part)
+        monkeypatch.setattr(write, "PART_BYTES", part)
         target = tmp_path / str(part)
         target.mkdir()
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        list(run.write_component(made, source, target, run.Precision("bfloat16", bits)))
+        list(write.write_component(made, source, target, write.Precision("bfloat16", bits)))
         peaks.append(mx.get_peak_memory() - before)
         written.append((target / "rest.safetensors").read_bytes())
     assert written[0] == written[1]
@@ -354,10 +354,10 @@ def test_the_disk_must_have_room(tmp_path, monkeypatch):
         converted(tmp_path)
 
 
-@pytest.mark.parametrize("precision", [run.Precision("float16"), run.Precision("float32", 6, 32, 8)])
+@pytest.mark.parametrize("precision", [write.Precision("float16"), write.Precision("float32", 6, 32, 8)])
 def test_the_room_that_is_asked_for_is_what_is_written(tmp_path, precision):
     path = convert_directory(SOURCE, tmp_path / "mlx", **asdict(precision))
-    asked = sum(run.size_of(component, precision) for component, _ in run.open_checkpoint(SOURCE, "flux1"))
+    asked = sum(write.size_of(component, precision) for component, _ in run.open_checkpoint(SOURCE, "flux1"))
     written = [files.read_header(shard).entries.values() for shard in path.rglob("*.safetensors")]
     assert asked == sum(entry.nbytes for entries in written for entry in entries)
 
@@ -366,26 +366,29 @@ def test_layers_that_the_group_size_does_not_divide_are_recorded_and_said(tmp_pa
     widths = {"a": 128, "b": 96, "c": 40, "d": 64}
     rows = [Row(f"blocks.0.{name}.weight", (64, width), "linear") for name, width in widths.items()]
     made = Component("t", tuple(rows), block=lambda name: "blocks.0.")
-    precision = run.Precision("float32", bits=4, group_size=64)
+    precision = write.Precision("float32", bits=4, group_size=64)
     expected = {"t/blocks.0.b": 32, "t/blocks.0.c": 0}
-    assert run.exceptions(made, precision) == expected
-    assert run.exceptions(made, run.Precision("float32")) == {}
+    assert write.exceptions(made, precision) == expected
+    assert write.exceptions(made, write.Precision("float32")) == {}
     source = tmp_path / "t"
     source.mkdir()
     files.save_tensors(source / WEIGHTS, {row.name: mx.ones(row.shape) for row in rows})
     opened = open_source(source)
-    config = run.model_config(tmp_path, "flux1", precision, [(made, opened)], "here")
-    assert config["quantization"]["exceptions"] == expected
+    config = write.model_config(tmp_path, "flux1", precision, [(made, opened)], "here")
+    assert config["quantization"] == {
+        "group_size": 64, "bits": 4, "mode": "affine",
+        "t.blocks.0.b": {"group_size": 32, "bits": 4}, "t.blocks.0.c": False,
+    }  # fmt: skip
     smaller, whole = (note.message for note in drive(convert_notes, [made], precision)[1])
     assert "1 layers have inputs that 64 does not divide, and get groups of 32: t/blocks.0.b" in smaller
     assert "stay whole: t/blocks.0.c" in whole
     files.write_json(source / "config.json", {})
     (tmp_path / "out").mkdir()
-    list(run.write_component(made, opened, tmp_path / "out", precision))
+    list(write.write_component(made, opened, tmp_path / "out", precision))
     shards = Shards(tmp_path / "out")
     assert shards.group_sizes == {"blocks.0.a": 64, "blocks.0.b": 32, "blocks.0.d": 64}
     assert shards.load(["blocks.0.c.weight"])["blocks.0.c.weight"].dtype == mx.float32
-    assert sum(shards.nbytes([name]) for name in shards.names) == run.size_of(made, precision)
+    assert sum(shards.nbytes([name]) for name in shards.names) == write.size_of(made, precision)
 
 
 def test_an_mlx_directory_is_not_converted_again(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 
 from mlx_blockskip.converters import flux1
 from mlx_blockskip.converters.encoders import autoencoder_kl, clip_text, t5_encoder
-from mlx_blockskip.converters.run import Precision, plan_shards
+from mlx_blockskip.converters.write import Precision, plan_shards
 from mlx_blockskip.models.flux1.transformer import FluxTransformer2DConfig
 from mlx_blockskip.models.text import clip, t5
 from mlx_blockskip.models.vae.kl import AutoencoderKLConfig

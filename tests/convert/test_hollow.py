@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_blockskip.converters.hollow import write_hollow
-from mlx_blockskip.converters.run import Precision
+from mlx_blockskip.converters.write import Precision
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models import presets

@@ -6,7 +6,7 @@ import pytest
 
 from mlx_blockskip.converters import sana
 from mlx_blockskip.converters.peft import from_peft, to_peft
-from mlx_blockskip.converters.run import Precision, exceptions, plan_shards
+from mlx_blockskip.converters.write import Precision, exceptions, plan_shards
 from mlx_blockskip.engine import philox
 from mlx_blockskip.models.sana.transformer import SanaTransformer2DConfig
 from support.compare import assert_parity, relative_error

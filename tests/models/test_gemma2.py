@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_blockskip.converters import run
+from mlx_blockskip.converters import run, write
 from mlx_blockskip.converters.encoders import gemma2_encoder
 from mlx_blockskip.converters.source import open_source
 from mlx_blockskip.engine.errors import UserError
@@ -43,7 +43,7 @@ def converted(model, path, dtype="float32", **precision):
     source = open_source(path / "hf")
     run.check_rows(made, source)
     (path / "mlx").mkdir()
-    list(run.write_component(made, source, path / "mlx", run.Precision(dtype, **precision)))
+    list(write.write_component(made, source, path / "mlx", write.Precision(dtype, **precision)))
     return Shards(path / "mlx")
 
 

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_blockskip.converters import run
+from mlx_blockskip.converters import run, write
 from mlx_blockskip.converters.encoders import clip_text, t5_encoder
 from mlx_blockskip.converters.source import open_source
 from mlx_blockskip.engine.errors import UserError
@@ -25,7 +25,7 @@ def component(model, make, tmp_path, dtype="float32") -> Shards:
     source = open_source(tmp_path / "hf")
     run.check_rows(made, source)
     (tmp_path / "mlx").mkdir()
-    list(run.write_component(made, source, tmp_path / "mlx", run.Precision(dtype)))
+    list(write.write_component(made, source, tmp_path / "mlx", write.Precision(dtype)))
     return Shards(tmp_path / "mlx")
 
 

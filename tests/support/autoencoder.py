@@ -1,6 +1,6 @@
 """Small random autoencoders made by diffusers, and the same weights as ours."""
 
-from mlx_blockskip.converters import run
+from mlx_blockskip.converters import run, write
 from mlx_blockskip.converters.source import open_source
 from mlx_blockskip.engine.shards import Shards
 
@@ -23,6 +23,6 @@ def random_autoencoder(path, cls, config, component, config_class):
     made, source = component("hf", config), open_source(path / "hf")
     run.check_rows(made, source)
     (path / "mlx").mkdir()
-    list(run.write_component(made, source, path / "mlx", run.Precision("float32")))
+    list(write.write_component(made, source, path / "mlx", write.Precision("float32")))
     shards = Shards(path / "mlx")
     return model, shards.load(shards.names), config

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_blockskip.converters import run
+from mlx_blockskip.converters import run, write
 from mlx_blockskip.engine import files, philox
 
 
@@ -19,9 +19,9 @@ HEDGEHOG = assets() / "subjects" / "hedgehog"
 
 def convert(source: Path, target: Path, family: str = "flux1", **precision) -> Path:
     """Convert a checkpoint of this family."""
-    wanted = run.Precision(**{"dtype": "float32", **precision})
+    wanted = write.Precision(**{"dtype": "float32", **precision})
     with files.atomic_directory(target) as temporary:
-        for _ in run.write_model(source, temporary, family, wanted, run.open_checkpoint(source, family), "test"):
+        for _ in write.write_model(source, temporary, family, wanted, run.open_checkpoint(source, family), "test"):
             pass
     return target
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mlx_blockskip.converters.hollow import write_hollow
-from mlx_blockskip.converters.run import Precision
+from mlx_blockskip.converters.write import Precision
 from mlx_blockskip.engine import files
 from mlx_blockskip.models import presets
 from mlx_blockskip.models.registry import find_family, open_model

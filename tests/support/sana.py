@@ -4,7 +4,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_blockskip.converters import run, sana
+from mlx_blockskip.converters import run, sana, write
 from mlx_blockskip.converters.source import open_source
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.reader import BlockReader
@@ -50,7 +50,7 @@ def converted(path: Path, reference, **precision) -> Shards:
     source = open_source(path / "hf")
     run.check_rows(component, source)
     (path / "mlx").mkdir()
-    list(run.write_component(component, source, path / "mlx", run.Precision(**{"dtype": "float32", **precision})))
+    list(write.write_component(component, source, path / "mlx", write.Precision(**{"dtype": "float32", **precision})))
     return Shards(path / "mlx")
 
 

@@ -23,14 +23,19 @@ PEFT_FILE = "pytorch_lora_weights.safetensors"
 
 def load_adapters(model: DiffusionModel, paths: Sequence[str], scales: Sequence[float]) -> lora.Tree:
     """One tree for the given adapters, each with its strength (1 where `scales` is shorter). Raises UserError."""
-    if len(scales) > len(paths):
-        raise UserError(f"--lora-scale is given {len(scales)} times for {len(paths)} adapters; give one for each")
+    check_strengths(paths, scales)
     trees, strengths = [], []
     for i, path in enumerate(paths):
         tree, scale = load_adapter(model, Path(path).expanduser())
         trees.append(tree)
         strengths.append(scale * (scales[i] if i < len(scales) else 1.0))
     return lora.combine(trees, strengths)
+
+
+def check_strengths(paths: Sequence[Any], scales: Sequence[float]) -> None:
+    """Raise UserError where more strengths than adapters are given."""
+    if len(scales) > len(paths):
+        raise UserError(f"--lora-scale is given {len(scales)} times for {len(paths)} adapters; give one for each")
 
 
 def load_adapter(model: DiffusionModel, path: Path) -> tuple[lora.Tree, float]:
@@ -61,9 +66,9 @@ def read_tensors(file: Path) -> dict[str, mx.array]:
 
 
 def save_adapter(directory: Path, tree: lora.Tree, model: DiffusionModel, config: dict[str, Any]) -> None:
-    """Write the factors and their description."""
+    """Write the factors and their description, with the checksum of their file."""
     files.save_tensors(directory / TENSORS, lora.flatten(tree, model.stack), {"format": "mlx"})
-    files.write_json(directory / CONFIG, config)
+    files.write_json(directory / CONFIG, {**config, "sha256": {TENSORS: files.sha256(directory / TENSORS)}})
 
 
 def export(settings: ExportSettings) -> Path:

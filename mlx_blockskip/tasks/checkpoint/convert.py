@@ -1,17 +1,18 @@
-"""`convert`: a Hugging Face checkpoint becomes an MLX model directory."""
+"""`convert`: a Hugging Face checkpoint becomes an MLX model directory, or the other way round."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mlx_blockskip.converters import run, vision
-from mlx_blockskip.converters.run import Precision, default_dtype
+from mlx_blockskip.converters import run, vision, write
 from mlx_blockskip.converters.table import Component
+from mlx_blockskip.converters.write import Precision, default_dtype
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, Saved, emit
 from mlx_blockskip.models.family import Family
 from mlx_blockskip.models.registry import find_family
 from mlx_blockskip.settings import ConvertSettings
+from mlx_blockskip.tasks.checkpoint.hf import check_room, write_hugging_face
 from mlx_blockskip.tasks.checkpoint.hub import ENCODER, PIPELINE, download, looks_like_repo
 from mlx_blockskip.tasks.phases import phase
 
@@ -20,13 +21,17 @@ ENCODER_DTYPE = "float32"
 
 
 def convert(settings: ConvertSettings) -> Path:
-    """Convert `hf_path` (a directory or repo id) into the new directory `mlx_path`; returns its path."""
+    """Convert `hf_path` (a directory or repo id) into the new directory `mlx_path`; returns its path. With `to="hf"`,
+    `hf_path` is an MLX model directory, and the new one is in diffusers' layout.
+    """
     target = Path(settings.mlx_path).expanduser()
     if not settings.hf_path:
         raise UserError("--hf-path: give a Hugging Face directory or a repo id")
     if target.exists():
         raise UserError(f"{target}: already exists; choose another --mlx-path or remove it")
     source = Path(settings.hf_path).expanduser()
+    if settings.to == "hf":
+        return _back(settings, source, target)
     if not source.is_dir():
         if not looks_like_repo(settings.hf_path):
             raise UserError(f"{settings.hf_path}: no such directory, and not a repo id such as owner/name")
@@ -44,19 +49,30 @@ def convert(settings: ConvertSettings) -> Path:
     return target
 
 
+def _back(settings: ConvertSettings, source: Path, target: Path) -> Path:
+    if settings.quantize or settings.revision:
+        raise UserError(
+            f"--{'quantize' if settings.quantize else 'revision'}: does not go with --to hf, which writes a local MLX "
+            "model as diffusers reads it, with whole layers; leave it out"
+        )
+    if not source.is_dir():
+        raise UserError(f"{source}: no such directory; with --to hf give --hf-path an MLX model directory")
+    if not is_converted(source):
+        raise UserError(f"{source}: is not an MLX model directory, which --to hf takes; leave --to hf out to make one")
+    write_hugging_face(source, target, settings.dtype)
+    emit(Saved(target, "model for diffusers"))
+    return target
+
+
 def convert_directory(source: Path, target: Path, precision: Precision, origin: str) -> None:
     """Convert a local directory; the target appears when it is whole. Yields events."""
     if is_encoder(source):
         components, writing = _encoder(source, precision, origin)
     else:
         components, writing = _pipeline(source, precision, origin)
-    need, free = sum(run.size_of(component, precision) for component in components), files.free_space(target)
-    if need > free:
-        raise UserError(
-            f"{target}: {need / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB are free; choose another disk"
-        )
+    check_room(target, sum(write.size_of(component, precision) for component in components))
     notes(components, precision)
-    shards = sum(len(run.plan_shards(component, precision)) for component in components)
+    shards = sum(len(write.plan_shards(component, precision)) for component in components)
     with phase("convert", shards, "shards") as track, files.atomic_directory(target) as temporary:
         for done, _ in enumerate(writing(temporary), 1):
             track.step(done)
@@ -71,7 +87,7 @@ def _pipeline(source: Path, precision: Precision, origin: str) -> tuple[list[Com
     opened = run.open_checkpoint(source, family)
 
     def writing(target: Path) -> Iterator[tuple[str, str]]:
-        return run.write_model(source, target, family, precision, opened, origin)
+        return write.write_model(source, target, family, precision, opened, origin)
 
     return [component for component, _ in opened], writing
 
@@ -92,7 +108,7 @@ def _encoder(source: Path, precision: Precision, origin: str) -> tuple[list[Comp
 
 def notes(components: list[Component], precision: Precision) -> None:
     """Say which layers the wanted group size does not divide."""
-    found = {k: v for component in components for k, v in run.exceptions(component, precision).items()}
+    found = {k: v for component in components for k, v in write.exceptions(component, precision).items()}
     smaller, whole = [k for k, v in found.items() if v], [k for k, v in found.items() if not v]
     if smaller:
         sizes = " or ".join(str(size) for size in sorted({found[k] for k in smaller}))

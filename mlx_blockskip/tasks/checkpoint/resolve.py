@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from mlx_blockskip.converters.run import Precision, default_dtype
+from mlx_blockskip.converters.write import Precision, default_dtype
 from mlx_blockskip.engine import files, limits
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, emit

@@ -8,7 +8,8 @@ import mlx.core as mx
 
 from mlx_blockskip import lora
 from mlx_blockskip.converters import hollow
-from mlx_blockskip.converters.run import Precision, components_of, size_of
+from mlx_blockskip.converters.run import components_of
+from mlx_blockskip.converters.write import Precision, size_of
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.reader import Part
 from mlx_blockskip.engine.stack import Context, Modulation

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from mlx_blockskip.converters.run import Precision
+from mlx_blockskip.converters.write import Precision
 from mlx_blockskip.engine import files
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import open_model

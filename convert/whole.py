@@ -1,0 +1,102 @@
+"""The tensors of a component of an MLX model directory as they are without quantization, with what adapters add to
+them: some rows at a time.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_blockskip.converters.table import Component
+from mlx_blockskip.engine import dtypes
+from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.shards import INDEX, Shards
+
+Factors = tuple[mx.array, mx.array]
+"""(in, r) and (r, out), float32, with the adapter's strength in the second."""
+
+
+class Whole:
+    """A component's layers, made whole. added: factors by module (`transformer_blocks.0.attn.to_q`).
+
+    What is read is computed in float32 and rounded once, to the type in which the layer is stored. Every file is
+    verified before it is read. Raises UserError for a missing, truncated or altered file, or a missing tensor.
+    """
+
+    def __init__(self, shards: Shards, added: Mapping[str, Factors] | None = None):
+        self.shards = shards
+        self.added = added or {}
+
+    def quantized(self, name: str) -> tuple[int, int] | None:
+        """Group size and bits of a quantized layer, by its weight's name; None for what is whole."""
+        scales = f"{module_of(name)}.scales"
+        if not name.endswith(".weight") or scales not in self.shards.weight_map:
+            return None
+        (_, packed), (_, groups) = self.shards.shape(name), self.shards.shape(scales)
+        group_size = self.shards.group_sizes.get(module_of(name))
+        if group_size is None:
+            raise UserError(
+                f"{self.shards.path / INDEX}: has no group size of {module_of(name)}; convert the model again"
+            )
+        return group_size, packed * 32 // (groups * group_size)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, of a weight's as it is when it is whole."""
+        if (stored := self.quantized(name)) is None:
+            return self.shards.shape(name)
+        out, groups = self.shards.shape(f"{module_of(name)}.scales")
+        return out, groups * stored[0]
+
+    def dtype(self, name: str) -> str:
+        """safetensors' name of the type in which a tensor is stored; of a quantized layer, that of its scales."""
+        return self.shards.dtype(name if self.quantized(name) is None else f"{module_of(name)}.scales")
+
+    def read(self, name: str, start: int, stop: int) -> mx.array:
+        """Rows start to stop - 1."""
+        stored, factors = self.quantized(name), self.added.get(module_of(name)) if name.endswith(".weight") else None
+        rows = self.shards.part(name, start, stop)
+        if stored is None and factors is None:
+            return rows
+        if stored is not None:
+            scales, biases = (
+                self.shards.part(f"{module_of(name)}.{kind}", start, stop).astype(mx.float32)
+                for kind in ("scales", "biases")
+            )
+            rows = mx.dequantize(rows, scales, biases, group_size=stored[0], bits=stored[1])
+        rows = rows.astype(mx.float32)
+        if factors is not None:
+            a, b = factors
+            rows = rows + b[:, start:stop].T @ a.T
+        return rows.astype(dtypes.mlx_dtype(self.dtype(name)))
+
+
+def module_of(name: str) -> str:
+    """The module whose weight this is."""
+    return name.removesuffix(".weight")
+
+
+def quantized_layers(component: Component, whole: Whole) -> list[str]:
+    """`folder/module` of the layers that are quantized."""
+    names: Sequence[str] = [row.name for row in component.rows if whole.quantized(row.name)]
+    return [f"{component.folder}/{module_of(name)}" for name in names]
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """A tensor that is not as the component's config says; None where there should be none, or is none."""
+
+    name: str
+    expected: tuple[int, ...] | None
+    actual: tuple[int, ...] | None
+
+
+def misfits(component: Component, whole: Whole) -> list[Misfit]:
+    """Tensors that are missing, of another shape than the config says, or unknown to it. Only headers are read."""
+    found, known = [], set[str]()
+    for row in component.rows:
+        known |= {row.name, f"{module_of(row.name)}.scales", f"{module_of(row.name)}.biases"}
+        actual = whole.shape(row.name) if row.name in whole.shards.weight_map else None
+        if actual != row.shape:
+            found.append(Misfit(row.name, row.shape, actual))
+    unknown = [name for name in whole.shards.names if name not in known]
+    return found + [Misfit(name, None, whole.shards.shape(name)) for name in unknown]

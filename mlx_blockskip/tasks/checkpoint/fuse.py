@@ -1,0 +1,102 @@
+"""`fuse`: adapters are added to the weights of their model, W + scale A B, and a model of its own is written."""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_blockskip import lora
+from mlx_blockskip.converters.rewrite import Rewriting
+from mlx_blockskip.converters.whole import Whole
+from mlx_blockskip.engine import files, listing
+from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.shards import INDEX, Shards
+from mlx_blockskip.events import Saved, Warning, emit
+from mlx_blockskip.models.family import DiffusionModel
+from mlx_blockskip.models.registry import open_model, read_config
+from mlx_blockskip.settings import FuseSettings
+from mlx_blockskip.tasks.checkpoint.adapters import CONFIG, check_strengths, load_adapter
+from mlx_blockskip.tasks.checkpoint.hf import check_room, write_hugging_face
+from mlx_blockskip.tasks.checkpoint.resolve import resolve
+from mlx_blockskip.tasks.phases import phase
+
+
+def fuse(settings: FuseSettings) -> Path:
+    """Write the model with its adapters inside into the new directory `save_path`; returns its path."""
+    target = Path(settings.save_path).expanduser()
+    if target.exists():
+        raise UserError(f"{target}: already exists; choose another --save-path or remove it")
+    paths = [Path(path).expanduser() for path in settings.adapter_path or ["adapters"]]
+    check_strengths(paths, settings.lora_scale)
+    name = settings.model or _recorded(paths[0]).get("base_model")
+    if not name:
+        raise UserError(f"{paths[0]}: does not say which model it is for; give --model")
+    model = open_model(resolve(str(name)))
+    tree, fused = _load(model, str(name), paths, settings.lora_scale)
+    config = read_config(model.path)
+    config = {**config, "fused": [*config.get("fused", []), *fused]}
+    whole = Whole(model.reader.shards, lora.layers(tree, model.stack))
+    if settings.to == "hf":
+        folder = model.reader.shards.path.name
+        write_hugging_face(model.path, target, added={folder: whole.added}, config=config)
+    else:
+        write_fused(model.path, target, whole, config, settings.dequantize)
+    emit(Saved(target, "model for diffusers" if settings.to == "hf" else "model"))
+    return target
+
+
+def _recorded(adapter: Path) -> dict[str, Any]:
+    """What an adapter directory of ours says of itself; nothing of a file."""
+    found = files.read_json(adapter / CONFIG) if (adapter / CONFIG).is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _load(
+    model: DiffusionModel, name: str, paths: Sequence[Path], strengths: Sequence[float]
+) -> tuple[lora.Tree, list[dict[str, Any]]]:
+    """One tree of all adapters, and what is recorded of each."""
+    family, trees, scales, fused = read_config(model.path)["family"], [], [], []
+    for number, path in enumerate(paths):
+        recorded = _recorded(path)
+        if recorded.get("family", family) != family:
+            raise UserError(f"{path}: is an adapter for {recorded['family']}, and {name} is a model of {family}")
+        if recorded.get("base_model_identity", model.identity) != model.identity:
+            emit(Warning(f"{path}: was trained on another model than {name}, or on another precision of it"))
+        tree, scale = load_adapter(model, path)
+        strength = strengths[number] if number < len(strengths) else 1.0
+        trees.append(tree)
+        scales.append(scale * strength)
+        said = {key: recorded[key] for key in ("base_model_identity", "captions") if key in recorded}
+        fused.append({"adapter": str(path), "scale": scale * strength, "factors": lora.checksum(tree), **said})
+    return lora.combine(trees, scales), fused
+
+
+def write_fused(source: Path, target: Path, whole: Whole, config: dict[str, Any], dequantize: bool) -> None:
+    """Write an MLX model directory in which one component is `whole`; the target appears when all of it is there.
+
+    config: its config.json. dequantize: the layers of every component are written whole. Raises UserError.
+    """
+    found = listing.visible(source)
+    changed = {whole.shards.path.name: Rewriting(whole, dequantize)}
+    for path in found:
+        if (path / INDEX).is_file() and path.name not in changed:
+            changed[path.name] = Rewriting(Whole(Shards(path)), dequantize)
+    check_room(target, sum(one.nbytes() for one in changed.values()))
+    count = sum(len(one.shard_files) for one in changed.values())
+    with phase("fuse", count, "shards") as track, files.atomic_directory(target) as temporary:
+        for done, _ in enumerate(_fill(temporary, found, changed), 1):
+            track.step(done)
+        files.write_json(temporary / "config.json", {**config, **({"quantization": None} if dequantize else {})})
+
+
+def _fill(target: Path, found: Sequence[Path], changed: Mapping[str, Rewriting]) -> Iterator[str]:
+    """Write the components anew and copy what lies beside them; yields each shard's name when it is done."""
+    for path in found:
+        copy = target / path.name
+        if path.name in changed:
+            copy.mkdir()
+            yield from changed[path.name].write(copy)
+        elif path.is_dir():
+            shutil.copytree(path, copy, ignore=shutil.ignore_patterns(".*"))
+        elif path.name != "config.json":
+            shutil.copyfile(path, copy)

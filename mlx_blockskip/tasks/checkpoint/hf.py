@@ -1,0 +1,47 @@
+"""From an MLX model directory back to a folder that `DiffusionPipeline.from_pretrained` of diffusers opens."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_blockskip.converters import hf
+from mlx_blockskip.converters.whole import Factors
+from mlx_blockskip.engine import files
+from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.events import Note, emit
+from mlx_blockskip.models.registry import read_config
+from mlx_blockskip.tasks.phases import phase
+
+
+def write_hugging_face(
+    source: Path,
+    target: Path,
+    dtype: str | None = None,
+    *,
+    added: Mapping[str, Mapping[str, Factors]] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the MLX model directory `source` in diffusers' layout; `target` appears when it is whole.
+
+    dtype: in place of the stored one. added: what adapters add, by folder and module. config: in place of the model's.
+    Raises UserError.
+    """
+    config = config or read_config(source)
+    family = config["family"]
+    parts = hf.open_parts(source, family, dtype, added)
+    check_room(target, sum(entry.nbytes for part in parts for entry in part.entries()))
+    if quantized := [layer for part in parts for layer in part.quantized]:
+        emit(Note(f"{len(quantized)} quantized layers are made whole, rounded as they are: {quantized[0]} ..."))
+    count = sum(len(hf.files_of(part)) for part in parts)
+    with phase("write", count, "files") as track, files.atomic_directory(target) as temporary:
+        for done, _ in enumerate(hf.write_checkpoint(source, temporary, family, parts, config), 1):
+            track.step(done)
+
+
+def check_room(target: Path, need: int) -> None:
+    """Raise UserError where the disk has not so many bytes free."""
+    free = files.free_space(target)
+    if need > free:
+        raise UserError(
+            f"{target}: {need / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB are free; choose another disk"
+        )
