@@ -22,6 +22,9 @@ root="$(pwd)"
 "$bin/ruff" format --check .
 # from elsewhere, so that the installed package is checked: mypy does not see the mapping of convert/
 (cd tests && "$bin/mypy" -p mlx_blockskip --config-file "$root/pyproject.toml")
+# of benchmarks what breaks when the package changes: names that are gone, arguments that are not taken
+(cd examples/bench && "$bin/mypy" --config-file "$root/pyproject.toml" --no-warn-unused-ignores --follow-imports silent \
+  --disable-error-code arg-type --disable-error-code assignment --disable-error-code import-not-found ./*.py)
 # two workers, and one thread of BLAS for each: the machines that run this have two cores, and threads that wait spin
 export OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}"
 (cd tests && "$bin/python" -P -m pytest -c "$root/pyproject.toml" --rootdir "$root" -n 2 --dist worksteal \

@@ -166,13 +166,13 @@ def make_source(target: Path, name: str) -> None:
             shutil.copytree(tiny / folder, out / folder)
         shutil.copyfile(tiny / "model_index.json", out / "model_index.json")
         for component in components_of(family, configs):
-            folder = out / component.folder
-            files.write_json(folder / "config.json", configs[component.folder])
+            inside = out / component.folder
+            files.write_json(inside / "config.json", configs[component.folder])
             file = "model" if component.folder.startswith("text") else "diffusion_pytorch_model"
             entries = [files.TensorEntry(row.name, row.their_shape(), "BF16") for row in component.rows]
             header, size = files.encode_header(entries)
-            (folder / f"{file}.safetensors").write_bytes(header)
-            os.truncate(folder / f"{file}.safetensors", size)
+            (inside / f"{file}.safetensors").write_bytes(header)
+            os.truncate(inside / f"{file}.safetensors", size)
 
 
 class PrivateMemory:

@@ -89,7 +89,7 @@ def theirs(job: dict[str, Any]) -> dict[str, Any]:
 
     imported = resident()
     with torch.device("meta"):
-        model = FluxTransformer2DModel(**job["config"]).bfloat16()
+        model = FluxTransformer2DModel(**job["config"]).to(torch.bfloat16)  # type: ignore[attr-defined]
     model = model.to_empty(device="cpu").requires_grad_(False)
     for parameter in model.parameters():
         parameter.normal_(std=0.02)

@@ -66,8 +66,8 @@ def _load(
         strength = strengths[number] if number < len(strengths) else 1.0
         trees.append(tree)
         scales.append(scale * strength)
-        said = {key: recorded[key] for key in ("base_model_identity", "captions") if key in recorded}
-        fused.append({"adapter": str(path), "scale": scale * strength, "factors": lora.checksum(tree), **said})
+        said: dict[str, Any] = {"adapter": str(path), "scale": scale * strength, "factors": lora.checksum(tree)}
+        fused.append(said | {key: recorded[key] for key in ("base_model_identity", "captions") if key in recorded})
     return lora.combine(trees, scales), fused
 
 
