@@ -59,8 +59,7 @@ class Rewriting:
     def write(self, target: Path) -> Iterator[str]:
         """Fill the directory `target`; yields each shard's name when it is done. Raises UserError for a damaged one."""
         shards = self.whole.shards
-        checksums = dict(shards.checksums)
-        weight_map: dict[str, str] = {}
+        checksums, weight_map = dict(shards.checksums), dict[str, str]()
         for file in self.shard_files:
             entries = self.entries(file)
             if any(self.changes(entry.name) for entry in entries):

@@ -44,8 +44,11 @@ class Shards:
 
     @cached_property
     def identity(self) -> str:
-        """A fingerprint of the component: its config and the checksums of its shards."""
-        return sha256(repr((sorted(self.config.items(), key=str), sorted(self.checksums.items()))).encode()).hexdigest()
+        """A fingerprint of the component: its config and the checksums of its shards. What the config says of
+        quantization is in the checksums too, and older conversions do not say it.
+        """
+        own = sorted(((key, value) for key, value in self.config.items() if key != "quantization"), key=str)
+        return sha256(repr((own, sorted(self.checksums.items()))).encode()).hexdigest()
 
     def under(self, prefix: str) -> tuple[str, ...]:
         """The names that start with `prefix`."""

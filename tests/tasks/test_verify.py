@@ -63,9 +63,10 @@ def test_quantized_models_and_encoders_are_whole_too(tmp_path, bits):
     index = files.read_json(path / "transformer" / INDEX)
     index["metadata"]["group_sizes"]["transformer_blocks.0.attn.to_q"] = 64 // 2
     files.write_json(path / "transformer" / INDEX, index)
-    ((file, tensor, expected, _),) = problems(path)
-    assert (file, tensor) == ("transformer/block-000.safetensors", "transformer_blocks.0.attn.to_q.weight")
-    assert expected == "a shape of [128, 128]"
+    name, said = "transformer_blocks.0.attn.to_q.weight", f"{bits} bits in groups of 64"
+    shape, record = problems(path)
+    assert shape[:3] == ("transformer/block-000.safetensors", name, "a shape of [128, 128]")
+    assert (record[:2], record[3]) == (("config.json", f"transformer.{name}"), said)
 
 
 def test_an_encoder(tmp_path):

@@ -66,8 +66,8 @@ def _load(
         strength = strengths[number] if number < len(strengths) else 1.0
         trees.append(tree)
         scales.append(scale * strength)
-        said: dict[str, Any] = {"adapter": str(path), "scale": scale * strength, "factors": lora.checksum(tree)}
-        fused.append(said | {key: recorded[key] for key in ("base_model_identity", "captions") if key in recorded})
+        said: dict[str, Any] = {key: recorded[key] for key in ("base_model_identity", "captions") if key in recorded}
+        fused.append({"adapter": str(path), "scale": scale * strength, "factors": lora.checksum(tree), **said})
     return lora.combine(trees, scales), fused
 
 
