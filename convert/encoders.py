@@ -47,7 +47,7 @@ def clip_text(folder: str, config: CLIPTextConfig) -> Component:
         folder,
         tuple(replace(row, aliases=(f"text_model.{row.name}",)) for row in rows),
         block=lambda name: block_of(r"encoder\.layers\.\d+\.", name),
-        ignored=lambda name: name.endswith("position_ids") or name == "text_projection.weight",
+        ignored=lambda name: name.endswith("position_ids") or name in ("text_projection.weight", "logit_scale"),
     )
 
 

@@ -11,8 +11,9 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlx_blockskip.converters.source import FLOATS, Source, open_source
+from mlx_blockskip.converters.source import Source, open_source
 from mlx_blockskip.converters.table import Component, Row
+from mlx_blockskip.converters.views import FLOATS
 from mlx_blockskip.engine import dtypes, files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.shards import INDEX
@@ -106,16 +107,16 @@ def check_rows(component: Component, source: Source) -> None:
         if name is None:
             missing.append(row.name)
             continue
-        expected.add(name)
-        entry = source.tensors[name][1]
-        if not row.fits(entry.shape) or entry.dtype not in FLOATS:
-            misfit.append(f"{name} ({entry.dtype} {list(entry.shape)} instead of floats {list(row.their_shape())})")
+        expected.update((row.name, *row.aliases))
+        view = source.tensors[name]
+        if not row.fits(view.shape) or view.dtype not in FLOATS:
+            misfit.append(f"{name} ({view.dtype} {list(view.shape)} instead of floats {list(row.their_shape())})")
     extra = [name for name in source.tensors if name not in expected and not component.ignored(_bare(name))]
     for problem, names in (("lacks", missing), ("has unexpected", extra), ("has wrongly shaped", misfit)):
         if names:
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             raise UserError(
-                f"{source.folder}: {problem} {', '.join(names[:SHOWN])}{more}; its config.json is for other weights"
+                f"{source.place}: {problem} {', '.join(names[:SHOWN])}{more}; its config.json is for other weights"
             )
 
 
@@ -142,7 +143,10 @@ def write_component(component: Component, source: Source, target: Path, precisio
         checksums[shard.file] = files.sha256(target / shard.file)
         yield shard.file
     files.write_json(target / INDEX, index_of(component, shards, precision, checksums))
-    shutil.copyfile(source.folder / "config.json", target / "config.json")
+    if isinstance(source.config, Path):
+        shutil.copyfile(source.config, target / "config.json")
+    else:
+        files.write_json(target / "config.json", source.config)
 
 
 def index_of(

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from mlx_blockskip.engine import disk
-from mlx_blockskip.engine.dtypes import DTYPES, dtype_name, mlx_dtype, raw_bytes
+from mlx_blockskip.engine import disk, dtypes, foreign
+from mlx_blockskip.engine.dtypes import dtype_name, mlx_dtype, raw_bytes
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.names import Names
 
@@ -113,9 +113,10 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: {foreign.absence(path) or 'no such file'}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
+        reason = foreign.kind(path) if isinstance(error, ValueError) else None
+        raise UserError(f"{path}: {reason or f'not readable as JSON ({error})'}") from None
 
 
 def sha256(path: Path) -> str:
@@ -135,7 +136,7 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype][0]
+        return dtypes.nbytes(self.dtype, math.prod(self.shape))
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as file:
             return _parse_header(path, file, size)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: {foreign.absence(path) or 'no such file'}") from None
     except OSError as error:
         raise UserError(f"{path}: not readable ({error.strerror})") from None
 
@@ -161,7 +162,8 @@ def read_header(path: Path) -> Header:
 def _parse_header(path: Path, file: BinaryIO, size: int) -> Header:
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > MAX_HEADER or 8 + length > size:
-        raise UserError(f"{path}: not a whole safetensors file (its header is cut off); get it again")
+        reason = foreign.kind(path) or "not a whole safetensors file (its header is cut off); get it again"
+        raise UserError(f"{path}: {reason}")
     try:
         fields = json.loads(file.read(length))
         metadata = fields.pop("__metadata__", {})
@@ -169,7 +171,7 @@ def _parse_header(path: Path, file: BinaryIO, size: int) -> Header:
         for name, field in fields.items():
             begin, end = field["data_offsets"]
             entry = TensorEntry(name, tuple(field["shape"]), field["dtype"], 8 + length + begin)
-            if entry.dtype not in DTYPES:
+            if entry.dtype not in dtypes.BITS:
                 raise UserError(f"{path}: {name} has dtype {entry.dtype}, which is not supported")
             if end - begin != entry.nbytes or begin < 0:
                 raise ValueError(f"{name} has {end - begin} bytes instead of {entry.nbytes}")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mlx_blockskip.converters import run, vision
+from mlx_blockskip.converters.places import checkpoint_folder
 from mlx_blockskip.converters.run import Precision, default_dtype
 from mlx_blockskip.converters.table import Component
 from mlx_blockskip.engine import files
@@ -26,7 +27,7 @@ def convert(settings: ConvertSettings) -> Path:
         raise UserError("--hf-path: give a Hugging Face directory or a repo id")
     if target.exists():
         raise UserError(f"{target}: already exists; choose another --mlx-path or remove it")
-    source = Path(settings.hf_path).expanduser()
+    source = checkpoint_folder(Path(settings.hf_path).expanduser())
     if not source.is_dir():
         if not looks_like_repo(settings.hf_path):
             raise UserError(f"{settings.hf_path}: no such directory, and not a repo id such as owner/name")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from mlx_blockskip.converters.places import checkpoint_folder
 from mlx_blockskip.converters.run import Precision, default_dtype
 from mlx_blockskip.engine import files, limits
 from mlx_blockskip.engine.errors import UserError
@@ -63,7 +64,7 @@ def resolve(model: str, kind: Kind = MODEL) -> Path:
 
     Raises UserError where there is none.
     """
-    path = Path(model).expanduser()
+    path = checkpoint_folder(Path(model).expanduser())
     if path.is_dir():
         if not is_converted(path) and kind.is_checkpoint(path):
             return _converted(lambda: path, model, _stamp(path), kind)
