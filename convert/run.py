@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from mlx_blockskip.converters import copied
 from mlx_blockskip.converters.source import Source, open_source
 from mlx_blockskip.converters.table import Component, Row
 from mlx_blockskip.converters.views import FLOATS
@@ -71,12 +72,16 @@ def default_dtype() -> str:
 
 
 def open_checkpoint(source: Path, family: str) -> list[tuple[Component, Source]]:
-    """Every component with its tensors, checked to be complete and of the right shapes. Raises UserError."""
+    """Every component with its tensors, checked to be complete and of the right shapes, and what is copied is there.
+    Raises UserError.
+    """
     found = []
     for component in read_components(source, family):
         opened = open_source(source / component.folder)
         check_rows(component, opened)
         found.append((component, opened))
+    for name in load_table(family).COPIED:
+        copied.check(source / name)
     return found
 
 
@@ -144,7 +149,7 @@ def write_component(component: Component, source: Source, target: Path, precisio
         yield shard.file
     files.write_json(target / INDEX, index_of(component, shards, precision, checksums))
     if isinstance(source.config, Path):
-        shutil.copyfile(source.config, target / "config.json")
+        copied.copy_file(source.config, target / "config.json")
     else:
         files.write_json(target / "config.json", source.config)
 
@@ -254,9 +259,7 @@ def write_model(
         for shard in write_component(component, tensors, folder, precision):
             yield component.folder, shard
     for name in table.COPIED:
-        if not (source / name).is_dir():
-            raise UserError(f"{source / name}: this part of the checkpoint is missing; download it again")
-        shutil.copytree(source / name, target / name, ignore=shutil.ignore_patterns(".*"))
+        copied.copy_folder(source / name, target / name)
     for path in source.iterdir():
         if path.is_file() and (path.name == "model_index.json" or path.name.upper().startswith(("LICENSE", "README"))):
             shutil.copyfile(path, target / path.name)
