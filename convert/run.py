@@ -3,7 +3,7 @@
 import importlib
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +24,8 @@ from mlx_blockskip.models.family import Configs
 DTYPES = ("float32", "bfloat16", "float16")
 GROUP_SIZES = (128, 64, 32)
 SHOWN = 5
+Writing = Callable[[Path], Iterator[tuple[str, str]]]
+"""Fills a directory; yields (component, shard) as they are done."""
 PART_BYTES = 32 << 20
 """Of a tensor, in float32, that are in memory at a time."""
 
@@ -75,14 +77,17 @@ def open_checkpoint(source: Path, family: str) -> list[tuple[Component, Source]]
     """Every component with its tensors, checked to be complete and of the right shapes, and what is copied is there.
     Raises UserError.
     """
-    found = []
-    for component in read_components(source, family):
-        opened = open_source(source / component.folder)
-        check_rows(component, opened)
-        found.append((component, opened))
+    found = [open_component(component, source) for component in read_components(source, family)]
     for name in load_table(family).COPIED:
         copied.check(source / name)
     return found
+
+
+def open_component(component: Component, source: Path) -> tuple[Component, Source]:
+    """A component with its tensors, checked to be complete and of the right shapes. Raises UserError."""
+    opened = open_source(source / component.folder)
+    check_rows(component, opened)
+    return component, opened
 
 
 def read_components(source: Path, family: str) -> list[Component]:
@@ -120,9 +125,7 @@ def check_rows(component: Component, source: Source) -> None:
     for problem, names in (("lacks", missing), ("has unexpected", extra), ("has wrongly shaped", misfit)):
         if names:
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            raise UserError(
-                f"{source.place}: {problem} {', '.join(names[:SHOWN])}{more}; its config.json is for other weights"
-            )
+            raise UserError(f"{source.place}: {problem} {', '.join(names[:SHOWN])}{more}; {source.misfit}")
 
 
 def their_name(row: Row, source: Source) -> str | None:

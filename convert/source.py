@@ -18,6 +18,7 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.safetensors.index.*.j
 """Shards and their indexes; diffusers and transformers put a variant before `.json`."""
 VARIANTS = ("", "fp32", "bf16", "fp16", "non_ema")
 """Copies of the same weights that may lie in one folder; the first of these that is whole is read."""
+INDEX = "*.safetensors.index*.json"
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -60,11 +61,17 @@ class Source:
     """The tensors of a network, by the names that the reference class has for them.
 
     place: the folder or file that they are in, to be named in errors. config: its config.json, or what is in it.
+    misfit: what is the matter where they are not those that the config stands for.
     """
 
     place: Path
     tensors: Mapping[str, View]
     config: Path | Mapping[str, Any]
+    misfit: str = "its config.json is for other weights"
+
+    def content(self) -> Any:
+        """Of the config."""
+        return files.read_json(self.config) if isinstance(self.config, Path) else self.config
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of one tensor."""

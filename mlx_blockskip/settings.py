@@ -11,7 +11,10 @@ from mlx_blockskip.options import option
 class ConvertSettings:
     """Convert a Hugging Face checkpoint to an MLX model directory."""
 
-    hf_path: str = option("", "Hugging Face directory or repo id.")
+    hf_path: str = option(
+        "", "Hugging Face directory or repo id, a single safetensors file, or a folder of such files."
+    )
+    base: str | None = option(None, "Hugging Face directory or repo id that has what single files have not.")
     mlx_path: str = option("mlx_model", "Directory to write.")
     quantize: bool = option(False, "Quantize the linear layers of the blocks.", short="-q")
     q_bits: int = option(4, "Bits per weight.", choices=(4, 6, 8))

@@ -21,7 +21,8 @@ from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.tasks.alone import alone
 from mlx_blockskip.tasks.checkpoint import hub
-from mlx_blockskip.tasks.checkpoint.convert import ENCODER_DTYPE, convert_directory, is_converted, is_encoder
+from mlx_blockskip.tasks.checkpoint.convert import ENCODER_DTYPE, convert_directory
+from mlx_blockskip.tasks.checkpoint.recognise import is_converted, is_encoder
 
 BUNDLED = ("tiny-flux", "tiny-sana")
 
@@ -72,6 +73,8 @@ def resolve(model: str, kind: Kind = MODEL) -> Path:
     if model in kind.bundled:
         source = bundled(model)
         return _converted(lambda: source, model, _stamp(source), kind)
+    if path.is_file():
+        raise UserError(f"{model}: is a file; make a model of it with `mlx-blockskip convert --hf-path {model}`")
     if hub.looks_like_repo(model):
         return _from_hub(model, kind)
     raise UserError(
