@@ -3,7 +3,7 @@
 import importlib
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +15,7 @@ from mlx_blockskip.converters import copied
 from mlx_blockskip.converters.source import Source, open_source
 from mlx_blockskip.converters.table import Component, Row
 from mlx_blockskip.converters.views import FLOATS
-from mlx_blockskip.engine import dtypes, files
+from mlx_blockskip.engine import disk, dtypes, files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.shards import INDEX
 from mlx_blockskip.models import schedulers
@@ -24,8 +24,6 @@ from mlx_blockskip.models.family import Configs
 DTYPES = ("float32", "bfloat16", "float16")
 GROUP_SIZES = (128, 64, 32)
 SHOWN = 5
-Writing = Callable[[Path], Iterator[tuple[str, str]]]
-"""Fills a directory; yields (component, shard) as they are done."""
 PART_BYTES = 32 << 20
 """Of a tensor, in float32, that are in memory at a time."""
 
@@ -141,20 +139,19 @@ def write_component(component: Component, source: Source, target: Path, precisio
     """Write one component's shards and index; yields each shard's name when it is done."""
     checksums: dict[str, str] = {}
     shards = plan_shards(component, precision)
-    for shard in shards:
-        entries = shard_entries(component, shard, precision)
-        with files.SafetensorsWriter(target / shard.file, entries, {"format": "mlx"}) as writer:
-            for row in shard.rows:
-                name = their_name(row, source)
-                assert name is not None
-                _write_row(writer, row, source, name, shard, precision, _dtype(component, precision))
-        checksums[shard.file] = files.sha256(target / shard.file)
-        yield shard.file
+    with disk.flushing() as flush:
+        for shard in shards:
+            path, entries = target / shard.file, shard_entries(component, shard, precision)
+            with files.SafetensorsWriter(path, entries, {"format": "mlx"}, durable=False, hashed=True) as writer:
+                for row in shard.rows:
+                    name = their_name(row, source)
+                    assert name is not None
+                    _write_row(writer, row, source, name, shard, precision, _dtype(component, precision))
+            flush(path)
+            checksums[shard.file] = writer.checksum
+            yield shard.file
     files.write_json(target / INDEX, index_of(component, shards, precision, checksums))
-    if isinstance(source.config, Path):
-        copied.copy_file(source.config, target / "config.json")
-    else:
-        files.write_json(target / "config.json", source.config)
+    source.write_config(target / "config.json")
 
 
 def index_of(
@@ -239,9 +236,14 @@ def _write_row(
     theirs, count = source.shape(name), row.shape[0] if row.shape else 1
     step = max(1, PART_BYTES * count // max(1, 4 * math.prod(row.shape)))
     group, module = shard.groups.get(row.name), row.name.removesuffix(".weight")
+    as_it_is = group is None and row.fix != "conv" and source.stored_as(name) == dtypes.dtype_name(getattr(mx, dtype))
     for start in range(0, count, step):
         first = start + row.first(theirs)
-        part = source.read(name, first, first + min(step, count - start))
+        stop = first + min(step, count - start)
+        if as_it_is:
+            writer.write_bytes(row.name, source.bytes(name, first, stop), start)
+            continue
+        part = source.read(name, first, stop)
         tensor = row.read(part).astype(getattr(mx, dtype))
         if group is None:
             writer.write(row.name, tensor, start)

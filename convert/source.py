@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_blockskip.converters import quantized
+from mlx_blockskip.converters import copied, quantized
 from mlx_blockskip.converters.views import Stored, View
 from mlx_blockskip.engine import files, foreign, listing
 from mlx_blockskip.engine.errors import UserError
@@ -76,6 +76,21 @@ class Source:
     def shape(self, name: str) -> tuple[int, ...]:
         """Of one tensor."""
         return self.tensors[name].shape
+
+    def write_config(self, path: Path) -> None:
+        """Write the config, as it is where it is a file."""
+        if isinstance(self.config, Path):
+            copied.copy_file(self.config, path)
+        else:
+            files.write_json(path, self.config)
+
+    def stored_as(self, name: str) -> str | None:
+        """The dtype whose bytes a tensor's pieces are; None where reading changes them."""
+        return self.tensors[name].stored_as
+
+    def bytes(self, name: str, start: int, stop: int) -> memoryview:
+        """The rows start to stop - 1 of a tensor as they are stored."""
+        return self.tensors[name].bytes(start, stop)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> mx.array:
         """One tensor, or its rows start to stop - 1; nothing else is read and no file stays open."""

@@ -82,6 +82,17 @@ class View:
     def dtype(self) -> str:
         return self.pieces[0].stored.entry.dtype
 
+    @property
+    def stored_as(self) -> str | None:
+        """The one dtype that all pieces are stored in; None where they have several, or scales."""
+        found = {piece.stored.entry.dtype if piece.scale is None else None for piece in self.pieces}
+        return found.pop() if len(found) == 1 else None
+
+    def bytes(self, start: int, stop: int) -> memoryview:
+        """The rows start to stop - 1 as they are stored."""
+        parts = [piece.stored.bytes(piece.first, piece.count) for piece in self._within(start, stop)]
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts)).data.cast("B")
+
     def rows(self, first: int, count: int) -> "View":
         """Some of the rows."""
         return View(tuple(self._within(first, first + count)))

@@ -3,10 +3,11 @@
 import shutil
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_blockskip import convert
-from mlx_blockskip.converters import singles
+from mlx_blockskip.converters import float8, singles
 from mlx_blockskip.converters.run import load_table, read_components
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
@@ -16,6 +17,7 @@ from mlx_blockskip.models.registry import find_family, open_model
 from mlx_blockskip.tasks.checkpoint import resolve, single
 from support import singles as theirs
 from support.models import assets
+from support.stored import write
 
 TINY, VAE = assets() / "tiny-flux", "diffusion_pytorch_model"
 
@@ -47,9 +49,8 @@ def base(tmp_path):
 
 
 def converted(tmp_path, source, base, **options):
-    options = {"dtype": "bfloat16", "quantize": True, **options}
-    base = {"base": str(base)} if base else {}
-    return convert(hf_path=str(source), mlx_path=str(tmp_path / "mlx"), **base, **options)
+    options = {"dtype": "bfloat16", "quantize": True, "mlx_path": str(tmp_path / "mlx"), **options}
+    return convert(hf_path=str(source), base=str(base) if base else None, **options)
 
 
 def test_a_folder_of_single_files_gives_the_same_directory(tmp_path, parts, base, expected):
@@ -253,3 +254,28 @@ def test_a_file_as_a_model_says_how_to_make_one(tmp_path, parts):
     files.save_tensors(tmp_path / "ae.safetensors", parts["ae"])
     with pytest.raises(UserError, match="ae.safetensors: is a file; make a model of it with `mlx-blockskip convert"):
         resolve.resolve(str(tmp_path / "ae.safetensors"))
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["a scale", "a scale a row"])
+def test_float8_under_a_prefix_is_divided_with_its_scales(tmp_path, parts, base, rows):
+    """ComfyUI's way: the blocks' matrices in float8, fused layers with a scale of their own, a marker, whole norms."""
+    shutil.copytree(TINY, base, dirs_exist_ok=True)
+    tensors, exact, prefix = {}, {}, "model.diffusion_model."
+    for name, tensor in parts["flux1-dev"].items():
+        whole = np.array(tensor.astype(mx.float32))
+        if "_blocks." not in name or tensor.ndim != 2:
+            tensors[prefix + name], exact[name] = ("F32", whole), mx.array(whole)
+            continue
+        count = tensor.shape[0]
+        scale = np.linspace(0.1, 0.2, count, dtype=np.float32)[:, None] if rows else np.array(0.125, np.float32)
+        codes = np.array(mx.to_fp8(mx.array(whole / scale)))
+        tensors[prefix + name] = "F8_E4M3", codes
+        tensors[prefix + name.removesuffix("weight") + "scale_weight"] = "F32", scale
+        exact[name] = mx.array(float8.VALUES["F8_E4M3"][codes] * scale)
+    marker = {f"{prefix}scaled_fp8": ("F8_E4M3", np.zeros(0, np.uint8))}
+    write(tmp_path / "fp8.safetensors", **tensors, **marker)
+    files.save_tensors(tmp_path / "exact.safetensors", exact)
+    options = {"dtype": "float32", "quantize": False}
+    one = converted(tmp_path, tmp_path / "fp8.safetensors", base, mlx_path=str(tmp_path / "one"), **options)
+    two = converted(tmp_path, tmp_path / "exact.safetensors", base, mlx_path=str(tmp_path / "two"), **options)
+    assert content(one) == content(two)

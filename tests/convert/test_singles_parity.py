@@ -122,3 +122,14 @@ def test_sana_in_single_files_gives_the_same_directory(tmp_path):
     shards = sorted(path.relative_to(whole) for path in whole.rglob("*/*") if path.is_file())
     assert shards == sorted(path.relative_to(other) for path in other.rglob("*/*") if path.is_file())
     assert all((whole / name).read_bytes() == (other / name).read_bytes() for name in shards)
+
+
+def test_diffusers_own_loader_reads_the_same_vae_from_the_same_file(tmp_path):
+    from diffusers import AutoencoderKL
+
+    vae = theirs.weights(assets() / "tiny-flux" / "vae")
+    tensors = theirs.latent_diffusion({name: tensor.astype(mx.float32) for name, tensor in vae.items()})
+    found = ours(tmp_path, tensors, FLUX1["vae"])
+    place = str(tmp_path / "x.safetensors")
+    model = AutoencoderKL.from_single_file(place, config=str(assets() / "tiny-flux" / "vae"), local_files_only=True)
+    assert_same(found, model.state_dict(), bare=True)

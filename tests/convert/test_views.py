@@ -74,3 +74,13 @@ def test_float64_is_read_as_float32(tmp_path):
     found = whole(write(tmp_path / "x.safetensors", w=("F64", values))["w"])
     assert found.dtype == "F64"
     np.testing.assert_array_equal(np.array(found.read()), expected)
+
+
+def test_bytes_are_those_of_the_file_where_reading_changes_nothing(stored, tmp_path):
+    view = stacked(whole(stored[1]["a"]).rows(4, 4), whole(stored[1]["a"]).rows(0, 4))
+    assert view.stored_as == "BF16"
+    assert bytes(view.bytes(3, 6)) == bytes(memoryview(np.array(view.read(3, 6).view(mx.uint16))))
+    other = write(tmp_path / "x.safetensors", w=("F8_E4M3", np.zeros((4, 3), np.uint8)), s=("F32", np.ones((), "f4")))
+    assert whole(other["w"]).stored_as == "F8_E4M3"
+    assert whole(other["w"], other["s"]).stored_as is None
+    assert stacked(whole(other["w"]), whole(stored[1]["a"])).stored_as is None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mlx_blockskip.converters import run, singles, vision
 from mlx_blockskip.converters.places import checkpoint_folder
-from mlx_blockskip.converters.run import Precision, Writing, default_dtype
+from mlx_blockskip.converters.run import Precision, default_dtype
 from mlx_blockskip.converters.table import Component
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
@@ -14,6 +14,7 @@ from mlx_blockskip.settings import ConvertSettings
 from mlx_blockskip.tasks.checkpoint import single
 from mlx_blockskip.tasks.checkpoint.hub import ENCODER, PIPELINE, download, looks_like_repo
 from mlx_blockskip.tasks.checkpoint.recognise import family_of, is_encoder
+from mlx_blockskip.tasks.checkpoint.single import Writing
 from mlx_blockskip.tasks.phases import phase
 
 ENCODER_DTYPE = "float32"

@@ -1,12 +1,12 @@
 """`convert` of single files: which family they are of, and where what they have not is from."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from mlx_blockskip.converters import run, singles
 from mlx_blockskip.converters.places import checkpoint_folder
-from mlx_blockskip.converters.run import Precision, Writing
+from mlx_blockskip.converters.run import Precision
 from mlx_blockskip.converters.table import Component
 from mlx_blockskip.converters.views import View
 from mlx_blockskip.engine.errors import UserError
@@ -16,6 +16,8 @@ from mlx_blockskip.tasks.checkpoint.hub import PIPELINE, download, looks_like_re
 from mlx_blockskip.tasks.checkpoint.recognise import family_of
 
 SHOWN = 3
+Writing = Callable[[Path], Iterator[tuple[str, str]]]
+"""Fills a directory; yields (component, shard) as they are done."""
 
 
 def plan(places: Sequence[Path], settings: ConvertSettings, precision: Precision) -> tuple[list[Component], Writing]:
