@@ -17,14 +17,14 @@ T5 = Network(
     (
         Layout(
             "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-            dropped=r"(decoder\..*|lm_head\.weight|spiece_model|logit_scale)",
+            dropped=r"(decoder\..*|lm_head\.weight)",
         ),
     ),
 )
 
 GEMMA2 = Network(
     "Gemma-2",
-    (Layout("layers.0.pre_feedforward_layernorm.weight", dropped=r"(lm_head\.weight|spiece_model|logit_scale)"),),
+    (Layout("layers.0.pre_feedforward_layernorm.weight", dropped=r"lm_head\.weight"),),
 )
 
 RESNET = ("norm1", "conv1", "norm2", "conv2")

@@ -20,6 +20,7 @@ from mlx_blockskip.models.registry import families, find_family
 
 ENDINGS = (".safetensors", ".sft")
 HARMLESS = r"(.*\.)?(logit_scale|spiece_model|scaled_fp8)"
+"""What lies beside networks and is no weight of theirs."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,12 @@ def held(place: Path, views: Mapping[str, View], networks: Mapping[str, Network]
     own: dict[str, dict[str, View]] = {folder: {} for folder in layouts}
     left = []
     for name, view in views.items():
+        if re.fullmatch(HARMLESS, name):
+            continue
         prefix, owner = next(((p, folder) for p, folder in owners if name.startswith(p)), ("", ""))
         if owner:
             own[owner][name.removeprefix(prefix)] = view
-        elif not re.fullmatch(HARMLESS, name):
+        else:
             left.append(name)
     return Held(place, {folder: layouts[folder][1].read(tensors) for folder, tensors in own.items()}, tuple(left))
 

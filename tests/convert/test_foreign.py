@@ -93,6 +93,7 @@ def cached(tmp_path, source):
         os.utime(cache / "snapshots" / commit, (0, 0))
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("aaaa")
+    os.utime(cache / "snapshots" / "bbbb", (9, 9))
     return cache
 
 
@@ -102,7 +103,6 @@ def test_the_hubs_cache_folder_is_its_snapshot(tmp_path, cached, source):
     path = convert(hf_path=str(cached), mlx_path=str(tmp_path / "mlx"))
     assert open_model(path).identity
     (cached / "refs" / "main").write_text("cccc")
-    os.utime(cached / "snapshots" / "bbbb", (9, 9))
     assert checkpoint_folder(cached) == cached / "snapshots" / "bbbb"
     shutil.rmtree(cached / "snapshots")
     (cached / "snapshots").mkdir()

@@ -61,8 +61,9 @@ def test_a_folder_of_single_files_gives_the_same_directory(tmp_path, parts, base
     assert content(converted(tmp_path, tmp_path / "flat", base)) == expected
 
 
-def test_one_file_with_everything_gives_the_same_directory(tmp_path, parts, base, expected):
-    files.save_tensors(tmp_path / "all.safetensors", theirs.all_in_one(parts))
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", ""])
+def test_one_file_with_everything_gives_the_same_directory(tmp_path, parts, base, expected, prefix):
+    files.save_tensors(tmp_path / "all.safetensors", theirs.all_in_one(parts, prefix))
     assert content(converted(tmp_path, tmp_path / "all.safetensors", base)) == expected
 
 

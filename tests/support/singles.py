@@ -109,10 +109,10 @@ def parts_of(model: Path) -> dict[str, dict[str, mx.array]]:
     }
 
 
-def all_in_one(parts: dict[str, dict[str, mx.array]]) -> dict[str, mx.array]:
-    """One file as ComfyUI saves a checkpoint."""
+def all_in_one(parts: dict[str, dict[str, mx.array]], prefix: str = "model.diffusion_model.") -> dict[str, mx.array]:
+    """One file as ComfyUI saves a checkpoint. prefix: the transformer's."""
     prefixes = {
-        "flux1-dev": "model.diffusion_model.", "ae": "vae.", "clip_l": "text_encoders.clip_l.transformer.",
+        "flux1-dev": prefix, "ae": "vae.", "clip_l": "text_encoders.clip_l.transformer.",
         "t5xxl_fp16": "text_encoders.t5xxl.transformer.",
     }  # fmt: skip
     found = {n: t for name, tensors in parts.items() for n, t in prefixed(tensors, prefixes[name]).items()}
