@@ -48,8 +48,9 @@ def weights_in(path: Path) -> list[Path]:
 
 
 def _says_what_it_is(config: Path) -> bool:
+    """Whether a folder has a config that is not that of one of diffusers' networks."""
     content = files.read_json(config) if config.is_file() else None
-    return isinstance(content, dict) and ("model_type" in content or "format" in content)
+    return content is not None and not (isinstance(content, dict) and "_class_name" in content)
 
 
 def opened(place: Path) -> dict[str, View]:
