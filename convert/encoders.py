@@ -47,7 +47,7 @@ def clip_text(folder: str, config: CLIPTextConfig) -> Component:
         folder,
         tuple(replace(row, aliases=(f"text_model.{row.name}",)) for row in rows),
         block=lambda name: block_of(r"encoder\.layers\.\d+\.", name),
-        ignored=lambda name: name.endswith("position_ids") or name == "text_projection.weight",
+        ignored=lambda name: name.endswith("position_ids") or name in ("text_projection.weight", "logit_scale"),
     )
 
 
@@ -196,12 +196,13 @@ def _dc_block(name: str, level: dc_ae.Level, head: int) -> list[Row]:
     inner, attn, gated = width // head * head, f"{name}.attn", f"{name}.conv_out"
     rows = []
     for part in "qkv":
-        rows += linear(f"{attn}.to_{part}", inner, width, bias=False, role="plain")
+        rows += linear(f"{attn}.to_{part}", inner, width, bias=False, role="plain", fix="pointwise")
     for i, kernel in enumerate(level.kernels):
         scale = f"{attn}.to_qkv_multiscale.{i}"
         rows += conv(f"{scale}.proj_in", 3 * inner, 1, kernel, bias=False)
         rows += linear(f"{scale}.proj_out", 3 * inner, head, bias=False, role="plain", fix="pointwise")
-    rows += linear(f"{attn}.to_out", width, inner * (1 + len(level.kernels)), bias=False, role="plain")
+    out = inner * (1 + len(level.kernels))
+    rows += linear(f"{attn}.to_out", width, out, bias=False, role="plain", fix="pointwise")
     rows += norm(f"{attn}.norm_out", width)
     rows += linear(f"{gated}.conv_inverted", 8 * width, width, role="plain", fix="pointwise")
     rows += conv(f"{gated}.conv_depth", 8 * width, 1, 3)

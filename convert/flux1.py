@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from mlx_blockskip.converters import flux1_files
 from mlx_blockskip.converters.encoders import autoencoder_kl, block_of, clip_text, t5_encoder
 from mlx_blockskip.converters.table import Component, Row, linear, norm
 from mlx_blockskip.models.flux1.config import CONFIGS
@@ -13,6 +14,12 @@ FOLDERS = tuple(CONFIGS)
 
 COPIED = ("tokenizer", "tokenizer_2", "scheduler")
 """Folders that are copied as they are."""
+
+BASE = "black-forest-labs/FLUX.1-dev"
+"""A repo that has what single files have not."""
+
+FILES = flux1_files.FILES
+"""Networks in single files, by folder."""
 
 ADAPTER_PREFIX = "transformer."
 """What diffusers puts before a module's path in a LoRA file; the paths themselves are ours."""

@@ -5,8 +5,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import cast
 
-from mlx_blockskip.converters.source import FLOATS, Source, open_source
+from mlx_blockskip.converters import copied
+from mlx_blockskip.converters.source import Source, open_source
 from mlx_blockskip.converters.table import Component, Row
+from mlx_blockskip.converters.views import FLOATS
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models import schedulers
@@ -24,13 +26,20 @@ def load_table(family: str) -> ModuleType:
 
 
 def open_checkpoint(source: Path, family: str) -> list[tuple[Component, Source]]:
-    """Every component with its tensors, checked to be complete and of the right shapes. Raises UserError."""
-    found = []
-    for component in read_components(source, family):
-        opened = open_source(source / component.folder)
-        check_rows(component, opened)
-        found.append((component, opened))
+    """Every component with its tensors, checked to be complete and of the right shapes, and what is copied is there.
+    Raises UserError.
+    """
+    found = [open_component(component, source) for component in read_components(source, family)]
+    for name in load_table(family).COPIED:
+        copied.check(source / name)
     return found
+
+
+def open_component(component: Component, source: Path) -> tuple[Component, Source]:
+    """A component with its tensors, checked to be complete and of the right shapes. Raises UserError."""
+    opened = open_source(source / component.folder)
+    check_rows(component, opened)
+    return component, opened
 
 
 def read_components(source: Path, family: str) -> list[Component]:
@@ -60,17 +69,15 @@ def check_rows(component: Component, source: Source) -> None:
         if name is None:
             missing.append(row.name)
             continue
-        expected.add(name)
-        entry = source.tensors[name][1]
-        if not row.fits(entry.shape) or entry.dtype not in FLOATS:
-            misfit.append(f"{name} ({entry.dtype} {list(entry.shape)} instead of floats {list(row.their_shape())})")
+        expected.update((row.name, *row.aliases))
+        view = source.tensors[name]
+        if not row.fits(view.shape) or view.dtype not in FLOATS:
+            misfit.append(f"{name} ({view.dtype} {list(view.shape)} instead of floats {list(row.their_shape())})")
     extra = [name for name in source.tensors if name not in expected and not component.ignored(_bare(name))]
     for problem, names in (("lacks", missing), ("has unexpected", extra), ("has wrongly shaped", misfit)):
         if names:
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            raise UserError(
-                f"{source.folder}: {problem} {', '.join(names[:SHOWN])}{more}; its config.json is for other weights"
-            )
+            raise UserError(f"{source.place}: {problem} {', '.join(names[:SHOWN])}{more}; {source.misfit}")
 
 
 def their_name(row: Row, source: Source) -> str | None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from mlx_blockskip.converters import sana_files
 from mlx_blockskip.converters.encoders import autoencoder_dc, block_of, gemma2_encoder
 from mlx_blockskip.converters.table import Component, Row, conv, linear, norm
 from mlx_blockskip.models.sana.config import CONFIGS
@@ -13,6 +14,12 @@ FOLDERS = tuple(CONFIGS)
 
 COPIED = ("tokenizer", "scheduler")
 """Folders that are copied as they are."""
+
+BASE = "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
+"""A repo that has what single files have not."""
+
+FILES = sana_files.FILES
+"""Networks in single files, by folder."""
 
 ADAPTER_PREFIX = "transformer."
 """What diffusers puts before a module's path in a LoRA file; the paths themselves are ours."""

@@ -205,7 +205,7 @@ def _own(weights: Source, component: Component) -> Source:
     """Of one folder's tensors, those of this component: without the other tower's."""
     other = {"vision": ("text_model.", "text_projection."), "text": ("vision_model.", "visual_projection.")}
     mine = {n: t for n, t in weights.tensors.items() if not n.startswith(other[component.folder])}
-    return Source(weights.folder, mine)
+    return replace(weights, tensors=mine)
 
 
 def _preprocessing(source: Path, kind: str) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_blockskip.converters.quantization import of_model, with_record
+from mlx_blockskip.converters import copied
+from mlx_blockskip.converters.quantization import of_model, record_of, with_record
 from mlx_blockskip.converters.run import load_table, their_name
 from mlx_blockskip.converters.source import Source
 from mlx_blockskip.converters.table import Component, Row
-from mlx_blockskip.engine import dtypes, files
-from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine import disk, dtypes, files
 from mlx_blockskip.engine.shards import INDEX
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -64,18 +64,22 @@ def write_component(component: Component, source: Source, target: Path, precisio
     """Write one component's shards and index; yields each shard's name when it is done."""
     checksums: dict[str, str] = {}
     shards = plan_shards(component, precision)
-    for shard in shards:
-        entries = shard_entries(component, shard, precision)
-        with files.SafetensorsWriter(target / shard.file, entries, {"format": "mlx"}) as writer:
-            for row in shard.rows:
-                name = their_name(row, source)
-                assert name is not None
-                _write_row(writer, row, source, name, shard, precision, _dtype(component, precision))
-        checksums[shard.file] = files.sha256(target / shard.file)
-        yield shard.file
+    with disk.flushing() as flush:
+        for shard in shards:
+            path, entries = target / shard.file, shard_entries(component, shard, precision)
+            with files.SafetensorsWriter(path, entries, {"format": "mlx"}, durable=False, hashed=True) as writer:
+                for row in shard.rows:
+                    name = their_name(row, source)
+                    assert name is not None
+                    _write_row(writer, row, source, name, shard, precision, _dtype(component, precision))
+            flush(path)
+            checksums[shard.file] = writer.checksum
+            yield shard.file
     files.write_json(target / INDEX, index_of(component, shards, precision, checksums))
-    config = files.read_json(source.folder / "config.json")
-    files.write_json(target / "config.json", with_record(config, component, precision))
+    if record_of(precision, {"": component}) is None:
+        source.write_config(target / "config.json")
+    else:
+        files.write_json(target / "config.json", with_record(source.content(), component, precision))
 
 
 def index_of(
@@ -159,7 +163,11 @@ def _write_row(
     """One tensor, about PART_BYTES of it at a time: nothing that is done to it looks beyond a part."""
     group, module = shard.groups.get(row.name), row.name.removesuffix(".weight")
     first = row.first(source.shape(name))
+    as_it_is = group is None and row.fix != "conv" and source.stored_as(name) == dtypes.dtype_name(getattr(mx, dtype))
     for start, stop in parts(row.shape):
+        if as_it_is:
+            writer.write_bytes(row.name, source.bytes(name, first + start, first + stop), start)
+            continue
         part = source.read(name, first + start, first + stop)
         tensor = row.read(part).astype(getattr(mx, dtype))
         if group is None:
@@ -189,9 +197,7 @@ def write_model(
         for shard in write_component(component, tensors, folder, precision):
             yield component.folder, shard
     for name in table.COPIED:
-        if not (source / name).is_dir():
-            raise UserError(f"{source / name}: this part of the checkpoint is missing; download it again")
-        shutil.copytree(source / name, target / name, ignore=shutil.ignore_patterns(".*"))
+        copied.copy_folder(source / name, target / name)
     for path in source.iterdir():
         if path.is_file() and (path.name == "model_index.json" or path.name.upper().startswith(("LICENSE", "README"))):
             shutil.copyfile(path, target / path.name)

@@ -11,7 +11,12 @@ from mlx_blockskip.options import option
 class ConvertSettings:
     """Convert a Hugging Face checkpoint to an MLX model directory, or back."""
 
-    hf_path: str = option("", "Hugging Face directory or repo id; with --to hf an MLX model directory.")
+    hf_path: str = option(
+        "",
+        "Hugging Face directory or repo id, a single safetensors file, or a folder of such files; with --to hf an MLX "
+        "model directory.",
+    )
+    base: str | None = option(None, "Hugging Face directory or repo id that has what single files have not.")
     mlx_path: str = option("mlx_model", "Directory to write.")
     to: str = option("mlx", "Layout to write; hf makes a diffusers folder of an MLX model.", choices=("mlx", "hf"))
     quantize: bool = option(False, "Quantize the linear layers of the blocks.", short="-q")

@@ -17,12 +17,21 @@ DTYPES: dict[str, tuple[int, mx.Dtype]] = {
     "U64": (8, mx.uint64),
     "I64": (8, mx.int64),
 }
+BITS = {name: 8 * size for name, (size, _) in DTYPES.items()} | {
+    **{"F64": 64, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
+}
+"""Of every dtype that safetensors has, also of those that MLX has not."""
 PLAIN = (mx.uint8, mx.int32, mx.uint32, mx.float32)  # Python sees their bytes as they lie
 
 
 def mlx_dtype(name: str) -> mx.Dtype:
     """The MLX dtype of a safetensors dtype name."""
     return DTYPES[name][1]
+
+
+def nbytes(name: str, count: int) -> int:
+    """Bytes that `count` numbers of a safetensors dtype take in a file."""
+    return count * BITS[name] // 8
 
 
 def dtype_name(dtype: mx.Dtype | np.dtype) -> str:

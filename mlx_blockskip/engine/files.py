@@ -3,26 +3,23 @@
 import hashlib
 import itertools
 import json
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_blockskip.engine import disk
-from mlx_blockskip.engine.dtypes import DTYPES, dtype_name, mlx_dtype, raw_bytes
+from mlx_blockskip.engine import disk, foreign
+from mlx_blockskip.engine.dtypes import dtype_name, mlx_dtype, raw_bytes
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.hashing import WrittenHash
+from mlx_blockskip.engine.header import Header, Metadata, TensorEntry, encode_header, read_header
 from mlx_blockskip.engine.names import Names
-
-Metadata = Mapping[str, str] | None
-MAX_HEADER = 100 << 20
 
 
 @contextmanager
@@ -113,9 +110,10 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: {foreign.absence(path) or 'no such file'}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
+        reason = foreign.kind(path) if isinstance(error, ValueError) else None
+        raise UserError(f"{path}: {reason or f'not readable as JSON ({error})'}") from None
 
 
 def sha256(path: Path) -> str:
@@ -124,87 +122,24 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@dataclass(frozen=True)
-class TensorEntry:
-    """A tensor of a safetensors file. dtype: safetensors' name; start: its offset in the file."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    start: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype][0]
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a safetensors file says it holds."""
-
-    entries: Mapping[str, TensorEntry]
-    metadata: Mapping[str, str]
-
-
-def read_header(path: Path) -> Header:
-    """Read and check a safetensors header. Raises UserError for a missing, truncated or malformed file."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            return _parse_header(path, file, size)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: not readable ({error.strerror})") from None
-
-
-def _parse_header(path: Path, file: BinaryIO, size: int) -> Header:
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > MAX_HEADER or 8 + length > size:
-        raise UserError(f"{path}: not a whole safetensors file (its header is cut off); get it again")
-    try:
-        fields = json.loads(file.read(length))
-        metadata = fields.pop("__metadata__", {})
-        entries = {}
-        for name, field in fields.items():
-            begin, end = field["data_offsets"]
-            entry = TensorEntry(name, tuple(field["shape"]), field["dtype"], 8 + length + begin)
-            if entry.dtype not in DTYPES:
-                raise UserError(f"{path}: {name} has dtype {entry.dtype}, which is not supported")
-            if end - begin != entry.nbytes or begin < 0:
-                raise ValueError(f"{name} has {end - begin} bytes instead of {entry.nbytes}")
-            if 8 + length + end > size:
-                raise UserError(f"{path}: is cut off ({name} ends beyond the file); get it again")
-            entries[name] = entry
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a safetensors file ({error}); get it again") from None
-    return Header(entries, metadata)
-
-
-def encode_header(entries: Sequence[TensorEntry], metadata: Metadata = None) -> tuple[bytes, int]:
-    """The beginning of a safetensors file with these tensors, one after the other, and the size of the whole file."""
-    fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for entry in entries:
-        end = offset + entry.nbytes
-        fields[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, 8 + len(text) + offset
-
-
 class SafetensorsWriter:
     """Write a safetensors file one tensor, or some rows of one, at a time and in any order; the sizes are known ahead,
     so the header is first.
 
     Used as a context manager: the file appears under its name when every tensor has been written. durable: as in
-    `atomic_file`; what is taken as valid by its header has to be. Raises ValueError for a tensor that is not as
-    announced, or missing at the end.
+    `atomic_file`; what is taken as valid by its header has to be. hashed: `checksum` is then the file's SHA-256. Raises
+    ValueError for a tensor that is not as announced, or missing at the end.
     """
 
-    def __init__(self, path: Path, entries: Sequence[TensorEntry], metadata: Metadata = None, durable: bool = True):
-        self.path, self.durable = path, durable
+    def __init__(
+        self,
+        path: Path,
+        entries: Sequence[TensorEntry],
+        metadata: Metadata = None,
+        durable: bool = True,
+        hashed: bool = False,
+    ):
+        self.path, self.durable, self.hashed, self.checksum = path, durable, hashed, ""
         self._header, self._size = encode_header(entries, metadata)
         starts = itertools.accumulate((entry.nbytes for entry in entries), initial=len(self._header))
         self._offsets = {entry.name: start for entry, start in zip(entries, starts, strict=False)}
@@ -213,9 +148,11 @@ class SafetensorsWriter:
 
     def __enter__(self) -> "SafetensorsWriter":
         self._atomic = atomic_file(self.path, self.durable)
-        self._file = self._atomic.__enter__().open("r+b")
-        self._file.write(self._header)
+        temporary = self._atomic.__enter__()
+        self._file = temporary.open("r+b")
+        self._hash = WrittenHash(temporary, self._file) if self.hashed else None
         self._file.truncate(self._size)
+        self._put(0, self._header)
         return self
 
     def write(self, name: str, array: mx.array | np.ndarray, start: int = 0) -> None:
@@ -226,12 +163,27 @@ class SafetensorsWriter:
         part = entry is not None and shape[1:] == entry.shape[1:] and shape and start + shape[0] <= entry.shape[0]
         if entry is None or not (whole or part) or dtype_name(array.dtype) != entry.dtype:
             raise ValueError(f"{self.path}: {name} {array.shape} {array.dtype} is not what was announced: {entry}")
+        self.write_bytes(name, raw_bytes(array), start)
+
+    def write_bytes(self, name: str, data: memoryview, start: int = 0) -> None:
+        """The same of bytes that are in the file's dtype already: whole rows from row `start` on."""
+        entry = self._entries[name]
         row = entry.nbytes // entry.shape[0] if start else 0
-        self._file.seek(self._offsets[name] + start * row)
-        self._file.write(raw_bytes(array))
-        self._missing[name] = max(0, self._missing[name] - array.nbytes)
+        if start * row + len(data) > entry.nbytes:
+            raise ValueError(f"{self.path}: {len(data)} bytes from row {start} on are too many for {entry}")
+        self._put(self._offsets[name] + start * row, data)
+        self._missing[name] = max(0, self._missing[name] - len(data))
+
+    def _put(self, place: int, data: bytes | memoryview) -> None:
+        self._file.seek(place)
+        self._file.write(data)
+        if self._hash is not None:
+            self._hash.wrote(place, data)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if self._hash is not None:
+            self.checksum = self._hash.hexdigest(self._size) if kind is None else ""
+            self._hash.close()
         self._file.close()
         names = sorted(name for name, left in self._missing.items() if left)
         if kind is None and names:
@@ -269,7 +221,7 @@ class MappedTensors:
 
     def __init__(self, path: Path):
         self.path = path
-        self.header = read_header(path)
+        self.header: Header = read_header(path)
         self._names = Names(self.header.entries)
         self._bytes = np.memmap(path, mode="r", dtype=np.uint8)
 

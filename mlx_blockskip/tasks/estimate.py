@@ -26,7 +26,7 @@ from mlx_blockskip.models.family import Configs, DiffusionModel, Family
 from mlx_blockskip.models.registry import family_named, open_model, read_config
 from mlx_blockskip.options import parse_size
 from mlx_blockskip.settings import EstimateSettings
-from mlx_blockskip.tasks.checkpoint.convert import family_of, is_converted
+from mlx_blockskip.tasks.checkpoint.recognise import family_of, is_converted
 from mlx_blockskip.tasks.checkpoint.resolve import BUNDLED, bundled
 from mlx_blockskip.tasks.defaults import known_defaults
 from mlx_blockskip.tasks.memory import predict

@@ -236,6 +236,24 @@ def test_a_large_tensor_goes_in_parts_and_gives_the_same_file(tmp_path, monkeypa
         assert same_bits(ours, own.reshape(row.shape).astype(mx.bfloat16))
 
 
+@pytest.mark.parametrize("fix", ["none", "first", "second", "pointwise", "conv"])
+@pytest.mark.parametrize("part", [1 << 30, 1 << 10])
+def test_what_is_stored_in_the_wanted_type_keeps_its_bits_and_gets_our_layout(tmp_path, monkeypatch, fix, part):
+    row = Row("w", (16, 3, 3, 8), "plain", fix) if fix == "conv" else Row("w", (16, 8), "plain", fix)
+    shape = {"first": (32, 8), "second": (32, 8), "pointwise": (16, 8, 1, 1)}.get(fix, row.their_shape())
+    theirs = mx.array(philox.normal(0, 1, shape=shape)).astype(mx.bfloat16)
+    files.save_tensors(tmp_path / WEIGHTS, {"w": theirs})
+    files.write_json(tmp_path / "config.json", {})
+    monkeypatch.setattr(write, "PART_BYTES", part)
+    (tmp_path / "mlx").mkdir()
+    made = Component("t", (row,), block=lambda name: None)
+    list(write.write_component(made, open_source(tmp_path), tmp_path / "mlx", write.Precision("bfloat16")))
+    own = theirs.transpose(0, 2, 3, 1) if fix == "conv" else theirs[16:] if fix == "second" else theirs[:16]
+    shards = Shards(tmp_path / "mlx")
+    assert same_bits(shards.load(["w"])["w"], own.reshape(row.shape))
+    assert shards.checksums == {"rest.safetensors": files.sha256(tmp_path / "mlx" / "rest.safetensors")}
+
+
 def pickled(source):
     (source / "transformer" / WEIGHTS).rename(source / "transformer" / "diffusion_pytorch_model.bin")
 

@@ -6,10 +6,11 @@ import shutil
 import mlx.core as mx
 import pytest
 
-from mlx_blockskip.converters.source import open_source, variant
+from mlx_blockskip.converters.source import open_source, preferred, variant
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from support.models import assets
+from support.published import HUB
 
 MAIN = "diffusion_pytorch_model.safetensors"
 INDEX = f"{MAIN}.index.json"
@@ -67,7 +68,7 @@ def test_a_sharded_variant_is_read_only_where_it_is_alone(folder, index, alone):
         (folder / MAIN).unlink()
     source = open_source(folder)
     assert set(source.tensors) == whole
-    assert {"fp16" in path.name for path, _ in source.tensors.values()} == {alone}
+    assert {"fp16" in view.pieces[0].stored.path.name for view in source.tensors.values()} == {alone}
 
 
 @pytest.mark.parametrize("content", [[1], {}, {"weight_map": ["a"]}, {"weight_map": {"a": None}}])
@@ -98,3 +99,42 @@ def test_reading_leaves_no_file_open(folder):
     kept = [source.read(name) for name in list(source.tensors)[:40]]
     assert len(os.listdir("/dev/fd")) == before
     assert all(isinstance(tensor, mx.array) for tensor in kept)
+
+
+SINGLE, SHARDS = "m.safetensors", {"m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"}
+INDEXED = {*SHARDS, "m.safetensors.index.json"}
+HALF = {"m.fp16-00001-of-00002.safetensors", "m.fp16-00002-of-00002.safetensors", "m.safetensors.index.fp16.json"}
+
+
+@pytest.mark.parametrize(
+    ("there", "read"),
+    [
+        ({SINGLE, *INDEXED, "m.fp16.safetensors"}, INDEXED),
+        ({SINGLE, *SHARDS}, SHARDS),
+        ({SINGLE, "m.safetensors.index.json", "m-00001-of-00002.safetensors"}, {SINGLE}),
+        ({"m.safetensors.index.json", "m-00001-of-00002.safetensors", *HALF}, HALF),
+        ({"m.safetensors.index.json", "m-00001-of-00002.safetensors"}, None),
+        ({"m.bf16.safetensors", *HALF}, {"m.bf16.safetensors"}),
+        ({"a.safetensors", "b.safetensors"}, None),
+        (set(), None),
+    ],
+)
+def test_of_several_copies_one_that_is_whole_is_read(there, read):
+    assert preferred(there) == (there if read is None else read)
+
+
+def test_the_files_of_a_published_repo_that_has_its_weights_three_times():
+    listed = files.read_json(HUB / "Efficient-Large-Model--Sana_1600M_1024px_diffusers" / "files.json")["files"]
+    inside = [name for name in listed if name.startswith("transformer/") and not name.endswith("config.json")]
+    name = "transformer/diffusion_pytorch_model"
+    shards = {f"{name}-0000{i}-of-00002.safetensors" for i in (1, 2)}
+    assert len(inside) == 5
+    assert preferred(inside) == {*shards, f"{name}.safetensors.index.json"}
+
+
+def test_a_missing_shard_without_an_index_is_named(folder):
+    add_variant(folder, None)
+    (folder / MAIN).unlink()
+    (folder / "diffusion_pytorch_model.fp16-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"fp16-00002-of-00002.safetensors: this shard is missing"):
+        open_source(folder)

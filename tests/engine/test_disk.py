@@ -2,6 +2,7 @@ import errno
 import fcntl
 import os
 import sys
+import threading
 
 import pytest
 
@@ -87,3 +88,14 @@ def test_a_file_system_that_flushes_no_directories_is_no_fault(tmp_path, monkeyp
     (tmp_path / "a").touch()
     with pytest.raises(OSError, match="Invalid argument"):
         disk.flush_tree(tmp_path)
+
+
+def test_files_are_sent_to_the_drive_beside_and_all_are_when_the_block_ends(tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr(disk.os, "fsync", lambda descriptor: sent.append(threading.current_thread().name))
+    with disk.flushing() as flush:
+        for name in "abc":
+            (tmp_path / name).write_text(name)
+            flush(tmp_path / name)
+    assert len(sent) == 3
+    assert all(name.startswith("flush") for name in sent)

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from mlx_blockskip.models.text import tokenize
 from support.golden import GOLDEN, PROMPTS
 from support.models import assets
 from support.sana import gemma_tokenizer
+
+ROOT = Path(__file__).parents[2]
 
 TEXTS = [
     *(*PROMPTS, "", "UPPER case", "ünïcødé 🦔 日本", "word " * 200, "a  b\tc\n d", "don't I'M they'RE 123abc !!?..."),
@@ -133,3 +136,51 @@ def test_gemma_ids_without_a_start_token_are_refused(gemma):
     (gemma / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": "<s>"}), encoding="utf-8")
     with pytest.raises(UserError, match="start token '<s>'"):
         tokenize.gemma_ids(gemma, ["a"], 8)
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """T5's tokenizer as sentencepiece wrote it, and nothing beside it."""
+    spm = pytest.importorskip("sentencepiece")
+    path = tmp_path_factory.mktemp("t5")
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    words = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line]
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(words), model_prefix=str(path / "spiece"), vocab_size=300, minloglevel=2, **ids
+    )
+    (path / "spiece.vocab").unlink()
+    return path
+
+
+@pytest.mark.parametrize("declared", [{}, {"tokenizer_class": "T5Tokenizer", "pad_token": "<pad>", "extra_ids": 100}])
+def test_sentencepieces_own_file_is_read_with_and_without_a_config(pieces, tmp_path, declared):
+    import sentencepiece
+
+    path = shutil.copytree(pieces, tmp_path / "tokenizer_2")
+    if declared:
+        (path / "tokenizer_config.json").write_text(json.dumps(declared), encoding="utf-8")
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(path / "spiece.model"))
+    texts = ["a photo of sks dog, on a beach", "", "Memory  budget 2GB"]
+    theirs = np.zeros((3, 48), np.int32)
+    for row, text in zip(theirs, texts, strict=True):
+        found = [*reference.encode(text), reference.eos_id()]
+        row[: len(found)] = found
+    np.testing.assert_array_equal(tokenize.t5_ids(path, texts, 48)[0], theirs)
+
+
+def test_vocabulary_and_merges_alone_are_clips(old_layout, tmp_path):
+    declare(old_layout, PLAIN)
+    expected, _ = tokenize.clip_ids(old_layout, PROMPTS, 77)
+    bare = shutil.copytree(old_layout, tmp_path / "bare")
+    (bare / "tokenizer_config.json").unlink()
+    ids, _ = tokenize.clip_ids(bare, PROMPTS, 77)
+    np.testing.assert_array_equal(ids, expected)
+
+
+@pytest.mark.parametrize("folder", ["tokenizer", "tokenizer_2"])
+def test_tokenizer_json_alone_gives_the_same_ids(tmp_path, folder):
+    whole = assets() / "tiny-flux" / folder
+    (tmp_path / folder).mkdir()
+    shutil.copy(whole / "tokenizer.json", tmp_path / folder)
+    read = tokenize.clip_ids if folder == "tokenizer" else tokenize.t5_ids
+    np.testing.assert_array_equal(read(tmp_path / folder, PROMPTS, 77)[0], read(whole, PROMPTS, 77)[0])

@@ -13,6 +13,9 @@ from mlx_blockskip.engine.errors import UserError
 
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 GEMMA_START = "<bos>"
+CLIP = ("CLIPTokenizer", "CLIPTokenizerFast")
+PIECES = {"spiece.model": "T5Tokenizer", "tokenizer.model": "GemmaTokenizer"}
+"""What sentencepiece's file is called by the classes that write it."""
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -61,7 +64,7 @@ def _encoded(
 
 def _starts(path: Path, tokenizer: Tokenizer) -> None:
     """Have every prompt start with Gemma's start token, also where tokenizer.json leaves that to transformers 4."""
-    token = _text(files.read_json(path / "tokenizer_config.json").get("bos_token")) or GEMMA_START
+    token = _text(_declared(path).get("bos_token")) or GEMMA_START
     start = tokenizer.token_to_id(token)
     if start is None:
         raise UserError(f"{path}: its start token {token!r} is not in its vocabulary; get the tokenizer again")
@@ -74,20 +77,26 @@ def _starts(path: Path, tokenizer: Tokenizer) -> None:
 @lru_cache(maxsize=4)
 def _tokenizer(path: Path) -> tuple[Tokenizer, int]:
     """The tokenizer and the id of its padding token."""
-    config = files.read_json(path / "tokenizer_config.json")
+    config = _declared(path)
     if (path / "tokenizer.json").is_file():
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         tokenizer.no_padding()
         tokenizer.no_truncation()
-    elif config.get("tokenizer_class") in ("CLIPTokenizer", "CLIPTokenizerFast"):
+    elif config.get("tokenizer_class", CLIP[0]) in CLIP and not any((path / file).is_file() for file in PIECES):
         tokenizer = _clip(path, config)
     else:
-        tokenizer = _converted(path)
-    token = _text(config.get("pad_token")) or "<pad>"
+        tokenizer = _converted(path, config)
+    token = _text(config.get("pad_token")) or ("<pad>" if tokenizer.token_to_id("<pad>") is not None else CLIP_END)
     pad = tokenizer.token_to_id(token)
     if pad is None:
         raise UserError(f"{path}: its padding token {token!r} is not in its vocabulary; get the tokenizer again")
     return tokenizer, pad
+
+
+def _declared(path: Path) -> dict[str, Any]:
+    """What a directory says of its tokenizer; a tokenizer may be written without either file, and then says nothing."""
+    said = [path / name for name in ("special_tokens_map.json", "tokenizer_config.json")]
+    return {key: value for file in said if file.is_file() for key, value in files.read_json(file).items()}
 
 
 def _clip(path: Path, config: dict[str, Any]) -> Tokenizer:
@@ -126,12 +135,16 @@ def _added(content: str, declared: dict[str, Any]) -> AddedToken:
     return AddedToken(content, special=True, **flags)
 
 
-def _converted(path: Path) -> Tokenizer:
-    """Another directory without tokenizer.json (spiece.model alone, say): transformers converts it."""
-    from transformers import AutoTokenizer
+def _converted(path: Path, config: dict[str, Any]) -> Tokenizer:
+    """Another directory without tokenizer.json: transformers converts it, by the class that is declared, else by that
+    whose file is there.
+    """
+    import transformers
 
+    known = next((kind for file, kind in PIECES.items() if (path / file).is_file()), "AutoTokenizer")
+    kind = "AutoTokenizer" if config.get("tokenizer_class") else known
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        tokenizer = getattr(transformers, kind).from_pretrained(str(path), local_files_only=True)
         return Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     except Exception as error:  # transformers raises many kinds here
         raise UserError(f"{path}: not a tokenizer that transformers can read ({error})") from error

@@ -1,19 +1,21 @@
 """`convert`: a Hugging Face checkpoint becomes an MLX model directory, or the other way round."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from mlx_blockskip.converters import run, vision, write
+from mlx_blockskip.converters import run, singles, vision, write
+from mlx_blockskip.converters.places import checkpoint_folder
 from mlx_blockskip.converters.table import Component
 from mlx_blockskip.converters.write import Precision, default_dtype
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, Saved, emit
-from mlx_blockskip.models.family import Family
-from mlx_blockskip.models.registry import find_family
 from mlx_blockskip.settings import ConvertSettings
+from mlx_blockskip.tasks.checkpoint import single
 from mlx_blockskip.tasks.checkpoint.hf import check_room, write_hugging_face
 from mlx_blockskip.tasks.checkpoint.hub import ENCODER, PIPELINE, download, looks_like_repo
+from mlx_blockskip.tasks.checkpoint.recognise import family_of, is_converted, is_encoder
+from mlx_blockskip.tasks.checkpoint.single import Writing
 from mlx_blockskip.tasks.phases import phase
 
 ENCODER_DTYPE = "float32"
@@ -21,32 +23,43 @@ ENCODER_DTYPE = "float32"
 
 
 def convert(settings: ConvertSettings) -> Path:
-    """Convert `hf_path` (a directory or repo id) into the new directory `mlx_path`; returns its path. With `to="hf"`,
-    `hf_path` is an MLX model directory, and the new one is in diffusers' layout.
+    """Convert `hf_path` (a directory, a file or a repo id) into the new directory `mlx_path`; returns its path. With
+    `to="hf"`, `hf_path` is an MLX model directory, and the new one is in diffusers' layout.
     """
     target = Path(settings.mlx_path).expanduser()
     if not settings.hf_path:
-        raise UserError("--hf-path: give a Hugging Face directory or a repo id")
+        raise UserError("--hf-path: give a Hugging Face directory, a safetensors file or a repo id")
     if target.exists():
         raise UserError(f"{target}: already exists; choose another --mlx-path or remove it")
-    source = Path(settings.hf_path).expanduser()
     if settings.to == "hf":
-        return _back(settings, source, target)
+        return _back(settings, Path(settings.hf_path).expanduser(), target)
+    source = checkpoint_folder(Path(settings.hf_path).expanduser())
+    if places := singles.weights_in(source):
+        precision = wanted(settings)
+        write_directory(*single.plan(places, settings, precision), precision, target)
+        emit(Saved(target, "model"))
+        return target
+    if settings.base is not None:
+        raise UserError(f"--base: is for single files, and {settings.hf_path} is not one; leave it out")
     if not source.is_dir():
         if not looks_like_repo(settings.hf_path):
-            raise UserError(f"{settings.hf_path}: no such directory, and not a repo id such as owner/name")
+            raise UserError(f"{settings.hf_path}: no such file or directory, and not a repo id such as owner/name")
         repo, _, revision = settings.hf_path.partition("@")
         source = download(repo, settings.revision or revision or None, (PIPELINE, ENCODER))
+    convert_directory(source, target, wanted(settings, is_encoder(source)), settings.hf_path)
+    emit(Saved(target, "model"))
+    return target
+
+
+def wanted(settings: ConvertSettings, encoder: bool = False) -> Precision:
+    """What is to be stored. encoder: of an image encoder."""
     modulation = 0 if settings.q_modulation == "none" else int(settings.q_modulation)
-    precision = Precision(
-        settings.dtype or (ENCODER_DTYPE if is_encoder(source) else default_dtype()),
+    return Precision(
+        settings.dtype or (ENCODER_DTYPE if encoder else default_dtype()),
         settings.q_bits if settings.quantize else 0,
         settings.q_group_size,
         modulation if settings.quantize else 0,
     )
-    convert_directory(source, target, precision, settings.hf_path)
-    emit(Saved(target, "model"))
-    return target
 
 
 def _back(settings: ConvertSettings, source: Path, target: Path) -> Path:
@@ -70,16 +83,17 @@ def convert_directory(source: Path, target: Path, precision: Precision, origin: 
         components, writing = _encoder(source, precision, origin)
     else:
         components, writing = _pipeline(source, precision, origin)
+    write_directory(components, writing, precision, target)
+
+
+def write_directory(components: list[Component], writing: Writing, precision: Precision, target: Path) -> None:
+    """Write what was opened; the target appears when it is whole. Raises UserError where there is too little room."""
     check_room(target, sum(write.size_of(component, precision) for component in components))
     notes(components, precision)
     shards = sum(len(write.plan_shards(component, precision)) for component in components)
     with phase("convert", shards, "shards") as track, files.atomic_directory(target) as temporary:
         for done, _ in enumerate(writing(temporary), 1):
             track.step(done)
-
-
-Writing = Callable[[Path], Iterator[tuple[str, str]]]
-"""Fills a directory; yields (component, shard) as they are done."""
 
 
 def _pipeline(source: Path, precision: Precision, origin: str) -> tuple[list[Component], Writing]:
@@ -120,30 +134,3 @@ def notes(components: list[Component], precision: Precision) -> None:
         )
     if whole:
         emit(Note(f"{len(whole)} layers have inputs that no group size divides, and stay whole: {whole[0]} ..."))
-
-
-def is_converted(path: Path) -> bool:
-    """Whether this is an MLX model directory."""
-    config = path / "config.json"
-    return config.is_file() and "format" in files.read_json(config)
-
-
-def is_encoder(path: Path) -> bool:
-    """Whether this is an image encoder in Hugging Face layout.
-
-    Raises UserError for another model whose config.json lies at the top, as an encoder's does.
-    """
-    return not (path / "model_index.json").is_file() and vision.kind_of(path) is not None
-
-
-def family_of(source: Path) -> Family:
-    """The family of a Hugging Face directory. Raises UserError where it is none that is supported."""
-    if is_converted(source):
-        raise UserError(f"{source}: is an MLX model directory already; use it as --model, or give what it was made of")
-    index = source / "model_index.json"
-    if not index.is_file():
-        raise UserError(f"{source}: has no model_index.json, so it is not a pipeline in Hugging Face layout")
-    content = files.read_json(index)
-    if not isinstance(content, dict):
-        raise UserError(f"{index}: is not a pipeline's index; download it again")
-    return find_family(content)

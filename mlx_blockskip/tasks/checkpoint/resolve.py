@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from mlx_blockskip.converters.places import checkpoint_folder
 from mlx_blockskip.converters.write import Precision, default_dtype
 from mlx_blockskip.engine import files, limits
 from mlx_blockskip.engine.errors import UserError
@@ -20,7 +21,8 @@ from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.tasks.alone import alone
 from mlx_blockskip.tasks.checkpoint import hub
-from mlx_blockskip.tasks.checkpoint.convert import ENCODER_DTYPE, convert_directory, is_converted, is_encoder
+from mlx_blockskip.tasks.checkpoint.convert import ENCODER_DTYPE, convert_directory
+from mlx_blockskip.tasks.checkpoint.recognise import is_converted, is_encoder
 
 BUNDLED = ("tiny-flux", "tiny-sana")
 
@@ -63,7 +65,7 @@ def resolve(model: str, kind: Kind = MODEL) -> Path:
 
     Raises UserError where there is none.
     """
-    path = Path(model).expanduser()
+    path = checkpoint_folder(Path(model).expanduser())
     if path.is_dir():
         if not is_converted(path) and kind.is_checkpoint(path):
             return _converted(lambda: path, model, _stamp(path), kind)
@@ -71,6 +73,8 @@ def resolve(model: str, kind: Kind = MODEL) -> Path:
     if model in kind.bundled:
         source = bundled(model)
         return _converted(lambda: source, model, _stamp(source), kind)
+    if path.is_file():
+        raise UserError(f"{model}: is a file; make a model of it with `mlx-blockskip convert --hf-path {model}`")
     if hub.looks_like_repo(model):
         return _from_hub(model, kind)
     raise UserError(
