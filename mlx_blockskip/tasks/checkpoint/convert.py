@@ -1,6 +1,7 @@
 """`convert`: a Hugging Face checkpoint becomes an MLX model directory."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from mlx_blockskip.converters import run, vision
@@ -12,7 +13,8 @@ from mlx_blockskip.events import Note, Saved, emit
 from mlx_blockskip.models.family import Family
 from mlx_blockskip.models.registry import find_family
 from mlx_blockskip.settings import ConvertSettings
-from mlx_blockskip.tasks.checkpoint.hub import ENCODER, PIPELINE, download, looks_like_repo
+from mlx_blockskip.tasks.checkpoint.address import Repo, repo_named
+from mlx_blockskip.tasks.checkpoint.hub import ENCODER, PIPELINE, download
 from mlx_blockskip.tasks.phases import phase
 
 ENCODER_DTYPE = "float32"
@@ -26,19 +28,22 @@ def convert(settings: ConvertSettings) -> Path:
         raise UserError("--hf-path: give a Hugging Face directory or a repo id")
     if target.exists():
         raise UserError(f"{target}: already exists; choose another --mlx-path or remove it")
-    source = Path(settings.hf_path).expanduser()
-    if not source.is_dir():
-        if not looks_like_repo(settings.hf_path):
-            raise UserError(f"{settings.hf_path}: no such directory, and not a repo id such as owner/name")
-        repo, _, revision = settings.hf_path.partition("@")
-        source = download(repo, settings.revision or revision or None, (PIPELINE, ENCODER))
     modulation = 0 if settings.q_modulation == "none" else int(settings.q_modulation)
     precision = Precision(
-        settings.dtype or (ENCODER_DTYPE if is_encoder(source) else default_dtype()),
+        settings.dtype or "",
         settings.q_bits if settings.quantize else 0,
         settings.q_group_size,
         modulation if settings.quantize else 0,
     )
+    source = Path(settings.hf_path).expanduser()
+    if not source.is_dir():
+        repo = repo_named(settings.hf_path)
+        if repo is None:
+            raise UserError(f"{settings.hf_path}: no such directory, and not a repo id such as owner/name")
+        repo = Repo(repo.name, settings.revision or repo.revision)
+        source = download(repo, (PIPELINE, ENCODER), precision, target)
+    usual = ENCODER_DTYPE if is_encoder(source) else default_dtype()
+    precision = replace(precision, dtype=precision.dtype or usual)
     convert_directory(source, target, precision, settings.hf_path)
     emit(Saved(target, "model"))
     return target
