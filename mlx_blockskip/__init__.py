@@ -1,6 +1,6 @@
 """Personalise large diffusion transformers on a Mac, in the memory of a small laptop (DiT-BlockSkip on MLX).
 
-from mlx_blockskip import convert, select, train, generate, evaluate, estimate, doctor, export, load
+from mlx_blockskip import convert, select, train, generate, evaluate, estimate, doctor, export, upload, cache, load
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,9 +9,33 @@ from mlx_blockskip.engine.environment import prepare
 from mlx_blockskip.engine.system import obstacle
 
 if TYPE_CHECKING:
-    from mlx_blockskip.api import convert, doctor, estimate, evaluate, export, generate, load, select, train
+    from mlx_blockskip.api import (
+        cache,
+        convert,
+        doctor,
+        estimate,
+        evaluate,
+        export,
+        generate,
+        load,
+        select,
+        train,
+        upload,
+    )
 
-__all__ = ["convert", "doctor", "estimate", "evaluate", "export", "generate", "load", "select", "train"]
+__all__ = [
+    "cache",
+    "convert",
+    "doctor",
+    "estimate",
+    "evaluate",
+    "export",
+    "generate",
+    "load",
+    "select",
+    "train",
+    "upload",
+]
 __version__ = "0.1.0"
 
 prepare()

@@ -26,6 +26,8 @@ COMMANDS = {
     "estimate": settings.EstimateSettings,
     "evaluate": settings.EvaluateSettings,
     "export": settings.ExportSettings,
+    "upload": settings.UploadSettings,
+    "cache": settings.CacheSettings,
     "doctor": settings.DoctorSettings,
 }
 TASKS = {
@@ -36,6 +38,8 @@ TASKS = {
     "estimate": "mlx_blockskip.tasks.estimate",
     "evaluate": "mlx_blockskip.tasks.evaluate.evaluate",
     "export": "mlx_blockskip.tasks.checkpoint.adapters",
+    "upload": "mlx_blockskip.tasks.checkpoint.upload",
+    "cache": "mlx_blockskip.tasks.checkpoint.cache",
     "doctor": "mlx_blockskip.tasks.doctor.doctor",
 }
 """The module that holds each command's function."""
@@ -111,6 +115,8 @@ def _parameter(name: str, hint: Any, default: Any, metadata: Any) -> inspect.Par
         extra["help"] += f" One of {', '.join(map(str, metadata['choices']))}."
     if default in (None, "", []):
         extra["show_default"] = False
+    if metadata["positional"]:
+        return _keyword(name, Annotated[hint, typer.Argument(help=extra["help"], show_default=False)], default)
     optional = get_origin(hint) in (types.UnionType, typing.Union)
     inner = next(a for a in get_args(hint) if a is not type(None)) if optional else hint
     return _keyword(name, Annotated[inner | None if optional else inner, typer.Option(*flags, **extra)], default)

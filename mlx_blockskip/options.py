@@ -16,9 +16,19 @@ from mlx_blockskip.engine.errors import UserError
 S = TypeVar("S")
 
 
-def option(default: Any, help: str, *, short: str = "", choices: tuple = (), group: str = "Options") -> Any:
-    """A settings field: what the command line needs to know stands beside the default."""
-    metadata = {"help": help, "short": short, "choices": choices, "group": group}
+def option(
+    default: Any,
+    help: str,
+    *,
+    short: str = "",
+    choices: tuple = (),
+    group: str = "Options",
+    positional: bool = False,
+) -> Any:
+    """A settings field: what the command line needs to know stands beside the default. positional: a word without
+    dashes.
+    """
+    metadata = {"help": help, "short": short, "choices": choices, "group": group, "positional": positional}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -26,7 +36,7 @@ def option(default: Any, help: str, *, short: str = "", choices: tuple = (), gro
 
 PATHS = (
     *("hf_path", "mlx_path", "model", "data", "class_data", "adapter_path", "plan", "trace_memory", "prompt_file"),
-    *("noise", "from_image", "output", "vision_model", "clip_model", "prompts", "drift_prompts"),
+    *("noise", "from_image", "output", "vision_model", "clip_model", "prompts", "drift_prompts", "path"),
 )
 """Settings that name a file or a directory: an empty one would mean the working directory."""
 

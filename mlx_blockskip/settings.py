@@ -239,6 +239,27 @@ class ExportSettings:
 
 
 @dataclass
+class UploadSettings:
+    """Put an adapter or a converted model on the Hub, with a model card."""
+
+    path: str = option("adapters", "Adapter directory, or MLX model directory.")
+    repo: str = option("", "Repo to upload to, owner/name; it is made where there is none.")
+    private: bool = option(False, "Make the repo private, where it is made.")
+    dry_run: bool = option(False, "Print what would be uploaded, and write nothing.")
+
+
+@dataclass
+class CacheSettings:
+    """List the models that were converted because they were given by a name, or clear them. They are made again when
+    they are needed.
+    """
+
+    action: str = option("list", "What to do.", choices=("list", "clear"), positional=True)
+    names: list[str] = option([], "Conversions, as `list` names them; all where none is named.", positional=True)
+    older_than: float | None = option(None, "Only what was not used for so many days.")
+
+
+@dataclass
 class DoctorSettings:
     """Say what this machine is and what fits it, and test here that results are right. Run it first."""
 

@@ -127,6 +127,7 @@ def attach(server: HubServer, monkeypatch: Any, home: Path) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its uploads go to servers that are not played here
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK // 4)  # what of a broken connection is lost
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
@@ -134,7 +135,7 @@ def attach(server: HubServer, monkeypatch: Any, home: Path) -> None:
 
 def environment(server: HubServer, home: Path) -> dict[str, str]:
     """The same for another process."""
-    return {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
 
 
 def _handler(server: HubServer) -> type[BaseHTTPRequestHandler]:
@@ -228,7 +229,8 @@ def _handler(server: HubServer) -> type[BaseHTTPRequestHandler]:
                 name = f"{wanted.get('organization') or 'someone'}/{wanted['name']}"
                 server.created.append(wanted)
                 if name in server.repos:
-                    return self._json({"error": "You already created this model repo"}, 409)
+                    told = {"error": "You already created this model repo", "url": f"{server.url}/{name}"}
+                    return self._json(told, 409)
                 server.add(name, {".gitattributes": b"*.safetensors filter=lfs\n"})
                 return self._json({"url": f"{server.url}/{name}", "name": name, "id": name})
             if parts[0] != "models":

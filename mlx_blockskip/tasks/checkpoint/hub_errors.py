@@ -20,8 +20,8 @@ class UnreachableError(UserError):
 
 
 @contextmanager
-def speaking(repo: str, revision: str | None = None) -> Iterator[None]:
-    """Turn the Hub's errors into UserError, its UnreachableError where what is here already may do."""
+def speaking(repo: str, revision: str | None = None, writing: bool = False) -> Iterator[None]:
+    """Turn the Hub's errors into UserError, its UnreachableError where what is here already may do. writing: to it."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     # the HTTP library's own errors: which library that is differs by version of huggingface_hub
@@ -31,7 +31,7 @@ def speaking(repo: str, revision: str | None = None) -> Iterator[None]:
     except HFValidationError as error:
         raise UserError(f"{repo}: no such directory here, and not a repo id ({error}); check the name") from error
     except HfHubHTTPError as error:
-        raise refusal(error, repo, revision) from error
+        raise refusal(error, repo, revision, writing) from error
     except network as error:
         if getattr(error, "errno", None) in FULL:
             raise UserError(f"{repo}: cannot be stored ({reason(error)}); set HF_HOME to another disk") from error
@@ -40,7 +40,7 @@ def speaking(repo: str, revision: str | None = None) -> Iterator[None]:
         ) from error
 
 
-def refusal(error: Any, repo: str, revision: str | None = None) -> UserError:
+def refusal(error: Any, repo: str, revision: str | None = None, writing: bool = False) -> UserError:
     """The sentence for an HfHubHTTPError."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -54,6 +54,8 @@ def refusal(error: Any, repo: str, revision: str | None = None) -> UserError:
         return UserError(
             f"{repo}: the Hub does not take your token ({why}); {LOGIN} with a new one, and unset HF_TOKEN if it is set"
         )
+    if writing and status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND):
+        return UserError(f"{repo}: the Hub does not let you write there ({why}); {LOGIN} with a token that may")
     if isinstance(error, RepositoryNotFoundError) or status == HTTPStatus.UNAUTHORIZED:
         return UserError(
             f"{repo}: no such directory here, and no such repo on the Hub ({why}); "

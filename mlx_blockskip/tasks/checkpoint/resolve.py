@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -105,7 +106,7 @@ def _from_hub(repo: Repo, kind: Kind) -> Path:
     try:
         place, info = hub.found(repo, (kind.layout,))
     except hub.UnreachableError as error:
-        if (kept := _converted_before(repo, kind)) is not None:
+        if (kept := converted_before(repo, kind)) is not None:
             emit(Note(f"{error}; using what was converted before: {kept}"))
             return kept
         if (source := hub.downloaded_before(repo, (kind.layout,))) is None:
@@ -137,7 +138,7 @@ def _note(repo: Repo, commit: str) -> None:
         files.write_json(cache_directory() / COMMITS, {**known, key: commit})
 
 
-def _converted_before(repo: Repo, kind: Kind) -> Path | None:
+def converted_before(repo: Repo, kind: Kind) -> Path | None:
     """The conversion of this repo's revision in the cache, as it was when the Hub was last asked."""
     commit = repo.commit or known_commits().get(f"{repo.name}@{repo.branch}")
     if commit is None:
@@ -162,6 +163,8 @@ def _converted(source: Callable[[Path], Path], name: Repo | Path | str, kind: Ki
     """
     target = _target(name, kind)
     if is_converted(target):
+        with suppress(OSError):  # a disk that is read only
+            os.utime(target)  # when it was last used, for `cache`
         return target
     with alone(target.with_name(f"{target.name}.lock")):
         if is_converted(target):

@@ -89,7 +89,7 @@ def transfer(repo: str, commit: str, sizes: Mapping[str, int]) -> None:
             tally.stopped.set()
 
     workers = [threading.Thread(target=work, daemon=True) for _ in range(min(WORKERS, len(sizes)))]
-    with phase("download", sum(sizes.values()), "B") as track, _quiet():
+    with phase("download", sum(sizes.values()), "B") as track, quiet():
         try:
             for worker in workers:
                 worker.start()
@@ -112,7 +112,7 @@ def transfer(repo: str, commit: str, sizes: Mapping[str, int]) -> None:
 
 def get(repo: str, commit: str, names: Iterable[str]) -> None:
     """The same for small files, one after the other and with no bar."""
-    with speaking(repo, commit), _quiet():
+    with speaking(repo, commit), quiet():
         for name in names:
             _fetch(repo, commit, name, Tally())
 
@@ -166,7 +166,7 @@ def _fetch_blob(url: str, blob: Path, size: int | None, name: str, tally: Tally)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Inside, the client draws no bars and logs no warnings: what happens is said by the phase."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
