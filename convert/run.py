@@ -129,20 +129,26 @@ def _bare(name: str) -> str:
 
 
 def write_component(component: Component, source: Source, target: Path, precision: Precision) -> Iterator[str]:
-    """Write one component's shards and index; yields each shard's name when it is done."""
+    """Write one component's shards and index; yields each shard's name when it is done. A shard that is there already,
+    as where a conversion goes on, stays.
+    """
     checksums: dict[str, str] = {}
     shards = plan_shards(component, precision)
     for shard in shards:
-        entries = shard_entries(component, shard, precision)
-        with files.SafetensorsWriter(target / shard.file, entries, {"format": "mlx"}) as writer:
-            for row in shard.rows:
-                name = their_name(row, source)
-                assert name is not None
-                _write_row(writer, row, source, name, shard, precision, _dtype(component, precision))
+        if not (target / shard.file).is_file():
+            _write_shard(component, shard, source, target / shard.file, precision)
         checksums[shard.file] = files.sha256(target / shard.file)
         yield shard.file
     files.write_json(target / INDEX, index_of(component, shards, precision, checksums))
     shutil.copyfile(source.folder / "config.json", target / "config.json")
+
+
+def _write_shard(component: Component, shard: Shard, source: Source, path: Path, precision: Precision) -> None:
+    with files.SafetensorsWriter(path, shard_entries(component, shard, precision), {"format": "mlx"}) as writer:
+        for row in shard.rows:
+            name = their_name(row, source)
+            assert name is not None
+            _write_row(writer, row, source, name, shard, precision, _dtype(component, precision))
 
 
 def index_of(
@@ -246,13 +252,13 @@ def write_model(
     table = load_table(family)
     for component, tensors in opened:
         folder = target / component.folder
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         for shard in write_component(component, tensors, folder, precision):
             yield component.folder, shard
     for name in table.COPIED:
         if not (source / name).is_dir():
             raise UserError(f"{source / name}: this part of the checkpoint is missing; download it again")
-        shutil.copytree(source / name, target / name, ignore=shutil.ignore_patterns(".*"))
+        shutil.copytree(source / name, target / name, ignore=shutil.ignore_patterns(".*"), dirs_exist_ok=True)
     for path in source.iterdir():
         if path.is_file() and (path.name == "model_index.json" or path.name.upper().startswith(("LICENSE", "README"))):
             shutil.copyfile(path, target / path.name)

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
-from mlx_blockskip.engine import dtypes, files, listing
+from mlx_blockskip.engine import dtypes, elsewhere, files, listing
 from mlx_blockskip.engine.errors import UserError
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -50,7 +49,7 @@ class Source:
         rows, *rest = entry.shape or (1,)
         count = (rows if stop is None else stop) - start
         size = entry.nbytes // max(1, rows)
-        raw = np.fromfile(path, np.uint8, count=count * size, offset=entry.start + start * size)
+        raw = elsewhere.read_bytes(path, entry.start + start * size, count * size)
         return mx.array(raw).view(dtypes.mlx_dtype(entry.dtype)).reshape((count, *rest) if entry.shape else ())
 
 

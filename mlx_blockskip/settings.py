@@ -23,6 +23,7 @@ class ConvertSettings:
         choices=("float32", "bfloat16", "float16"),
     )
     revision: str | None = option(None, "Branch, tag or commit of the repo.")
+    stream: bool = option(False, "Convert a repo's weights as they come: the download takes no room on the disk.")
 
 
 DATA, PRIOR, METHOD = "Data", "Prior preservation", "Block skipping"

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from mlx_blockskip.engine import disk
+from mlx_blockskip.engine import disk, elsewhere
 from mlx_blockskip.engine.dtypes import DTYPES, dtype_name, mlx_dtype, raw_bytes
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.names import Names
@@ -149,7 +149,7 @@ class Header:
 def read_header(path: Path) -> Header:
     """Read and check a safetensors header. Raises UserError for a missing, truncated or malformed file."""
     try:
-        size = path.stat().st_size
+        size = elsewhere.size_of(path)
         with path.open("rb") as file:
             return _parse_header(path, file, size)
     except FileNotFoundError:

@@ -15,6 +15,7 @@ from mlx_blockskip.models.registry import find_family
 from mlx_blockskip.settings import ConvertSettings
 from mlx_blockskip.tasks.checkpoint.address import Repo, repo_named
 from mlx_blockskip.tasks.checkpoint.hub import ENCODER, PIPELINE, download
+from mlx_blockskip.tasks.checkpoint.stream import convert_streaming
 from mlx_blockskip.tasks.phases import phase
 
 ENCODER_DTYPE = "float32"
@@ -36,11 +37,17 @@ def convert(settings: ConvertSettings) -> Path:
         modulation if settings.quantize else 0,
     )
     source = Path(settings.hf_path).expanduser()
+    if settings.stream and source.is_dir():
+        raise UserError(f"--stream: {source} is on this disk already; leave it out, or give a repo")
     if not source.is_dir():
         repo = repo_named(settings.hf_path)
         if repo is None:
             raise UserError(f"{settings.hf_path}: no such directory, and not a repo id such as owner/name")
         repo = Repo(repo.name, settings.revision or repo.revision)
+        if settings.stream:
+            convert_streaming(repo, target, precision, settings.hf_path)
+            emit(Saved(target, "model"))
+            return target
         source = download(repo, (PIPELINE, ENCODER), precision, target)
     usual = ENCODER_DTYPE if is_encoder(source) else default_dtype()
     precision = replace(precision, dtype=precision.dtype or usual)

@@ -59,19 +59,20 @@ class Layout:
     needs: Callable[[Path, str], Needs]
 
 
-def _family(top: Path) -> str:
+def family_of(top: Path) -> str:
+    """The name of the family of a pipeline in diffusers' layout."""
     return find_family(files.read_json(top / INDEX)).name
 
 
 def _configs_of_pipeline(top: Path) -> list[str]:
-    folders = load_table(_family(top)).FOLDERS
+    folders = load_table(family_of(top)).FOLDERS
     return [*(f"{folder}/config.json" for folder in folders), f"scheduler/{schedulers.FILE}"]
 
 
 def _needs_of_pipeline(top: Path, dtype: str) -> Needs:
-    components = read_components(top, _family(top))
+    components = read_components(top, family_of(top))
     folders = {part.folder: (part.dtypes or {}).get(dtype, dtype) for part in components}
-    return Needs(components, folders, load_table(_family(top)).COPIED)
+    return Needs(components, folders, load_table(family_of(top)).COPIED)
 
 
 def _needs_of_encoder(top: Path, dtype: str) -> Needs:
@@ -134,6 +135,35 @@ def fetch(
     precision: of what it is converted to; a variant that has less is not taken. target: where that will be, for which
     there has to be room too. Raises UserError with the reason and the way out.
     """
+    found = plan(repo, info, layouts, precision)
+    if need := sum(found.missing[name] for name in found.names):
+        wanted = in_full(precision, found.layout)
+        _room(repo, need, target, sum(size_of(component, wanted) for component in found.needs.components))
+        emit(Note(f"Downloading {repo.name} ({gib(need)}) from the Hub"))
+    if absent := {name: found.sizes[name] for name in found.names if not (found.top / name).exists()}:
+        transfer(repo.name, info.sha, absent)
+    hub_cache.record(repo, info.sha)
+    return only(found.top, found.names)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which files of a commit are converted. top: its snapshot, which has the config files already. sizes: bytes of
+    every file of the repo; missing: those that are not here.
+    """
+
+    layout: Layout
+    top: Path
+    needs: Needs
+    names: Sequence[str]
+    sizes: Mapping[str, int]
+    missing: Mapping[str, int]
+
+
+def plan(repo: Repo, info: Any, layouts: Sequence[Layout], precision: Precision = ANY) -> Plan:
+    """What of a commit is converted, by its config files, which are downloaded. Raises UserError where it is nothing
+    that is supported.
+    """
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     layout = next((layout for layout in layouts if layout.index in sizes), None)
     if layout is None:
@@ -142,19 +172,10 @@ def fetch(
             f"{' or '.join(layout.what for layout in layouts)}; choose another repo"
         )
     top = hub_cache.snapshot(repo.name, info.sha)
-    precision = in_full(precision, layout)
     get(repo.name, info.sha, [layout.index])
     get(repo.name, info.sha, [name for name in layout.configs(top) if name in sizes])
-    needs = layout.needs(top, precision.dtype)  # before the large files are asked for
-    missing = _missing(repo, info)
-    names = choose(missing, needs.folders, needs.copied, needs.beside)
-    if need := sum(missing[name] for name in names):
-        _room(repo, need, target, sum(size_of(component, precision) for component in needs.components))
-        emit(Note(f"Downloading {repo.name} ({gib(need)}) from the Hub"))
-    if absent := {name: sizes[name] for name in names if not (top / name).exists()}:
-        transfer(repo.name, info.sha, absent)
-    hub_cache.record(repo, info.sha)
-    return only(top, names)
+    needs, missing = layout.needs(top, in_full(precision, layout).dtype), _missing(repo, info)
+    return Plan(layout, top, needs, choose(missing, needs.folders, needs.copied, needs.beside), sizes, missing)
 
 
 def in_full(precision: Precision, layout: Layout) -> Precision:

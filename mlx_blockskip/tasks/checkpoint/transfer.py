@@ -8,16 +8,18 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mlx_blockskip.engine import files
 from mlx_blockskip.events import Note, emit
 from mlx_blockskip.tasks.checkpoint import hub_cache
 from mlx_blockskip.tasks.checkpoint.hub_errors import speaking
 from mlx_blockskip.tasks.phases import phase
+
+T = TypeVar("T")
 
 WORKERS = 4
 INTERVAL = 0.2
@@ -182,3 +184,26 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
             if shown:
                 enable_progress_bars()
+
+
+def attended(work: Callable[[], T], tick: Callable[[], None]) -> T:
+    """What `work` returns or raises, done in a thread of its own while `tick` is called every now and then: it emits,
+    so that Ctrl-C ends this although a library waits for the network.
+    """
+    result: list[T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            result.append(work())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(INTERVAL)
+        tick()
+    if failed:
+        raise failed[0]
+    return result[0]

@@ -3,11 +3,10 @@
 import io
 import json
 import tempfile
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from PIL import Image as PillowImage
 
@@ -22,14 +21,13 @@ from mlx_blockskip.tasks.checkpoint.address import repo_named
 from mlx_blockskip.tasks.checkpoint.convert import is_converted
 from mlx_blockskip.tasks.checkpoint.hub_errors import HUB, LOGIN, speaking
 from mlx_blockskip.tasks.checkpoint.resolve import MODEL, bundled, converted_before
-from mlx_blockskip.tasks.checkpoint.transfer import INTERVAL, quiet
+from mlx_blockskip.tasks.checkpoint.transfer import attended, quiet
 from mlx_blockskip.tasks.phases import phase
 from mlx_blockskip.tasks.sampling.pictures import PNG_KEY
 
 README = "README.md"
 MOST_PICTURES = 8
 
-T = TypeVar("T")
 Content = bytes | Path
 
 
@@ -207,26 +205,3 @@ def _may_write_card(api: Any, repo: str) -> bool:
         return True
     place = api.hf_hub_download(repo, README)
     return card.TAG in (card.metadata_of(Path(place)).get("tags") or [])
-
-
-def attended(work: Callable[[], T], tick: Callable[[], None]) -> T:
-    """What `work` returns or raises, done in a thread of its own while `tick` is called every now and then: it emits,
-    so that Ctrl-C ends this although a library waits for the network.
-    """
-    result: list[T] = []
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            result.append(work())
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(INTERVAL)
-        tick()
-    if failed:
-        raise failed[0]
-    return result[0]
