@@ -94,7 +94,6 @@ def at(monkeypatch, place, name, number):
         (stream.OnHub, "_fetch", 3),  # a header
         (stream.OnHub, "_fetch", 20),  # a tensor
         (files, "sha256", 5),  # a shard is there
-        (files, "write_json", 2),  # an index
         (disk, "flush_tree", 1),  # all is there
     ],
 )
