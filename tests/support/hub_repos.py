@@ -33,12 +33,13 @@ def flux_dev() -> dict[str, bytes]:
 def sana(*variants: str) -> dict[str, bytes]:
     """As Sana_1600M_1024px: the transformer twice in full, in shards and as one file; and what else of `variants`."""
     found = folder(assets() / "tiny-sana")
-    whole = found["transformer/diffusion_pytorch_model.safetensors"]
+    whole = recast(found["transformer/diffusion_pytorch_model.safetensors"], "fp32")
+    found["transformer/diffusion_pytorch_model.safetensors"] = whole
     found = {**in_shards(found, "transformer/diffusion_pytorch_model", 2), "LICENSE": b"MIT\n"}
     found["transformer/diffusion_pytorch_model.safetensors"] = whole
     for variant in variants:
         for name in ("transformer/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
-            found[f"{name}.{variant}.safetensors"] = halved(found[f"{name}.safetensors"], variant)
+            found[f"{name}.{variant}.safetensors"] = recast(found[f"{name}.safetensors"], variant)
     return found
 
 
@@ -59,11 +60,11 @@ def in_shards(found: dict[str, bytes], name: str, count: int) -> dict[str, bytes
     return found
 
 
-def halved(whole: bytes, variant: str) -> bytes:
-    """The same weights in two bytes each."""
+def recast(whole: bytes, variant: str) -> bytes:
+    """The same weights in another type."""
     import mlx.core as mx
 
-    dtype = {"bf16": mx.bfloat16, "fp16": mx.float16}[variant]
+    dtype = {"bf16": mx.bfloat16, "fp16": mx.float16, "fp32": mx.float32}[variant]
     header, data = _parse(whole)
     fields = {}
     for name, entry in header.items():

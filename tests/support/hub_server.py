@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -76,6 +77,7 @@ class HubServer:
         self.token: str | None = None  # the only one that is taken; None: nobody has to be known
         self.requests: list[tuple[str, str]] = []
         self.bytes: Counter[str] = Counter()
+        self.starts: list[tuple[str, int]] = []  # from which byte on files were asked for
         self.tokens_elsewhere: list[str] = []  # tokens that reached the other host
         self.blobs: dict[str, bytes] = {}
         self.created: list[dict[str, Any]] = []
@@ -108,6 +110,7 @@ class HubServer:
         """Count from here on."""
         self.requests.clear()
         self.bytes.clear()
+        self.starts.clear()
 
 
 @contextmanager
@@ -117,6 +120,11 @@ def running() -> Iterator[HubServer]:
         yield server
     finally:
         server.close()
+
+
+def without_naps(monkeypatch: Any) -> None:
+    """The client does not wait a second before it asks again. (`time.sleep` itself is the server's too.)"""
+    monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda seconds: None))
 
 
 def attach(server: HubServer, monkeypatch: Any, home: Path) -> None:
@@ -307,6 +315,7 @@ def _handler(server: HubServer) -> type[BaseHTTPRequestHandler]:
             self._start(206 if wanted and self.command == "GET" else 200, headers, len(data))
             if self.command == "HEAD":
                 return
+            server.starts.append((file, start))
             limits = server.breaks.get(file)
             limit = limits.pop(0) if limits else None
             for begin in range(0, len(data), CHUNK):

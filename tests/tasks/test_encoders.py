@@ -10,7 +10,7 @@ from mlx_blockskip.tasks.checkpoint import encoders, hub, hub_cache
 from mlx_blockskip.tasks.checkpoint.address import Repo
 from mlx_blockskip.tasks.checkpoint.encoders import clip_encoder, vision_encoder
 from mlx_blockskip.tasks.checkpoint.resolve import cache_directory
-from support.hub_repos import folder, halved
+from support.hub_repos import folder, recast
 from support.models import assets
 from support.tasks import drive
 
@@ -69,7 +69,7 @@ BESIDE = dict.fromkeys(("flax_model.msgpack", "onnx/model.safetensors", "tf_mode
 @pytest.fixture
 def clip_files():
     found = folder(assets() / "tiny-clip")
-    return {**found, **BESIDE, "model.fp16.safetensors": halved(found["model.safetensors"], "fp16")}
+    return {**found, **BESIDE, "model.fp16.safetensors": recast(found["model.safetensors"], "fp16")}
 
 
 def test_a_repo_is_downloaded_and_converted_and_that_is_said_first(hub_server, clip_files, tiny_flux):

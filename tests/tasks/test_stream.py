@@ -15,7 +15,7 @@ from mlx_blockskip.events import Note, Step, listening
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.tasks.checkpoint import hub_cache, stream
 from support import hub_repos
-from support.hub_server import Failure, environment
+from support.hub_server import Failure, environment, without_naps
 from support.tasks import drive
 
 REPO = "someone/flux"
@@ -41,7 +41,7 @@ def usual(dev, tmp_path_factory):
 
 @pytest.fixture
 def repo(hub_server, dev, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    without_naps(monkeypatch)
     hub_server.add(REPO, dev)
     return hub_server
 
@@ -152,7 +152,7 @@ def test_a_tensor_is_fetched_ahead_and_not_beyond_its_end(monkeypatch):
 
 
 def test_ctrl_c_is_heard_while_the_hub_is_waited_for(repo, tmp_path):
-    repo.delay = 0.5
+    repo.delay = 0.05
 
     def stop(event):
         if isinstance(event, Step):
