@@ -28,7 +28,7 @@ def check(folder: Path) -> None:
 
 def copy_folder(source: Path, target: Path) -> None:
     """A copy without hidden files, in which what is called JSON is JSON."""
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*"), copy_function=copy_file)
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*"), copy_function=copy_file, dirs_exist_ok=True)
 
 
 def copy_file(source: str | Path, target: str | Path) -> None:

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_blockskip.converters import float8
-from mlx_blockskip.engine import dtypes
+from mlx_blockskip.engine import dtypes, elsewhere
 from mlx_blockskip.engine.files import TensorEntry
 
 FLOATS = ("F16", "BF16", "F32", "F64", *float8.VALUES)
@@ -31,7 +31,7 @@ class Stored(NamedTuple):
     def bytes(self, first: int, count: int) -> np.ndarray:
         """(count x bytes of a row,) uint8: some rows as they lie in the file, which does not stay open."""
         size = self.entry.nbytes // max(1, self.rows)
-        return np.fromfile(self.path, np.uint8, count=count * size, offset=self.entry.start + first * size)
+        return elsewhere.read_bytes(self.path, self.entry.start + first * size, count * size)
 
     def read(self, first: int, count: int) -> mx.array:
         """Some rows (count, ...), or the whole of a scalar (). float32 where MLX does not have the file's dtype."""

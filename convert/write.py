@@ -21,6 +21,7 @@ from mlx_blockskip.engine.shards import INDEX
 
 DTYPES = ("float32", "bfloat16", "float16")
 GROUP_SIZES = (128, 64, 32)
+METADATA = {"format": "mlx"}
 PART_BYTES = 32 << 20
 """Of a tensor, in float32, that are in memory at a time."""
 
@@ -61,25 +62,37 @@ def default_dtype() -> str:
 
 
 def write_component(component: Component, source: Source, target: Path, precision: Precision) -> Iterator[str]:
-    """Write one component's shards and index; yields each shard's name when it is done."""
+    """Write one component's shards and index; yields each shard's name when it is done. A shard that is there already,
+    as where a conversion goes on, stays.
+    """
     checksums: dict[str, str] = {}
     shards = plan_shards(component, precision)
     with disk.flushing() as flush:
         for shard in shards:
-            path, entries = target / shard.file, shard_entries(component, shard, precision)
-            with files.SafetensorsWriter(path, entries, {"format": "mlx"}, durable=False, hashed=True) as writer:
-                for row in shard.rows:
-                    name = their_name(row, source)
-                    assert name is not None
-                    _write_row(writer, row, source, name, shard, precision, _dtype(component, precision))
-            flush(path)
-            checksums[shard.file] = writer.checksum
+            path = target / shard.file
+            _, size = files.encode_header(shard_entries(component, shard, precision), METADATA)
+            if path.is_file() and path.stat().st_size == size:
+                checksums[shard.file] = files.sha256(path)
+            else:
+                checksums[shard.file] = _write_shard(component, shard, source, path, precision)
+                flush(path)
             yield shard.file
     files.write_json(target / INDEX, index_of(component, shards, precision, checksums))
     if record_of(precision, {"": component}) is None:
         source.write_config(target / "config.json")
     else:
         files.write_json(target / "config.json", with_record(source.content(), component, precision))
+
+
+def _write_shard(component: Component, shard: Shard, source: Source, path: Path, precision: Precision) -> str:
+    """Returns its checksum."""
+    entries = shard_entries(component, shard, precision)
+    with files.SafetensorsWriter(path, entries, METADATA, durable=False, hashed=True) as writer:
+        for row in shard.rows:
+            name = their_name(row, source)
+            assert name is not None
+            _write_row(writer, row, source, name, shard, precision, _dtype(component, precision))
+    return writer.checksum
 
 
 def index_of(
@@ -193,7 +206,7 @@ def write_model(
     table = load_table(family)
     for component, tensors in opened:
         folder = target / component.folder
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         for shard in write_component(component, tensors, folder, precision):
             yield component.folder, shard
     for name in table.COPIED:

@@ -1,6 +1,7 @@
 """Personalise large diffusion transformers on a Mac, in the memory of a small laptop (DiT-BlockSkip on MLX).
 
-from mlx_blockskip import convert, select, train, generate, evaluate, estimate, doctor, export, fuse, verify, load
+from mlx_blockskip import convert, select, train, generate, evaluate, estimate, doctor
+from mlx_blockskip import export, fuse, verify, upload, cache, load
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from mlx_blockskip.engine.system import obstacle
 
 if TYPE_CHECKING:
     from mlx_blockskip.api import (
+        cache,
         convert,
         doctor,
         estimate,
@@ -20,11 +22,13 @@ if TYPE_CHECKING:
         load,
         select,
         train,
+        upload,
         verify,
     )
 
 __all__ = [
-    "convert", "doctor", "estimate", "evaluate", "export", "fuse", "generate", "load", "select", "train", "verify",
+    "cache", "convert", "doctor", "estimate", "evaluate", "export", "fuse", "generate", "load",
+    "select", "train", "upload", "verify",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

@@ -10,6 +10,7 @@ from mlx_blockskip.events import Listener, listening
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.options import from_mapping
 from mlx_blockskip.settings import (
+    CacheSettings,
     ConvertSettings,
     DoctorSettings,
     EstimateSettings,
@@ -19,13 +20,16 @@ from mlx_blockskip.settings import (
     GenerateSettings,
     SelectSettings,
     TrainSettings,
+    UploadSettings,
     VerifySettings,
 )
 from mlx_blockskip.tasks import estimate as estimate_task
 from mlx_blockskip.tasks import generate as generate_task
 from mlx_blockskip.tasks.checkpoint import adapters, resolve
+from mlx_blockskip.tasks.checkpoint import cache as cache_task
 from mlx_blockskip.tasks.checkpoint import convert as convert_task
 from mlx_blockskip.tasks.checkpoint import fuse as fuse_task
+from mlx_blockskip.tasks.checkpoint import upload as upload_task
 from mlx_blockskip.tasks.checkpoint import verify as verify_task
 from mlx_blockskip.tasks.checkpoint.verify import Verification
 from mlx_blockskip.tasks.doctor import doctor as doctor_task
@@ -40,7 +44,8 @@ from mlx_blockskip.tasks.train import train as train_task
 from mlx_blockskip.tasks.train.train import TrainResult
 
 __all__ = [
-    "convert", "doctor", "estimate", "evaluate", "export", "fuse", "generate", "load", "select", "train", "verify",
+    "cache", "convert", "doctor", "estimate", "evaluate", "export", "fuse", "generate", "load",
+    "select", "train", "upload", "verify",
 ]  # fmt: skip
 
 S = TypeVar("S")
@@ -101,6 +106,18 @@ def verify(settings: VerifySettings | None = None, *, on_event: Listener | None 
 def doctor(settings: DoctorSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> Report:
     """Say what this machine is and test results on it; returns the report. Options: fields of DoctorSettings."""
     return _run("doctor", doctor_task.doctor, DoctorSettings, settings, options, on_event)
+
+
+def upload(settings: UploadSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> str:
+    """Put an adapter or a model on the Hub; returns its address. Options: fields of UploadSettings."""
+    return _run("upload", upload_task.upload, UploadSettings, settings, options, on_event)
+
+
+def cache(
+    settings: CacheSettings | None = None, *, on_event: Listener | None = None, **options: Any
+) -> list[cache_task.Kept]:
+    """List or clear conversions that were kept; returns those that it is about. Options: fields of CacheSettings."""
+    return _run("cache", cache_task.cache, CacheSettings, settings, options, on_event)
 
 
 def load(model: str = "tiny-flux", memory_budget: int | None = None) -> DiffusionModel:

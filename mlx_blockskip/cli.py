@@ -28,6 +28,8 @@ COMMANDS = {
     "export": settings.ExportSettings,
     "fuse": settings.FuseSettings,
     "verify": settings.VerifySettings,
+    "upload": settings.UploadSettings,
+    "cache": settings.CacheSettings,
     "doctor": settings.DoctorSettings,
 }
 TASKS = {
@@ -40,6 +42,8 @@ TASKS = {
     "export": "mlx_blockskip.tasks.checkpoint.adapters",
     "fuse": "mlx_blockskip.tasks.checkpoint.fuse",
     "verify": "mlx_blockskip.tasks.checkpoint.verify",
+    "upload": "mlx_blockskip.tasks.checkpoint.upload",
+    "cache": "mlx_blockskip.tasks.checkpoint.cache",
     "doctor": "mlx_blockskip.tasks.doctor.doctor",
 }
 """The module that holds each command's function."""
@@ -117,7 +121,7 @@ def _parameter(name: str, hint: Any, default: Any, metadata: Any) -> inspect.Par
         extra["show_default"] = False
     optional = get_origin(hint) in (types.UnionType, typing.Union)
     inner = next(a for a in get_args(hint) if a is not type(None)) if optional else hint
-    given = typer.Argument(metavar=name.upper(), **extra) if metadata["bare"] else typer.Option(*flags, **extra)
+    given = typer.Argument(metavar=name.upper(), **extra) if metadata["positional"] else typer.Option(*flags, **extra)
     return _keyword(name, Annotated[inner | None if optional else inner, given], default)
 
 

@@ -80,6 +80,16 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def amount(count: float, unit: str) -> str:
+    """How much of a phase: a number of steps, or bytes for a person where its unit is B."""
+    return memory(int(count)) if unit == "B" else f"{count:.0f}"
+
+
+def speed(rate: float, unit: str) -> str:
+    """How fast a phase is: 2.50 it/s, 61 MiB/s."""
+    return f"{amount(rate, unit)}/s" if unit == "B" else f"{rate:.2f} {unit}/s"
+
+
 def message(event: Event) -> str | None:
     """The line for an event that is not progress."""
     match event:
@@ -137,7 +147,11 @@ class Plain:
             return
         self.last_time, self.last_done = now, event.done
         rate = (event.done - self.first_done) / max(1e-9, now - self.started)
-        parts = [f"{event.phase}: {event.done}/{total or '?'}", f"{rate:.2f} {self.phase.unit}/s"]
+        unit = self.phase.unit
+        parts = [
+            f"{event.phase}: {amount(event.done, unit)}/{amount(total, unit) if total else '?'}",
+            speed(rate, unit),
+        ]
         if event.loss is not None:
             parts.append(f"loss {event.loss:.4f}")
         if total:

@@ -5,7 +5,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from mlx_blockskip.display import memory, message
+from mlx_blockskip.display import amount, memory, message, speed
 from mlx_blockskip.events import Event, Phase, PhaseEnd, Step, Table, Warning
 
 
@@ -13,11 +13,19 @@ class Rate(ProgressColumn):
     """Steps a second, or seconds a step where it is slow."""
 
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        if not speed:
+        rate = task.finished_speed or task.speed
+        if not rate:
             return Text("")
         unit = task.fields.get("unit", "it")
-        return Text(f"{speed:.2f} {unit}/s" if speed >= 1 else f"{1 / speed:.1f} s/{unit}", style="dim")
+        return Text(speed(rate, unit) if rate >= 1 else f"{1 / rate:.1f} s/{unit}", style="dim")
+
+
+class Amount(ProgressColumn):
+    """How much of how much, bytes as such."""
+
+    def render(self, task: Task) -> Text:
+        unit = task.fields.get("unit", "it")
+        return Text(f"{amount(task.completed, unit)}/{amount(task.total or 0, unit)}")
 
 
 class Bars:
@@ -27,7 +35,7 @@ class Bars:
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            Amount(),
             Rate(),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[detail]}"),

@@ -17,12 +17,18 @@ S = TypeVar("S")
 
 
 def option(
-    default: Any, help: str, *, short: str = "", choices: tuple = (), group: str = "Options", bare: bool = False
+    default: Any,
+    help: str,
+    *,
+    short: str = "",
+    choices: tuple = (),
+    group: str = "Options",
+    positional: bool = False,
 ) -> Any:
-    """A settings field: what the command line needs to know stands beside the default. bare: it is given without its
-    name there.
+    """A settings field: what the command line needs to know stands beside the default. positional: a word without
+    dashes.
     """
-    metadata = {"help": help, "short": short, "choices": choices, "group": group, "bare": bare}
+    metadata = {"help": help, "short": short, "choices": choices, "group": group, "positional": positional}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -29,6 +29,7 @@ class ConvertSettings:
         choices=("float32", "bfloat16", "float16"),
     )
     revision: str | None = option(None, "Branch, tag or commit of the repo.")
+    stream: bool = option(False, "Convert a repo's weights as they come: the download takes no room on the disk.")
 
 
 DATA, PRIOR, METHOD = "Data", "Prior preservation", "Block skipping"
@@ -260,7 +261,28 @@ class FuseSettings:
 class VerifySettings:
     """Hold a model, an adapter or a residual cache against what was written; the status is 1 where it differs."""
 
-    path: str = option("", "Directory of a converted model, an adapter or a cache.", bare=True)
+    path: str = option("", "Directory of a converted model, an adapter or a cache.", positional=True)
+
+
+@dataclass
+class UploadSettings:
+    """Put an adapter or a converted model on the Hub, with a model card."""
+
+    path: str = option("adapters", "Adapter directory, or MLX model directory.")
+    repo: str = option("", "Repo to upload to, owner/name; it is made where there is none.")
+    private: bool = option(False, "Make the repo private, where it is made.")
+    dry_run: bool = option(False, "Print what would be uploaded, and write nothing.")
+
+
+@dataclass
+class CacheSettings:
+    """List the models that were converted because they were given by a name, or clear them. They are made again when
+    they are needed.
+    """
+
+    action: str = option("list", "What to do.", choices=("list", "clear"), positional=True)
+    names: list[str] = option([], "Conversions, as `list` names them; all where none is named.", positional=True)
+    older_than: float | None = option(None, "Only what was not used for so many days.")
 
 
 @dataclass

@@ -9,6 +9,7 @@ import pytest
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.settings import TrainSettings
 from support.compare import gather, parity_table, worst
+from support.hub_server import attach, running
 from support.models import HEDGEHOG, assets, convert
 from support.toy import make_toy
 
@@ -22,6 +23,14 @@ QUICK = {
 def _own_cache(tmp_path_factory, monkeypatch):
     """Models that tests convert go into a cache of the test session."""
     monkeypatch.setenv("MLX_BLOCKSKIP_CACHE", str(tmp_path_factory.getbasetemp() / "models"))
+
+
+@pytest.fixture
+def hub_server(tmp_path, monkeypatch):
+    """A Hub on the loopback that this process's client talks to; its cache is the test's own."""
+    with running() as server:
+        attach(server, monkeypatch, tmp_path / "hf")
+        yield server
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,20 @@ def test_bars_draw_on_any_terminal(width, terminal):
         bars.draw(event)
     bars.close()
     assert "careful" in out.getvalue()
+
+
+def test_a_download_is_one_bar_in_bytes(capsys, monkeypatch):
+    out = io.StringIO()
+    bars = Bars(Console(file=out, width=100, force_terminal=True, color_system=None))
+    bars.draw(Phase("download", 32 << 30, "B"))
+    bars.draw(Step("download", 3 << 29))
+    bars.close()
+    assert "1.50 GiB/32.00 GiB" in out.getvalue()
+    monkeypatch.setattr(display, "SECONDS_BETWEEN", 0.0)
+    plain = display.Plain()
+    plain.draw(Phase("download", 32 << 30, "B"))
+    plain.draw(Step("download", 3 << 29))
+    assert re.match(r"download: 1.50 GiB/32.00 GiB, \d\S* [MG]iB/s, ", capsys.readouterr().out)
 
 
 def test_a_ctrl_c_while_drawing_reaches_the_task():

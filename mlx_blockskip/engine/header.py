@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlx_blockskip.engine import dtypes, foreign
+from mlx_blockskip.engine import dtypes, elsewhere, foreign
 from mlx_blockskip.engine.errors import UserError
 
 Metadata = Mapping[str, str] | None
@@ -39,7 +39,7 @@ class Header:
 def read_header(path: Path) -> Header:
     """Read and check a safetensors header. Raises UserError for a missing, truncated or malformed file."""
     try:
-        size = path.stat().st_size
+        size = elsewhere.size_of(path)
         with path.open("rb") as file:
             return _parse_header(path, file, size)
     except FileNotFoundError:

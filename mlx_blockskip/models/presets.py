@@ -11,6 +11,17 @@ from mlx_blockskip.engine import files, listing
 from mlx_blockskip.models.family import Configs
 from mlx_blockskip.models.schedulers import FILE
 
+REPOS = {
+    "flux1-dev": "black-forest-labs/FLUX.1-dev",
+    "flux1-schnell": "black-forest-labs/FLUX.1-schnell",
+    "sana-0.6b": "Efficient-Large-Model/Sana_600M_1024px_diffusers",
+    "sana-1.6b": "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
+    "sana-sprint-1.6b": "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers",
+    "sana1.5-1.6b": "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
+    "sana1.5-4.8b": "Efficient-Large-Model/SANA1.5_4.8B_1024px_diffusers",
+}
+"""Where each preset's checkpoint lies on the Hub."""
+
 
 def folders() -> dict[str, Path]:
     """The presets' directories, by name."""

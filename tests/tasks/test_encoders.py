@@ -1,16 +1,16 @@
-"""Which encoder pictures are compared with; the Hub is played by stand-ins, without a network."""
+"""Which encoder pictures are compared with; the Hub is a small server on the loopback."""
 
-from types import SimpleNamespace
-
-import huggingface_hub
 import pytest
 
 from mlx_blockskip import convert
+from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, listening
-from mlx_blockskip.tasks.checkpoint import encoders, hub
+from mlx_blockskip.tasks.checkpoint import encoders, hub, hub_cache
+from mlx_blockskip.tasks.checkpoint.address import Repo
 from mlx_blockskip.tasks.checkpoint.encoders import clip_encoder, vision_encoder
 from mlx_blockskip.tasks.checkpoint.resolve import cache_directory
+from support.hub_repos import folder, recast
 from support.models import assets
 from support.tasks import drive
 
@@ -34,17 +34,13 @@ def test_a_small_model_gets_the_encoder_of_the_package(tiny_flux, choose, name):
     ("choose", "repo"),
     [(vision_encoder, "facebook/dino-vits16"), (clip_encoder, "openai/clip-vit-base-patch32")],
 )
-def test_another_model_gets_one_from_the_hub(tmp_path, monkeypatch, choose, repo):
+def test_another_model_gets_one_from_the_hub(tmp_path, hub_server, choose, repo):
     (tmp_path / "transformer").mkdir()
     with (tmp_path / "transformer" / "block-000.safetensors").open("wb") as file:
         file.truncate(encoders.SMALL)
-    asked = []
-    monkeypatch.setattr(
-        hub, "look_up", lambda repo, revision: asked.append(repo) or SimpleNamespace(siblings=[], sha="a")
-    )
-    with pytest.raises(UserError, match="has no config.json, so it is not an image encoder"):
+    hub_server.add(repo, {"README.md": b""})
+    with pytest.raises(UserError, match=f"{repo}: has no config.json, so it is not an image encoder"):
         drive(choose, None, tmp_path)
-    assert asked == [repo]
 
 
 def test_every_way_to_name_one_gives_the_same(tmp_path, tiny_flux):
@@ -67,85 +63,56 @@ def test_what_is_none_is_refused(tmp_path, tiny_flux):
         drive(clip_encoder, "tiny-dino", tiny_flux)
 
 
-FILES = (
-    *("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "README.md"),
-    *("pytorch_model.bin", "flax_model.msgpack", "model.fp16.safetensors", "onnx/model.safetensors", "tf_model.h5"),
-)
-
-
-class Hub:
-    """A stand-in that holds tiny-clip; its safetensors are on a pull request where `offered`."""
-
-    def __init__(self, monkeypatch):
-        self.main, self.offers, self.downloads, self.looked_up = {*FILES, "model.safetensors"}, [], [], []
-        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", self.model_info)
-        monkeypatch.setattr(
-            huggingface_hub.HfApi, "get_repo_discussions", lambda api, repo, **options: iter(self.offers)
-        )
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot)
-        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, name, revision: None)
-
-    def model_info(self, repo, revision=None, **options):
-        self.looked_up.append(revision)
-        names = self.main if revision is None else {*FILES, "model.safetensors"}
-        return SimpleNamespace(
-            sha=revision or "main", siblings=[SimpleNamespace(rfilename=name, size=10) for name in sorted(names)]
-        )
-
-    def snapshot(self, repo, revision=None, allow_patterns=None, local_files_only=False):
-        self.downloads.append((revision, allow_patterns))
-        return str(assets() / "tiny-clip")
+BESIDE = dict.fromkeys(("flax_model.msgpack", "onnx/model.safetensors", "tf_model.h5", "vocab.json"), b"{}")
 
 
 @pytest.fixture
-def fake_hub(monkeypatch):
-    return Hub(monkeypatch)
+def clip_files():
+    found = folder(assets() / "tiny-clip")
+    return {**found, **BESIDE, "model.fp16.safetensors": recast(found["model.safetensors"], "fp16")}
 
 
-def test_a_repo_is_downloaded_and_converted_and_that_is_said_first(fake_hub, tiny_flux):
+def test_a_repo_is_downloaded_and_converted_and_that_is_said_first(hub_server, clip_files, tiny_flux):
+    hub_server.add("someone/clip", clip_files)
     told = []
-    with listening(lambda event: told.append((event, list(fake_hub.downloads)))):
+    with listening(lambda event: told.append((event, hub_server.fetched()))):
         clip_encoder("someone/clip", tiny_flux)
-    said, downloads = told[0]
+    said, fetched = told[0]
     assert "Downloading someone/clip" in said.message
-    assert [names for _, names in downloads] == [["config.json"]]
-    revision, names = fake_hub.downloads[-1]
-    assert revision == "main"
-    wanted = {*FILES[:6], "model.safetensors"}
-    assert set(names) == wanted
-    before = len(fake_hub.downloads)
+    assert fetched == {"config.json"}
+    assert hub_server.fetched() == {*folder(assets() / "tiny-clip"), "vocab.json"}
+    hub_server.forget()
     _, events = drive(clip_encoder, "someone/clip", tiny_flux)
-    assert (events, len(fake_hub.downloads)) == ([], before)
+    assert (events, hub_server.fetched()) == ([], set())
 
 
-def test_pickled_weights_are_taken_from_the_hubs_own_conversion(fake_hub, tmp_path, tiny_flux):
-    fake_hub.main = {name for name in FILES if not name.endswith(".safetensors")}
-    offer = SimpleNamespace(git_reference="refs/pr/7", status="open")
-    fake_hub.offers = [SimpleNamespace(git_reference="refs/pr/3", status="closed"), offer]
-    drive(clip_encoder, "someone/clip", tiny_flux)
-    assert fake_hub.looked_up == [None, "refs/pr/7"]
-    assert fake_hub.downloads[-1][0] == "refs/pr/7"
-    convert(hf_path="someone/clip", mlx_path=str(tmp_path / "mlx"))
-    assert fake_hub.downloads[-1][0] == "refs/pr/7"
-    info = fake_hub.model_info("someone/clip")
-    fake_hub.offers = []
-    assert hub.in_safetensors("someone/clip", info) is info
+def offer(number, status):
+    """A pull request as the API lists it."""
+    author, day = {"name": hub.CONVERTER}, "2024-01-01T00:00:00.000Z"
+    kept = {"num": number, "title": "safetensors", "status": status, "isPullRequest": True}
+    return {**kept, "author": author, "createdAt": day, "repo": {"name": "someone/clip", "type": "model"}}
 
 
-def test_an_encoder_is_converted_from_the_hub(fake_hub, tmp_path):
-    path = convert(hf_path="someone/clip", mlx_path=str(tmp_path / "mlx"))
-    assert (path / "vision" / "config.json").is_file()
+def test_pickled_weights_are_taken_from_the_hubs_own_conversion(hub_server, clip_files, tmp_path, tiny_flux):
+    pickled = {name: data for name, data in clip_files.items() if not name.endswith(".safetensors")}
+    pickled["pytorch_model.bin"] = b"pickled"
+    main = hub_server.add("someone/clip", pickled)
+    offered = hub_server.add("someone/clip", {**clip_files, **pickled}, branch="refs/pr/7")
+    hub_server.repos["someone/clip"].offers = [offer(3, "closed"), offer(7, "open")]
+    path = clip_encoder("someone/clip", tiny_flux).path
+    assert files.read_json(path / "config.json")["source"] == f"someone/clip@{offered}"
+    assert convert(hf_path="someone/clip", mlx_path=str(tmp_path / "mlx"))
+    refs = hub_cache.folder("someone/clip") / "refs"
+    assert {str(p.relative_to(refs)): p.read_text() for p in refs.rglob("*") if p.is_file()} == {"refs/pr/7": offered}
+    hub_server.repos["someone/clip"].offers = []
+    assert hub.found(Repo("someone/clip"), (hub.ENCODER,))[1].sha == main
 
 
-def test_another_model_is_refused_before_its_weights_are_downloaded(fake_hub, tmp_path, monkeypatch, tiny_flux):
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    asked = []
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda repo, **options: asked.append(options) or str(tmp_path)
-    )
+def test_another_model_is_refused_before_its_weights_are_downloaded(hub_server, clip_files, tiny_flux):
+    hub_server.add("someone/llama", {**clip_files, "config.json": b'{"model_type": "llama"}'})
+    hub_server.add("someone/other", {**clip_files, "config.json": b"{}"})
     with pytest.raises(UserError, match="'llama' is not supported"):
         drive(vision_encoder, "someone/llama", tiny_flux)
-    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="has no model_type"):
         drive(vision_encoder, "someone/other", tiny_flux)
-    assert [options["allow_patterns"] for options in asked] == [["config.json"]] * 2
+    assert hub_server.fetched() == {"config.json"}

@@ -1,6 +1,7 @@
 """`convert`: a Hugging Face checkpoint becomes an MLX model directory, or the other way round."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from mlx_blockskip.converters import run, singles, vision, write
@@ -12,10 +13,12 @@ from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, Saved, emit
 from mlx_blockskip.settings import ConvertSettings
 from mlx_blockskip.tasks.checkpoint import single
+from mlx_blockskip.tasks.checkpoint.address import Repo, repo_named
 from mlx_blockskip.tasks.checkpoint.hf import check_room, write_hugging_face
-from mlx_blockskip.tasks.checkpoint.hub import ENCODER, PIPELINE, download, looks_like_repo
+from mlx_blockskip.tasks.checkpoint.hub import ENCODER, PIPELINE, download
 from mlx_blockskip.tasks.checkpoint.recognise import family_of, is_converted, is_encoder
 from mlx_blockskip.tasks.checkpoint.single import Writing
+from mlx_blockskip.tasks.checkpoint.stream import convert_streaming
 from mlx_blockskip.tasks.phases import phase
 
 ENCODER_DTYPE = "float32"
@@ -33,40 +36,54 @@ def convert(settings: ConvertSettings) -> Path:
         raise UserError(f"{target}: already exists; choose another --mlx-path or remove it")
     if settings.to == "hf":
         return _back(settings, Path(settings.hf_path).expanduser(), target)
-    source = checkpoint_folder(Path(settings.hf_path).expanduser())
+    source, precision = checkpoint_folder(Path(settings.hf_path).expanduser()), wanted(settings)
+    if settings.stream and source.exists():
+        raise UserError(f"--stream: {source} is on this disk already; leave it out, or give a repo")
     if places := singles.weights_in(source):
-        precision = wanted(settings)
+        precision = filled(precision, default_dtype())
         write_directory(*single.plan(places, settings, precision), precision, target)
         emit(Saved(target, "model"))
         return target
     if settings.base is not None:
         raise UserError(f"--base: is for single files, and {settings.hf_path} is not one; leave it out")
     if not source.is_dir():
-        if not looks_like_repo(settings.hf_path):
+        repo = repo_named(settings.hf_path)
+        if repo is None:
             raise UserError(f"{settings.hf_path}: no such file or directory, and not a repo id such as owner/name")
-        repo, _, revision = settings.hf_path.partition("@")
-        source = download(repo, settings.revision or revision or None, (PIPELINE, ENCODER))
-    convert_directory(source, target, wanted(settings, is_encoder(source)), settings.hf_path)
+        repo = Repo(repo.name, settings.revision or repo.revision)
+        if settings.stream:
+            convert_streaming(repo, target, precision, settings.hf_path)
+            emit(Saved(target, "model"))
+            return target
+        source = download(repo, (PIPELINE, ENCODER), precision, target)
+    usual = ENCODER_DTYPE if is_encoder(source) else default_dtype()
+    convert_directory(source, target, filled(precision, usual), settings.hf_path)
     emit(Saved(target, "model"))
     return target
 
 
-def wanted(settings: ConvertSettings, encoder: bool = False) -> Precision:
-    """What is to be stored. encoder: of an image encoder."""
+def wanted(settings: ConvertSettings) -> Precision:
+    """What is to be stored; its dtype is empty where it was left open."""
     modulation = 0 if settings.q_modulation == "none" else int(settings.q_modulation)
     return Precision(
-        settings.dtype or (ENCODER_DTYPE if encoder else default_dtype()),
+        settings.dtype or "",
         settings.q_bits if settings.quantize else 0,
         settings.q_group_size,
         modulation if settings.quantize else 0,
     )
 
 
+def filled(precision: Precision, dtype: str) -> Precision:
+    """The same, with a dtype where it was left open."""
+    return replace(precision, dtype=precision.dtype or dtype)
+
+
 def _back(settings: ConvertSettings, source: Path, target: Path) -> Path:
-    if settings.quantize or settings.revision:
+    if settings.quantize or settings.revision or settings.stream or settings.base:
+        given = next(n for n in ("quantize", "revision", "stream", "base") if getattr(settings, n))
         raise UserError(
-            f"--{'quantize' if settings.quantize else 'revision'}: does not go with --to hf, which writes a local MLX "
-            "model as diffusers reads it, with whole layers; leave it out"
+            f"--{given}: does not go with --to hf, which writes a local MLX model as diffusers reads it, with whole "
+            "layers; leave it out"
         )
     if not source.is_dir():
         raise UserError(f"{source}: no such directory; with --to hf give --hf-path an MLX model directory")

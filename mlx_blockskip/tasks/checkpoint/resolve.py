@@ -3,11 +3,13 @@
 import difflib
 import glob
 import hashlib
+import json
 import os
 import re
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -21,6 +23,7 @@ from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.tasks.alone import alone
 from mlx_blockskip.tasks.checkpoint import hub
+from mlx_blockskip.tasks.checkpoint.address import Repo, repo_named
 from mlx_blockskip.tasks.checkpoint.convert import ENCODER_DTYPE, convert_directory
 from mlx_blockskip.tasks.checkpoint.recognise import is_converted, is_encoder
 
@@ -28,6 +31,10 @@ BUNDLED = ("tiny-flux", "tiny-sana")
 
 BUNDLED_DTYPE = "float32"
 """What bundled models are stored in on every device: their tables and plans were made so, and they are small."""
+
+
+COMMITS = "commits.json"
+"""In the cache directory: which commit the branches of repos led to when the Hub was last asked."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +75,14 @@ def resolve(model: str, kind: Kind = MODEL) -> Path:
     path = checkpoint_folder(Path(model).expanduser())
     if path.is_dir():
         if not is_converted(path) and kind.is_checkpoint(path):
-            return _converted(lambda: path, model, _stamp(path), kind)
+            return _converted(lambda target: path, path, kind)
         return path
     if model in kind.bundled:
-        source = bundled(model)
-        return _converted(lambda: source, model, _stamp(source), kind)
+        return _converted(lambda target: bundled(model), model, kind)
     if path.is_file():
         raise UserError(f"{model}: is a file; make a model of it with `mlx-blockskip convert --hf-path {model}`")
-    if hub.looks_like_repo(model):
-        return _from_hub(model, kind)
+    if (repo := repo_named(model)) is not None:
+        return _from_hub(repo, kind)
     raise UserError(
         f"{model}: no such {kind.what}; give a directory, a repo id such as owner/name, or {', '.join(kind.bundled)}"
         + _similar(path, model, kind)
@@ -99,53 +105,79 @@ def open_named(model: str, budget: int | None) -> DiffusionModel:
     return opened
 
 
-def _from_hub(model: str, kind: Kind) -> Path:
-    """A repo is converted once a commit, and then needs neither its download nor the Hub."""
-    repo, _, revision = model.partition("@")
+def _from_hub(repo: Repo, kind: Kind) -> Path:
+    """A repo is converted once a commit, however it is called, and then needs neither its download nor the Hub."""
     try:
-        info = hub.look_up(repo, revision or None)
-        if kind is ENCODER and not revision:
-            info = hub.in_safetensors(repo, info)
+        place, info = hub.found(repo, (kind.layout,))
     except hub.UnreachableError as error:
-        if (kept := _converted_before(model, kind)) is not None:
+        if (kept := converted_before(repo, kind)) is not None:
             emit(Note(f"{error}; using what was converted before: {kept}"))
             return kept
-        if (source := hub.downloaded_before(repo, revision or None)) is None:
+        if (source := hub.downloaded_before(repo, (kind.layout,))) is None:
             raise
         emit(Note(f"{error}; using what was downloaded before: {source}"))
-        return _converted(lambda: source, model, _repo_key(repo, source.name), kind)
-    return _converted(lambda: hub.fetch(repo, info, (kind.layout,)), model, _repo_key(repo, info.sha), kind)
+        _note(repo, source.name)
+        return _converted(lambda target: source, Repo(repo.name, source.name), kind)
+    _note(repo, info.sha)
+
+    def fetched(target: Path) -> Path:
+        return hub.fetch(place, info, (kind.layout,), hub.ANY, target)
+
+    return _converted(fetched, Repo(repo.name, info.sha), kind)
 
 
-def _repo_key(repo: str, commit: str) -> str:
-    return hashlib.sha256(f"{repo} {commit}".encode()).hexdigest()
+def known_commits() -> dict[str, str]:
+    """Where the branches and tags of repos led when the Hub was last asked: commits by `owner/name@branch`."""
+    path = cache_directory() / COMMITS
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # it is asked again
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
-def _converted_before(model: str, kind: Kind) -> Path | None:
-    """The newest conversion of this model in the cache."""
-    found = [
-        path.parent
-        for path in cache_directory().glob("[!.]*/config.json")
-        if (config := files.read_json(path)).get("source") == model and config.get("dtype") == kind.dtype_of(model)
-    ]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+def _note(repo: Repo, commit: str) -> None:
+    known, key = known_commits(), f"{repo.name}@{repo.branch}"
+    if repo.commit is None and known.get(key) != commit:
+        files.write_json(cache_directory() / COMMITS, {**known, key: commit})
 
 
-def _converted(source: Callable[[], Path], name: str, key: str, kind: Kind) -> Path:
-    """The converted copy of a checkpoint, made now if it is not there; only then is `source` asked where it lies."""
-    dtype = kind.dtype_of(name)
+def converted_before(repo: Repo, kind: Kind) -> Path | None:
+    """The conversion of this repo's revision in the cache, as it was when the Hub was last asked."""
+    commit = repo.commit or known_commits().get(f"{repo.name}@{repo.branch}")
+    if commit is None:
+        return None
+    target = _target(Repo(repo.name, commit), kind)
+    return target if is_converted(target) else None
+
+
+def _target(source: Repo | Path | str, kind: Kind) -> Path:
+    """Where the conversion of a commit, a directory or a bundled model is kept."""
+    if isinstance(source, Repo):
+        name, key = source.name, hashlib.sha256(f"{source.name} {source.revision}".encode()).hexdigest()
+    else:
+        name, key = str(source), _stamp(bundled(source) if isinstance(source, str) else source)
     short = re.sub(r"[^A-Za-z0-9._-]+", "-", name.rstrip("/").split("/")[-1])
-    target = cache_directory() / f"{short}-{dtype}-{key[:12]}"
+    return cache_directory() / f"{short}-{kind.dtype_of(name)}-{key[:12]}"
+
+
+def _converted(source: Callable[[Path], Path], name: Repo | Path | str, kind: Kind) -> Path:
+    """The converted copy of a checkpoint, made now if it is not there; only then is `source` asked where it lies, by
+    where the copy will be.
+    """
+    target = _target(name, kind)
     if is_converted(target):
+        with suppress(OSError):  # a disk that is read only
+            os.utime(target)  # when it was last used, for `cache`
         return target
     with alone(target.with_name(f"{target.name}.lock")):
         if is_converted(target):
             return target
         for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
-        path = source()
+        path, dtype = source(target), kind.dtype_of(str(name))
         emit(Note(f"Converting {name} to {dtype} once, into {target}"))
-        convert_directory(path, target, Precision(dtype), name)
+        convert_directory(path, target, Precision(dtype), str(name))
     return target
 
 

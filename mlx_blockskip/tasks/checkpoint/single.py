@@ -1,6 +1,6 @@
 """`convert` of single files: which family they are of, and where what they have not is from."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from mlx_blockskip.converters.write import Precision
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, emit
 from mlx_blockskip.settings import ConvertSettings
-from mlx_blockskip.tasks.checkpoint.hub import PIPELINE, download, looks_like_repo
+from mlx_blockskip.tasks.checkpoint.address import repo_named
+from mlx_blockskip.tasks.checkpoint.hub import PIPELINE, Needs, download
 from mlx_blockskip.tasks.checkpoint.recognise import family_of
 
 SHOWN = 3
@@ -27,7 +28,7 @@ def plan(places: Sequence[Path], settings: ConvertSettings, precision: Precision
     for place, kinds in known.items():
         if not kinds:
             raise UserError(_unknown(place, opened[place]))
-    base = _base(places[0], settings.base, known)
+    base = _base(places[0], settings.base, known, precision)
     family = family_of(base).name
     for place, kinds in known.items():
         if family not in kinds:
@@ -51,7 +52,9 @@ def _unknown(place: Path, views: Mapping[str, View]) -> str:
     return f"{place}: holds {shown}, which is no network of a supported family in a known layout; get another file"
 
 
-def _base(first: Path, base: str | None, known: Mapping[Path, Mapping[str, Sequence[str]]]) -> Path:
+def _base(
+    first: Path, base: str | None, known: Mapping[Path, Mapping[str, Sequence[str]]], precision: Precision
+) -> Path:
     """The directory that has the rest: the one that is given, else the one that the file lies in."""
     if base is None:
         folder = first.parent
@@ -63,14 +66,16 @@ def _base(first: Path, base: str | None, known: Mapping[Path, Mapping[str, Seque
     path = checkpoint_folder(Path(base).expanduser())
     if path.is_dir():
         return path
-    if not looks_like_repo(base):
+    repo = repo_named(base)
+    if repo is None:
         raise UserError(f"--base: {base} is no directory, and not a repo id such as owner/name")
-    repo, _, revision = base.partition("@")
     held = {folder for kinds in known.values() for folders in kinds.values() for folder in folders}
 
-    def without_these(top: Path, names: Iterable[str]) -> list[str]:
+    def without_these(top: Path, dtype: str) -> Needs:
         """What is needed of the base: all but the weights that files have."""
-        wanted = PIPELINE.choose(top, names)
-        return [name for name in wanted if not (name.split("/")[0] in held and "safetensors" in name)]
+        needs = PIPELINE.needs(top, dtype)
+        folders = {folder: None if folder in held else own for folder, own in needs.folders.items()}
+        components = [component for component in needs.components if component.folder not in held]
+        return replace(needs, components=components, folders=folders)
 
-    return download(repo, revision or None, (replace(PIPELINE, choose=without_these),))
+    return download(repo, (replace(PIPELINE, needs=without_these),), precision)
