@@ -203,7 +203,7 @@ def save_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Metadata
 
 def load_lazily(path: Path) -> dict[str, mx.array]:
     """The tensors of a safetensors file, each read when it is evaluated; until then the file stays open."""
-    tensors = mx.load(str(path))
+    tensors = mx.load(str(path), format="safetensors")  # whatever its name is
     assert isinstance(tensors, dict)
     return tensors
 

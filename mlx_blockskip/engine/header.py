@@ -55,7 +55,7 @@ def _parse_header(path: Path, file: BinaryIO, size: int) -> Header:
         raise UserError(f"{path}: {reason}")
     try:
         fields = json.loads(file.read(length))
-        metadata = fields.pop("__metadata__", {})
+        metadata = fields.pop("__metadata__", None) or {}  # MLX writes null where it has none
         entries = {}
         for name, field in fields.items():
             begin, end = field["data_offsets"]
