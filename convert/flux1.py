@@ -24,6 +24,9 @@ FILES = flux1_files.FILES
 ADAPTER_PREFIX = "transformer."
 """What diffusers puts before a module's path in a LoRA file; the paths themselves are ours."""
 
+ADAPTER_RULES = tuple(flux1_files.adapters())
+"""Layers that LoRA files call otherwise."""
+
 
 def components(configs: Mapping[str, Any]) -> list[Component]:
     """The components, from their configs (of CONFIGS) by folder."""

@@ -1,6 +1,8 @@
 """FLUX.1 in single files: Black Forest Labs' own, and those that ComfyUI keeps."""
 
+import re
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from mlx_blockskip.converters.encoder_files import AUTOENCODER_KL, CLIP_TEXT, T5
@@ -43,6 +45,26 @@ def black_forest_labs(names: Collection[str]) -> list[Rule]:
         rule(f"{single}.norm.query_norm", f"{block}.attn.norm_q"),
         rule(f"{single}.norm.key_norm", f"{block}.attn.norm_k"),
     ]
+
+
+def adapters() -> list[Rule]:
+    """The layers that LoRA files call otherwise than the transformer does: in Black Forest Labs' names, as MLX's
+    sequences number them (`layers.0`), by XLabs' attention processors, and mflux's feed-forwards.
+    """
+    found = black_forest_labs(())
+    numbered = r"\.(\d)$"
+    found += [
+        replace(r, theirs=re.sub(numbered, r".layers.\1", r.theirs)) for r in found if re.search(numbered, r.theirs)
+    ]
+    double, block = "double_blocks.{}.processor", "transformer_blocks.{}"
+    for number, (_, feed_forward, projection, out, _) in enumerate(STREAMS.values(), 1):
+        found.append(rule(f"{double}.qkv_lora{number}", *(f"{block}.attn.{projection.format(p)}" for p in "qkv")))
+        found.append(rule(f"{double}.proj_lora{number}", f"{block}.attn.{out}"))
+        found.append(rule(f"{block}.{feed_forward}.linear1", f"{block}.{feed_forward}.net.0.proj"))
+        found.append(rule(f"{block}.{feed_forward}.linear2", f"{block}.{feed_forward}.net.2"))
+    single, block = "single_blocks.{}.processor", "single_transformer_blocks.{}"
+    found.append(rule(f"{single}.qkv_lora", *(f"{block}.attn.to_{part}" for part in "qkv")))
+    return [*found, rule(f"{single}.proj_lora", f"{block}.proj_out")]
 
 
 def measured(shapes: Shapes) -> dict[str, Any]:

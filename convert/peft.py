@@ -1,4 +1,4 @@
-"""Names and layouts of LoRA files: ours (mlx-lm's) and diffusers' with PEFT.
+"""Our LoRA files (mlx-lm's names and layout) as diffusers with PEFT has them. `lora_files` reads theirs.
 
 Ours: `{module}.lora_a` (in, r), `{module}.lora_b` (r, out), one scale in adapter_config.json.
 Theirs: `{prefix}{module}.lora_A.weight` (r, in), `.lora_B.weight` (out, r), and alpha, either as `.alpha` tensors or
@@ -6,19 +6,9 @@ in the file's metadata; the strength is alpha / r. Where the module is a 1 x 1 c
 kernels of 1 x 1, with two axes more.
 """
 
-import json
-import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
-
-from mlx_blockskip.engine.errors import UserError
-
-METADATA = "lora_adapter_metadata"
-FACTOR = r"(.+?)\.(lora_A|lora_B|lora\.down|lora\.up)(?:\.default)?\.weight"
-LETTERS = {"lora_A": "A", "lora_B": "B", "lora.down": "A", "lora.up": "B"}  # the latter are diffusers' older names
 
 
 def to_peft(
@@ -45,54 +35,3 @@ def to_peft(
         if letter == "A" and scale != 1.0 and alphas:
             found[f"{prefix}{module}.alpha"] = mx.array(scale * value.shape[1], mx.float32)
     return found
-
-
-def from_peft(
-    tensors: Mapping[str, mx.array], metadata: Mapping[str, str], prefix: str, source: Path
-) -> tuple[dict[str, mx.array], list[str]]:
-    """Their tensors in our layout with alpha / r multiplied into the second factor, and the names that were left out.
-
-    Raises UserError where the file is in neither layout, or lacks one factor of a pair.
-    """
-    config = _config(metadata, prefix, source)
-    found: dict[str, mx.array] = {}
-    others = []
-    for name, value in tensors.items():
-        match = re.fullmatch(re.escape(prefix) + FACTOR, name)
-        if match is None:
-            if not name.endswith(".alpha"):
-                others.append(name)
-            continue
-        module, letter = match[1], LETTERS[match[2]]
-        if value.ndim == 4 and value.shape[2:] == (1, 1):
-            value = value[:, :, 0, 0]
-        value = value.astype(mx.float32).T
-        if letter == "B":
-            value = value * (_alpha(tensors, config, prefix + module, module, value.shape[0]) / value.shape[0])
-        found[f"{module}.lora_{letter.lower()}"] = mx.contiguous(value)
-    if not found:
-        example = next(iter(tensors), "nothing")
-        raise UserError(
-            f"{source}: not a LoRA of diffusers or of this tool (it holds {example}); export it for diffusers"
-        )
-    return found, others
-
-
-def _config(metadata: Mapping[str, str], prefix: str, source: Path) -> dict[str, object]:
-    try:
-        config = json.loads(metadata.get(METADATA, "{}"))
-    except ValueError as error:
-        raise UserError(f"{source}: its metadata {METADATA} is not JSON ({error}); export it again") from None
-    return {key.removeprefix(prefix): value for key, value in config.items()}
-
-
-def _alpha(tensors: Mapping[str, mx.array], config: Mapping[str, object], path: str, module: str, rank: int) -> float:
-    if f"{path}.alpha" in tensors:
-        return float(np.array(tensors[f"{path}.alpha"], np.float32))
-    pattern = config.get("alpha_pattern")
-    if isinstance(pattern, dict):
-        for key, value in pattern.items():
-            if module == key or module.endswith("." + key):
-                return float(value)
-    alpha = config.get("lora_alpha", rank)
-    return float(alpha) if isinstance(alpha, (int, float)) else float(rank)

@@ -30,6 +30,9 @@ ADAPTER_POINTWISE = ("ff.conv_inverted", "ff.conv_point")
 ADAPTER_ALPHAS = False
 """SanaPipeline refuses a LoRA file with other tensors than the factors."""
 
+ADAPTER_RULES = (*sana_files.nvidia(()), *sana_files.nvidia(("cfg_embedder.",)))
+"""Layers that LoRA files call otherwise: in the names of NVIDIA's own code, and of SANA-Sprint's embedders."""
+
 
 def components(configs: Mapping[str, Any]) -> list[Component]:
     """The components, from their configs (of CONFIGS) by folder."""

@@ -66,7 +66,7 @@ class Whole:
         rows = rows.astype(mx.float32)
         if factors is not None:
             a, b = factors
-            rows = rows + b[:, start:stop].T @ a.T
+            rows = rows + (b[:, start:stop].T @ a.T).reshape(rows.shape)
         return rows.astype(dtypes.mlx_dtype(self.dtype(name)))
 
 

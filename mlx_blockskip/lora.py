@@ -6,8 +6,9 @@ mlx-lm's: the module's path, then `.lora_a` or `.lora_b`.
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,12 +17,71 @@ import numpy as np
 from mlx_blockskip.engine import dtypes, philox
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.reader import BlockReader
+from mlx_blockskip.engine.shards import Factors
 from mlx_blockskip.engine.stack import Apply, Context, Mask, Modulation, Stack, State, Trainable, Weights
+from mlx_blockskip.models.family import DiffusionModel
 
 Tree = dict[int, dict[str, mx.array]]
 
 PHILOX_KEY = 0x10A
 """Keeps the factors' random stream apart from the samples' (which are keyed by their number)."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA that is not trained further. tree: what the blocks add as they work. merged: by full name the layers whose
+    weights are read with it (`worn`): those outside of the blocks, and modulation.
+    """
+
+    tree: Tree = field(default_factory=dict)
+    merged: Mapping[str, Factors] = field(default_factory=dict)
+
+    def layers(self, stack: Stack) -> dict[str, Factors]:
+        """Both factors of every layer, by its full name."""
+        return {**layers(self.tree, stack), **self.merged}
+
+    def checksum(self) -> str:
+        """A checksum of all factors, in order."""
+        return checksum(self.tree, self.merged)
+
+
+def divided(
+    found: Mapping[str, Factors], stack: Stack, choices: Mapping[str, Mapping[str, tuple[str, ...]]]
+) -> Adapter:
+    """An adapter of these layers (by full name). choices: the family's, whose modules apply a tree themselves."""
+    places = {
+        block.prefix + module: (index, module)
+        for index in stack.path
+        for block in (stack.block(index),)
+        for choice in choices.values()
+        for module in choice.get(block.kind.name, ())
+        if not block.kind.is_modulation(f"{module}.")
+    }
+    tree: Tree = {}
+    for name in found.keys() & places.keys():
+        tree.setdefault(places[name][0], {})
+    for name in found:
+        if name in places:
+            index, module = places[name]
+            tree[index] |= dict(zip((f"{module}.lora_a", f"{module}.lora_b"), found[name], strict=True))
+    return Adapter(dict(sorted(tree.items())), {name: both for name, both in found.items() if name not in places})
+
+
+@contextmanager
+def worn(model: DiffusionModel, adapter: Adapter) -> Iterator[Tree]:
+    """Inside, the model's weights are read with what the adapter adds to them; yields the tree for its blocks."""
+    if not adapter.merged:
+        yield adapter.tree
+        return
+    shards = model.reader.shards
+    model.release()
+    mx.eval(list(adapter.merged.values()))  # weights are read in another thread, which has no part in unfinished work
+    shards.added = adapter.merged
+    try:
+        yield adapter.tree
+    finally:
+        shards.added = {}
+        model.release()
 
 
 def targets(choices: Mapping[str, Mapping[str, tuple[str, ...]]], choice: str) -> Mapping[str, tuple[str, ...]]:
@@ -96,6 +156,19 @@ def scaled(tree: Trainable, scale: float) -> dict[str, mx.array]:
     return {name: value * scale if name.endswith(".lora_b") else value for name, value in tree.items()}
 
 
+def together(adapters: Sequence[Adapter], scales: Sequence[float]) -> Adapter:
+    """One adapter that adds up several, each with its scale."""
+    merged: dict[str, Factors] = {}
+    for adapter, scale in zip(adapters, scales, strict=True):
+        for name, (a, b) in adapter.merged.items():
+            first = merged.get(name)
+            both = (a, b * scale)
+            if first is not None:
+                both = mx.concatenate([first[0], a], axis=1), mx.concatenate([first[1], both[1]], axis=0)
+            merged[name] = both
+    return Adapter(combine([adapter.tree for adapter in adapters], scales), merged)
+
+
 def combine(trees: Sequence[Tree], scales: Sequence[float]) -> Tree:
     """One tree that adds up several adapters, each with its scale: their factors side by side (ranks add up)."""
     found: Tree = {}
@@ -113,7 +186,7 @@ def flatten(tree: Tree, stack: Stack) -> dict[str, mx.array]:
     return {stack.block(i).prefix + name: value for i, factors in tree.items() for name, value in factors.items()}
 
 
-def layers(tree: Tree, stack: Stack) -> dict[str, tuple[mx.array, mx.array]]:
+def layers(tree: Tree, stack: Stack) -> dict[str, Factors]:
     """Both factors of every layer, by its full name (`transformer_blocks.0.attn.to_q`)."""
     flat = flatten(tree, stack)
     modules = [name.removesuffix(".lora_a") for name in flat if name.endswith(".lora_a")]
@@ -151,11 +224,15 @@ def check(tree: Tree, reader: BlockReader, source: Path) -> None:
                 )
 
 
-def checksum(tree: Tree) -> str:
-    """A checksum of all factors, in order."""
+def checksum(tree: Tree, merged: Mapping[str, Factors] | None = None) -> str:
+    """A checksum of all factors, in order. merged: as an `Adapter` has them."""
     state = hashlib.sha256()
     for index, factors in sorted(tree.items()):
         for name, value in factors.items():
             state.update(f"{index} {name} {value.shape}".encode())
+            state.update(dtypes.raw_bytes(value))
+    for module, factors_of in (merged or {}).items():
+        for value in factors_of:
+            state.update(f"{module} {value.shape}".encode())
             state.update(dtypes.raw_bytes(value))
     return state.hexdigest()

@@ -1,6 +1,6 @@
 """A component's weights on disk: one shard a block, read lazily, verified once."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from hashlib import sha256
@@ -16,6 +16,9 @@ from mlx_blockskip.engine.errors import UserError
 INDEX = "model.safetensors.index.json"
 
 
+Factors = tuple[mx.array, mx.array]
+"""(in, r) and (r, out), float32: what is added to a layer's weight is their product, transposed."""
+
 Room = Callable[[Sequence[int]], int]
 """`(bytes of the tensors that are still to be read, in order) -> how many of them are read together`, at least one."""
 
@@ -23,7 +26,8 @@ Room = Callable[[Sequence[int]], int]
 class Shards:
     """The tensors of one component directory (config.json, index, shards). Nothing is read before it is asked for.
 
-    A shard's checksum is verified once, at its first read.
+    A shard's checksum is verified once, at its first read. added: factors by module; `load` reads these layers with
+    their product added, whole where they are quantized. What is stored is not changed by it, nor `identity`.
     Raises UserError for a missing, truncated or altered file.
     """
 
@@ -35,6 +39,7 @@ class Shards:
         metadata = index.get("metadata", {})
         self.checksums: dict[str, str] = metadata.get("sha256", {})
         self.group_sizes: dict[str, int] = metadata.get("group_sizes", {})
+        self.added: Mapping[str, Factors] = {}
         self._headers: dict[str, files.Header] = {}
         self._verified: set[str] = set()
 
@@ -58,8 +63,8 @@ class Shards:
         return tuple(self._entry(name).shape)
 
     def nbytes(self, names: Iterable[str]) -> int:
-        """Bytes that the tensors take, on disk and in memory."""
-        return sum(self._entry(name).nbytes for name in names)
+        """Bytes that the tensors take in memory, and on disk where nothing is added to them."""
+        return sum(self._whole_bytes(name) if self.added else self._entry(name).nbytes for name in names)
 
     def load(self, names: Iterable[str], room: Room | None = None) -> dict[str, mx.array]:
         """Read these tensors and no others, evaluated when this returns; as many together as there is room for."""
@@ -73,7 +78,34 @@ class Shards:
                     mx.eval(left[:count])
                     del left[:count]
             found |= part
+        for module in self.added.keys() & {name.removesuffix(".weight") for name in found}:
+            self._add(module, found)
         return found
+
+    def _add(self, module: str, found: dict[str, mx.array]) -> None:
+        """Put in place of a layer's weight what it is with its factors, computed in float32 and rounded once."""
+        name = f"{module}.weight"
+        weight = stored = found[name]
+        if (scales := found.pop(f"{module}.scales", None)) is not None:
+            biases, stored = found.pop(f"{module}.biases"), scales
+            group_size = self.group_sizes[module]
+            bits = weight.shape[1] * 32 // (scales.shape[1] * group_size)
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+            weight = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits)
+        a, b = self.added[module]
+        whole = weight.astype(mx.float32) + (b.T @ a.T).reshape(weight.shape)
+        found[name] = whole.astype(stored.dtype)
+        mx.eval(found[name])
+
+    def _whole_bytes(self, name: str) -> int:
+        """Bytes of a tensor as `load` returns it: with a layer that is made whole no scales and biases come."""
+        module, _, kind = name.rpartition(".")
+        if module not in self.added or (module not in self.group_sizes) or kind == "bias":
+            return self._entry(name).nbytes
+        if kind != "weight":
+            return 0
+        scales = self._entry(f"{module}.scales")
+        return scales.nbytes * self.group_sizes[module]
 
     def lazily(self, names: Iterable[str]) -> dict[str, mx.array]:
         """These tensors, each read when it is evaluated."""

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 from PIL import Image as PillowImage
 
+from mlx_blockskip import lora
 from mlx_blockskip.engine import files, limits
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, emit
@@ -35,13 +36,14 @@ def generate(settings: GenerateSettings) -> list[Path]:
     emit(Note(described(limits.in_force())))
     config = replace(draw_config(settings, model), n_images=settings.n_images)
     check_generation(config, model, len(targets))
-    tree = load_adapters(model, settings.adapter_path, settings.lora_scale)
+    adapter = load_adapters(model, settings.adapter_path, settings.lora_scale)
     noises = read_noise(settings, config, model, len(targets))
     shots = []
     for i, (noise, target) in enumerate(zip(noises, targets, strict=True)):
         prompt = prompts[i // settings.n_images]
         shots.append(Shot(prompt, noise, target, record(settings, config, prompt, settings.seed + i)))
-    draw(model, config, shots, tree)
+    with lora.worn(model, adapter) as tree:
+        draw(model, config, shots, tree)
     return targets
 
 

@@ -1,6 +1,5 @@
 """LoRA files of diffusers and PEFT: ours load there, theirs load here, and the images are the same."""
 
-import json
 import shutil
 
 import mlx.core as mx
@@ -9,12 +8,12 @@ import pytest
 from PIL import Image
 
 from mlx_blockskip import export, generate
-from mlx_blockskip.converters.peft import from_peft, to_peft
+from mlx_blockskip.converters.peft import to_peft
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.tasks.checkpoint.adapters import save_adapter
-from support.compare import assert_same_image, same_bits
+from support.compare import assert_same_image
 from support.golden import GOLDEN, PROMPTS
 from support.models import assets, random_tree
 
@@ -90,8 +89,23 @@ def test_diffusers_loads_our_export_and_gives_our_image(tmp_path, tiny_flux, pla
     assert np.array_equal(our_images(tmp_path, tiny_flux, [adapter], memory_budget="0"), ours)
 
 
-@pytest.mark.parametrize("alpha", [4, 8])
-def test_a_lora_of_diffusers_and_peft_gives_the_same_image_here(tmp_path, tiny_flux, alpha):
+INSIDE = ["to_q", "to_k", "to_out.0", "add_v_proj", "ff.net.0.proj", "proj_mlp", "proj_out"]
+MODULATION = ["norm1.linear", "norm1_context.linear", "norm.linear"]
+OUTSIDE = ["x_embedder", "context_embedder", "linear_1", "linear_2", "norm_out.linear"]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "modules", "options"),
+    [
+        (4, INSIDE + MODULATION + OUTSIDE, {"use_rslora": True}),
+        (
+            4,
+            INSIDE,
+            {"alpha_pattern": {r"transformer_blocks\.\d+\.attn\.to_[qk]": 12}, "rank_pattern": {"proj_mlp": 2}},
+        ),
+    ],
+)
+def test_a_lora_of_diffusers_and_peft_gives_the_same_image_here(tmp_path, tiny_flux, plain, alpha, modules, options):
     torch, pipe = pipeline()
     pytest.importorskip("peft")
     from diffusers import FluxPipeline
@@ -100,20 +114,20 @@ def test_a_lora_of_diffusers_and_peft_gives_the_same_image_here(tmp_path, tiny_f
     from peft.utils import get_peft_model_state_dict
 
     torch.manual_seed(0)
-    modules = ["to_q", "to_k", "to_out.0", "add_v_proj", "ff.net.0.proj", "proj_mlp", "proj_out"]
-    pipe.transformer.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=modules, init_lora_weights=False))
-    with torch.no_grad():  # the final proj_out is outside of the blocks, which this project does not adapt
-        for name, module in pipe.transformer.named_modules():
+    config = LoraConfig(r=4, lora_alpha=alpha, target_modules=modules, init_lora_weights=False, **options)
+    pipe.transformer.add_adapter(config)
+    with torch.no_grad():
+        for module in pipe.transformer.modules():
             if hasattr(module, "lora_B"):
-                module.lora_B["default"].weight.mul_(0.0 if name == "proj_out" else 0.3)
+                module.lora_B["default"].weight.mul_(0.3)
     state = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.transformer))
-    state = {name: value for name, value in state.items() if not name.startswith("proj_out")}
     from diffusers.training_utils import _collate_lora_metadata
 
     FluxPipeline.save_lora_weights(
         tmp_path / "theirs", transformer_lora_layers=state, **_collate_lora_metadata({"transformer": pipe.transformer})
     )
     theirs = their_images(torch, pipe)
+    assert np.abs(theirs - plain).max() > 5
     ours = our_images(tmp_path, tiny_flux, [tmp_path / "theirs"])
     assert_same_image("LoRA of diffusers + peft", ours, theirs)
 
@@ -134,16 +148,6 @@ def test_alpha_is_written_once(tmp_path):
     assert "p.m.alpha" not in to_peft(tensors, 1.0, "p.")
     scaled = to_peft(tensors, 0.5, "p.")
     assert float(scaled["p.m.alpha"]) == 1.0
-    back, others = from_peft(scaled, {}, "p.", tmp_path)
-    assert same_bits(back["m.lora_b"], tensors["m.lora_b"] * 0.5)
-    assert others == []
-
-
-def test_alpha_in_the_metadata_is_read(tmp_path):
-    tensors = to_peft({"m.lora_a": mx.ones((4, 2)), "m.lora_b": mx.ones((2, 3))}, 1.0, "t.")
-    config = {"t.r": 2, "t.lora_alpha": 6, "t.alpha_pattern": {"other": 1}}
-    back, _ = from_peft(tensors, {"lora_adapter_metadata": json.dumps(config)}, "t.", tmp_path)
-    assert float(back["m.lora_b"][0, 0]) == 3.0
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path, tiny_flux):

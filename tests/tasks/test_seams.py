@@ -72,8 +72,8 @@ def test_a_prelude_changes_the_image_and_takes_an_adapter(toy, toy_with_prelude,
     files.save_tensors(tmp_path / "a" / "adapters.safetensors", lora.flatten(tree, model.stack))
     files.write_json(tmp_path / "a" / "adapter_config.json", {"format": 1, "family": "toy", "scale": 1.0})
     loaded, _ = load_adapter(model, tmp_path / "a")
-    assert list(loaded) == list(model.stack.path) == [-2, -1, 0, 1, 2, 3, 4]
-    assert all(same_bits(loaded[b][n], tree[b][n]) for b in tree for n in tree[b])
+    assert list(loaded.tree) == list(model.stack.path) == [-2, -1, 0, 1, 2, 3, 4]
+    assert all(same_bits(loaded.tree[b][n], tree[b][n]) for b in tree for n in tree[b])
     images = []
     cases = [(toy, []), (toy_with_prelude, []), (toy_with_prelude, [str(tmp_path / "a")])]
     for number, (path, adapter) in enumerate(cases):

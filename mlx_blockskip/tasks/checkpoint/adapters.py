@@ -1,35 +1,42 @@
-"""Adapters on disk: our directory, and the LoRA files of diffusers; one tree that adds them up."""
+"""Adapters on disk: our directory, and the LoRA files of other tools; one adapter that adds them up."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_blockskip import lora
-from mlx_blockskip.converters.peft import from_peft, to_peft
+from mlx_blockskip.converters import lora_files, lora_scales
+from mlx_blockskip.converters.lora_layers import Layers
+from mlx_blockskip.converters.peft import to_peft
 from mlx_blockskip.converters.run import load_table
-from mlx_blockskip.engine import files
+from mlx_blockskip.engine import files, listing
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Saved, Warning, emit
 from mlx_blockskip.models.family import DiffusionModel
-from mlx_blockskip.models.registry import read_config
+from mlx_blockskip.models.registry import family_named, read_config
 from mlx_blockskip.settings import ExportSettings
 
 TENSORS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
 PEFT_FILE = "pytorch_lora_weights.safetensors"
+PEFT_TENSORS = "adapter_model.safetensors"
+PEFT_TYPE = "peft_type"
+"""What PEFT's adapter_config.json says, and ours does not."""
+
+SUFFIXES = (".safetensors", ".sft")
 
 
-def load_adapters(model: DiffusionModel, paths: Sequence[str], scales: Sequence[float]) -> lora.Tree:
-    """One tree for the given adapters, each with its strength (1 where `scales` is shorter). Raises UserError."""
+def load_adapters(model: DiffusionModel, paths: Sequence[str], scales: Sequence[float]) -> lora.Adapter:
+    """One adapter of those given, each with its strength (1 where `scales` is shorter). Raises UserError."""
     check_strengths(paths, scales)
-    trees, strengths = [], []
+    adapters, strengths = [], []
     for i, path in enumerate(paths):
-        tree, scale = load_adapter(model, Path(path).expanduser())
-        trees.append(tree)
+        adapter, scale = load_adapter(model, Path(path).expanduser())
+        adapters.append(adapter)
         strengths.append(scale * (scales[i] if i < len(scales) else 1.0))
-    return lora.combine(trees, strengths)
+    return lora.together(adapters, strengths)
 
 
 def check_strengths(paths: Sequence[Any], scales: Sequence[float]) -> None:
@@ -38,21 +45,58 @@ def check_strengths(paths: Sequence[Any], scales: Sequence[float]) -> None:
         raise UserError(f"--lora-scale is given {len(scales)} times for {len(paths)} adapters; give one for each")
 
 
-def load_adapter(model: DiffusionModel, path: Path) -> tuple[lora.Tree, float]:
+def load_adapter(model: DiffusionModel, path: Path) -> tuple[lora.Adapter, float]:
     """An adapter's factors and its own scale, checked against the model's layers."""
-    if (path / CONFIG).is_file():
-        file, scale = path / TENSORS, float(files.read_json(path / CONFIG).get("scale", 1.0))
-        tensors = read_tensors(file)
+    family = family_named(read_config(model.path)["family"])
+    file, config = located(path)
+    if config is not None and PEFT_TYPE not in config:
+        tree = lora.unflatten(read_tensors(file), model.stack, file)
+        lora.check(tree, model.reader, file)
+        return lora.divided(lora.layers(tree, model.stack), model.stack, family.lora_targets), scale_of(config, file)
+    tensors = read_tensors(file)
+    layers = Layers(model.reader.shards, getattr(load_table(family.name), "ADAPTER_RULES", ()))
+    if config is None:
+        strengths = lora_scales.from_metadata(files.read_header(file).metadata, file)
     else:
-        file, scale = (path / PEFT_FILE if path.is_dir() else path), 1.0
-        theirs = read_tensors(file)
-        prefix = load_table(read_config(model.path)["family"]).ADAPTER_PREFIX
-        tensors, others = from_peft(theirs, files.read_header(file).metadata, prefix, file)
-        if others:
-            emit(Warning(f"{file}: {len(others)} tensors are not used ({others[0]} ...)"))
-    tree = lora.unflatten(tensors, model.stack, file)
-    lora.check(tree, model.reader, file)
-    return tree, scale
+        strengths = lora_scales.from_config(config, file.parent / CONFIG)
+    entries, left_out = lora_files.read(tensors, strengths, layers, file)
+    if left_out:
+        emit(Warning(f"{file}: its {len(left_out)} tensors for text encoders are left out ({left_out[0]} ...)"))
+    found = {entry.module: (entry.a, entry.b) for entry in entries}
+    return lora.divided(found, model.stack, family.lora_targets), 1.0
+
+
+def located(path: Path) -> tuple[Path, dict[str, Any] | None]:
+    """The file of tensors that a path stands for: it may be a file by any name, our directory, PEFT's, or one with a
+    single LoRA file in it; and what the adapter_config.json beside it says, where that is of the same adapter.
+    """
+    config = path if path.is_dir() else path.parent
+    known = {TENSORS, PEFT_TENSORS}
+    found = None
+    if (config / CONFIG).is_file() and (path.is_dir() or path.name in known):
+        found = files.read_json(config / CONFIG)
+        if not isinstance(found, dict):
+            raise UserError(f"{config / CONFIG}: describes no adapter; get the directory again")
+    if not path.is_dir():
+        return path, found
+    if found is not None:
+        return path / (PEFT_TENSORS if PEFT_TYPE in found else TENSORS), found
+    for name in (PEFT_FILE, PEFT_TENSORS):
+        if (path / name).is_file():
+            return path / name, None
+    held = [file for file in listing.visible(path) if file.suffix.lower() in SUFFIXES and file.is_file()]
+    if len(held) > 1:
+        names = ", ".join(sorted(file.name for file in held))
+        raise UserError(f"{path}: has several LoRA files ({names}); give the path of one of them")
+    return (held[0] if held else path / PEFT_FILE), None
+
+
+def scale_of(config: Mapping[str, Any], file: Path) -> float:
+    """The scale that our adapter_config.json records. Raises UserError where it is no number."""
+    try:
+        return float(config.get("scale", 1.0))
+    except (TypeError, ValueError):
+        raise UserError(f"{file.parent / CONFIG}: scale is {config['scale']!r} and has to be a number") from None
 
 
 def read_tensors(file: Path) -> dict[str, mx.array]:

@@ -32,10 +32,10 @@ def fuse(settings: FuseSettings) -> Path:
     if not name:
         raise UserError(f"{paths[0]}: does not say which model it is for; give --model")
     model = open_model(resolve(str(name)))
-    tree, fused = _load(model, str(name), paths, settings.lora_scale)
+    adapter, fused = _load(model, str(name), paths, settings.lora_scale)
     config = read_config(model.path)
     config = {**config, "fused": [*config.get("fused", []), *fused]}
-    whole = Whole(model.reader.shards, lora.layers(tree, model.stack))
+    whole = Whole(model.reader.shards, adapter.layers(model.stack))
     if settings.to == "hf":
         folder = model.reader.shards.path.name
         write_hugging_face(model.path, target, added={folder: whole.added}, config=config)
@@ -53,22 +53,22 @@ def _recorded(adapter: Path) -> dict[str, Any]:
 
 def _load(
     model: DiffusionModel, name: str, paths: Sequence[Path], strengths: Sequence[float]
-) -> tuple[lora.Tree, list[dict[str, Any]]]:
-    """One tree of all adapters, and what is recorded of each."""
-    family, trees, scales, fused = read_config(model.path)["family"], [], [], []
+) -> tuple[lora.Adapter, list[dict[str, Any]]]:
+    """One adapter of all, and what is recorded of each."""
+    family, adapters, scales, fused = read_config(model.path)["family"], [], [], []
     for number, path in enumerate(paths):
         recorded = _recorded(path)
         if recorded.get("family", family) != family:
             raise UserError(f"{path}: is an adapter for {recorded['family']}, and {name} is a model of {family}")
         if recorded.get("base_model_identity", model.identity) != model.identity:
             emit(Warning(f"{path}: was trained on another model than {name}, or on another precision of it"))
-        tree, scale = load_adapter(model, path)
+        adapter, scale = load_adapter(model, path)
         strength = strengths[number] if number < len(strengths) else 1.0
-        trees.append(tree)
+        adapters.append(adapter)
         scales.append(scale * strength)
         said: dict[str, Any] = {key: recorded[key] for key in ("base_model_identity", "captions") if key in recorded}
-        fused.append({"adapter": str(path), "scale": scale * strength, "factors": lora.checksum(tree), **said})
-    return lora.combine(trees, scales), fused
+        fused.append({"adapter": str(path), "scale": scale * strength, "factors": adapter.checksum(), **said})
+    return lora.together(adapters, scales), fused
 
 
 def write_fused(source: Path, target: Path, whole: Whole, config: dict[str, Any], dequantize: bool) -> None:

@@ -59,9 +59,9 @@ class Evaluation:
 @traced
 def evaluate(settings: EvaluateSettings) -> Evaluation:
     """Generate images with an adapter, compare them, and write what is found beside them. See `EvaluateSettings`."""
-    adapter = Path(settings.adapter_path).expanduser()
-    check(settings, adapter)
-    recorded = files.read_json(adapter / CONFIG) if (adapter / CONFIG).is_file() else {}
+    place = Path(settings.adapter_path).expanduser()
+    check(settings, place)
+    recorded = files.read_json(place / CONFIG) if (place / CONFIG).is_file() else {}
     settings = from_adapter(settings, recorded)
     dataset = load_dataset(Path(settings.data or "").expanduser(), "")
     for text in dataset.warnings:
@@ -72,25 +72,26 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
 
     model = open_named(settings.model or "", budget_of(settings.memory_budget))
     if recorded.get("base_model_identity", model.identity) != model.identity:
-        emit(Warning(f"{adapter}: was trained on another model than {settings.model}, or on another precision of it"))
+        emit(Warning(f"{place}: was trained on another model than {settings.model}, or on another precision of it"))
     settings, prompts = complete_prompts(settings, given, model)
     how = draw_config(settings, model)
     check_generation(how, model, 1)
     vision = encoders.vision_encoder(settings.vision_model, model.path)
     clip = encoders.clip_encoder(settings.clip_model, model.path)
-    tree = load_adapters(model, [settings.adapter_path], [settings.lora_scale])
+    adapter = load_adapters(model, [settings.adapter_path], [settings.lora_scale])
     emit(Note(f'the subject is called "{subject.phrase}", and "{subject.noun}" where texts are compared'))
     identities = {
-        "model": model.identity, "adapter": lora.checksum(tree), "data": dataset.identity,
+        "model": model.identity, "adapter": adapter.checksum(), "data": dataset.identity,
         "vision": vision.identity, "clip": clip.identity,
     }  # fmt: skip
-    output = Path(settings.output).expanduser() if settings.output else evaluation_directory(adapter)
+    output = Path(settings.output).expanduser() if settings.output else evaluation_directory(place)
     plan = Plan(settings, how, subject, output, identities)
     with alone(output / ".lock"):
         by_adapted, by_base = (plan.pictures(prompts, adapted=adapted) for adapted in (True, False))
         kept = {"adapter_path": [settings.adapter_path], "lora_scale": [settings.lora_scale]}
-        make(model, how, [*by_adapted.subject, *by_adapted.others], tree, {"model": settings.model, **kept})
-        del tree
+        with lora.worn(model, adapter) as tree:
+            make(model, how, [*by_adapted.subject, *by_adapted.others], tree, {"model": settings.model, **kept})
+        del adapter, tree
         make(model, how, [*by_base.subject, *by_base.others], {}, {"model": settings.model})
         found = compare(dataset, by_adapted, by_base, vision, clip)
         report = {**plan.report(), **found}

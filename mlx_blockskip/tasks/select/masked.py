@@ -45,10 +45,10 @@ class Series:
         return self.directory / f"prompt{prompt}-seed{seed}-{mask}.png"
 
 
-def make(model: DiffusionModel, series: Series, tree: lora.Tree) -> None:
+def make(model: DiffusionModel, series: Series, adapter: lora.Adapter) -> None:
     """Write the images that are not there yet; those made from something else are removed first."""
     made_from: dict[str, Any] = series.how.recorded()
-    made_from |= {"model": model.identity, "adapter": lora.checksum(tree), "prompts": list(series.prompts)}
+    made_from |= {"model": model.identity, "adapter": adapter.checksum(), "prompts": list(series.prompts)}
     owned.begin(series.directory, IMAGES, made_from)
     width, height = series.how.width, series.how.height
     missing = [
@@ -58,8 +58,9 @@ def make(model: DiffusionModel, series: Series, tree: lora.Tree) -> None:
         if not (path := series.path(prompt, seed, name)).is_file()
     ]
     size = images_at_once(series.how, model, min(WAITING, len(missing))) if missing else 1
-    for start in range(0, len(missing), size):
-        draw(model, series.how, missing[start : start + size], tree, shown=False)
+    with lora.worn(model, adapter) as tree:
+        for start in range(0, len(missing), size):
+            draw(model, series.how, missing[start : start + size], tree, shown=False)
 
 
 def distances(series: Series, encoder: Encoder, full: str) -> list[dict[str, float]]:

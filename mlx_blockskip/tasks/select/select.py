@@ -41,11 +41,11 @@ class Selection:
 
 @dataclass(frozen=True)
 class Subjects:
-    """What is measured: a model with each of these adapters (trees; {} is the base model). k: the most to skip."""
+    """What is measured: a model with each of these adapters (an empty one is the base model). k: the most to skip."""
 
     settings: SelectSettings
     model: DiffusionModel
-    trees: Sequence[lora.Tree]
+    adapters: Sequence[lora.Adapter]
     dataset: Dataset | None
     k: int
     images: Path
@@ -65,18 +65,16 @@ def select(settings: SelectSettings) -> Selection:
     model = open_named(settings.model, budget_of(settings.memory_budget))
     depth = model.stack.depth
     k = largest(settings.skip_ratio, depth)
-    trees: list[lora.Tree] = []
-    for path in settings.adapter_path:
-        trees.append(load_adapters(model, [path], []))
+    adapters = [load_adapters(model, [path], []) for path in settings.adapter_path]
     images = target.with_name(f"{target.stem}_images")
     measure = {"probe": by_probe, "generate": by_images, "sliding": by_windows}[settings.method]
-    table, measured = measure(Subjects(settings, model, trees or [{}], dataset, k, images))
+    table, measured = measure(Subjects(settings, model, adapters or [lora.Adapter()], dataset, k, images))
     record = {
         "format": 1,
         "method": settings.method,
         "model": settings.model,
         "model_identity": model.identity,
-        "adapters": [lora.checksum(tree) for tree in trees],
+        "adapters": [adapter.checksum() for adapter in adapters],
         "data": dataset.identity if dataset else None,
         "settings": {key: value for key, value in to_mapping(settings).items() if key not in LEFT_OUT},
         "depth": depth,
@@ -95,7 +93,7 @@ def by_probe(subjects: Subjects) -> Measured:
     """Distances of predicted velocities; nothing is generated."""
     assert subjects.dataset is not None
     probe = probe_settings(subjects.settings, subjects.model, subjects.k)
-    tables, (done, alone) = probe_subject(subjects.model, subjects.dataset, probe, subjects.trees)
+    tables, (done, alone) = probe_subject(subjects.model, subjects.dataset, probe, subjects.adapters)
     emit(Note(f"{done} block evaluations; {alone} without sharing what variants have in common"))
     measurements = [_curves(table, {"adapter": number}) for number, table in enumerate(tables)]
     counts = {"evaluations": done, "evaluations_without_sharing": alone}
@@ -191,12 +189,12 @@ def masked_images(
     full = next(iter(masks))
     seeds = range(settings.seed, settings.seed + settings.n_images)
     found: list[tuple[dict[str, Any], dict[str, float]]] = []
-    for number, tree in enumerate(subjects.trees):
+    for number, adapter in enumerate(subjects.adapters):
         prompts = prompts_of(settings, number, subjects.dataset)
         how = draw_config(settings, model)
         check_generation(how, model, 1)
         series = Series(prompts, seeds, masks, how, subjects.images / f"adapter{number}")
-        make(model, series, tree)
+        make(model, series, adapter)
         measured = distances(series, encoder, full)
         for (prompt, seed), one in zip(series.places, measured, strict=True):
             found.append(({"adapter": number, "prompt": prompts[prompt], "seed": seed}, one))

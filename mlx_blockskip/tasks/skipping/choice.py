@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
+from mlx_blockskip import lora
 from mlx_blockskip.blockskip import plan as plans
 from mlx_blockskip.blockskip import selection
 from mlx_blockskip.blockskip.plan import SkipPlan
@@ -58,7 +59,7 @@ def probed_plan(
     found = files.read_json(path) if path.is_file() else {}
     if any(found.get(key) != value for key, value in made_from.items()):
         emit(Note(f"Probing which blocks to skip at a ratio of {ratio:g}; --plan even takes both ends alike instead"))
-        (table,), _ = probe_subject(model, dataset, probe, [{}])
+        (table,), _ = probe_subject(model, dataset, probe, [lora.Adapter()])
         found = {"format": 1, "method": "probe", **made_from, **selection.as_json(table, depth)}
         files.write_json(path, found)
     return plans.from_selection(found, ratio, depth, path)

@@ -52,9 +52,9 @@ def noise_levels(count: int, shift: float) -> list[float]:
 
 
 def probe_subject(
-    model: DiffusionModel, dataset: Dataset, settings: ProbeSettings, trees: Sequence[lora.Tree]
+    model: DiffusionModel, dataset: Dataset, settings: ProbeSettings, adapters: Sequence[lora.Adapter]
 ) -> tuple[list[Distances], tuple[int, int]]:
-    """A table for each adapter (trees; {} is the base model), and block evaluations: done, and without sharing."""
+    """A table for each adapter (an empty one is the base model), and block evaluations: done, and without sharing."""
     examples = dataset.examples[: settings.images]
     latents = _encode_images(model, examples, settings.side)
     captions = list(dict.fromkeys(example.caption for example in examples))
@@ -63,19 +63,21 @@ def probe_subject(
         track.step(len(captions))
     sigmas = noise_levels(settings.levels, flow.training_shift(model.scheduler))
     tables, done = [], 0
-    with phase("probe", model.stack.depth * len(trees), "block", release=model.release) as track:
-        samples, heads = _samples(model, examples, latents, encoded, sigmas, settings)
+    with phase("probe", model.stack.depth * len(adapters), "block", release=model.release) as track:
+        samples: list[Batch] = []
+        heads: list[Modulation] = []
 
         def velocity(i: int, state: State) -> mx.array:
             return model.final_layer(state, samples[i].context, heads[i])
 
-        for number, tree in enumerate(trees):
-            waiting = [Batch(sample.state, sample.context, sample.modulation) for sample in samples]
-            with TemporaryDirectory(prefix="mlx-blockskip-") as directory:
+        for number, adapter in enumerate(adapters):
+            with lora.worn(model, adapter) as tree, TemporaryDirectory(prefix="mlx-blockskip-") as directory:
+                if not samples or adapter.merged or adapters[number - 1].merged:
+                    samples, heads = _samples(model, examples, latents, encoded, sigmas, settings)
                 found = selection.probe(
                     model.stack,
                     model.reader,
-                    waiting,
+                    [Batch(sample.state, sample.context, sample.modulation) for sample in samples],
                     settings.k,
                     stride=settings.stride,
                     trainable=tree,
@@ -85,7 +87,7 @@ def probe_subject(
             tables.append(selection.mean([selection.collect(one, settings.k) for one in found.distances]))
             done += found.evaluations
             track.step((number + 1) * model.stack.depth)
-    alone = selection.evaluations(model.stack.depth, settings.k, settings.stride)[1] * len(samples) * len(trees)
+    alone = selection.evaluations(model.stack.depth, settings.k, settings.stride)[1] * len(samples) * len(adapters)
     return tables, (done, alone)
 
 
