@@ -107,7 +107,7 @@ def _entries(
     else:
         scale = strengths.of(lora_keys.stripped(layer), rank)
     if target.swapped:
-        b = mx.concatenate(mx.split(b, 2, axis=1)[::-1], axis=1)
+        b = mx.concatenate(list(reversed(mx.split(b, 2, axis=1))), axis=1)
     first, a = 0, mx.contiguous(a)
     for module, rows in zip(target.modules, layers.widths(target)[1], strict=True):
         yield Entry(module, a, mx.contiguous(b[:, first : first + rows] * scale))

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mlx_blockskip.converters import lora_keys
@@ -67,6 +67,3 @@ class Layers:
 def _takes_lora(shape: tuple[int, ...]) -> bool:
     """Linear layers, and convolutions over all channels: those of each channel by itself have one input channel."""
     return len(shape) == 2 or (len(shape) == 4 and shape[-1] > 1)
-
-
-Shapes = Mapping[str, tuple[int, ...]]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_blockskip.engine.errors import UserError
 
@@ -67,7 +68,7 @@ def stored(name: str, value: mx.array, source: Path) -> float:
     """A number that a file stores as a tensor, of any dtype and shape. Raises UserError."""
     if value.size != 1:
         raise UserError(f"{source}: {name} has shape {list(value.shape)} and should be one number; export it again")
-    found = float(value.reshape(()).astype(mx.float32).item())
+    found = float(np.array(value.astype(mx.float32)).reshape(()))
     if not math.isfinite(found):
         raise UserError(f"{source}: {name} is {found}; export it again")
     return found

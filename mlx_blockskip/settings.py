@@ -153,7 +153,7 @@ class GenerateSettings(MemoryOptions, DrawingOptions, ModelChoice):
     prompt: list[str] = option([], "What to show; repeatable.")
     prompt_file: str | None = option(None, "Text file with one prompt per line.")
     negative_prompt: str = option("", "What not to show (where cfg-scale is above 1).")
-    adapter_path: list[str] = option([], "Adapter directory, or LoRA file of diffusers; repeatable.", group=LORA)
+    adapter_path: list[str] = option([], "Adapter directory, or LoRA file; repeatable.", group=LORA)
     lora_scale: list[float] = option([], "Strength of each adapter; 1 by default.", group=LORA)
     seed: int = option(0, "Seed of the first image; the others follow.")
     n_images: int = option(1, "Images per prompt.")
@@ -207,7 +207,7 @@ class EstimateSettings(TrainSize, DrawingOptions):
 class EvaluateSettings(MemoryOptions, EncoderOptions, DrawingOptions):
     """Measure how like its subject an adapter's images are, how true to prompts, and how far other images drift."""
 
-    adapter_path: str = option("adapters", "Adapter directory, or LoRA file of diffusers.")
+    adapter_path: str = option("adapters", "Adapter directory, or LoRA file.")
     model: str | None = option(None, "Model that it is for (by default the one it was trained on).")
     data: str | None = option(None, "Images of the subject (by default those it was trained on).", group=DATA)
     subject: str | None = option(
@@ -249,7 +249,7 @@ class ExportSettings:
 class FuseSettings:
     """Add adapters to the weights of their model, and write a model of its own."""
 
-    adapter_path: list[str] = option([], "Adapter directory (adapters), or LoRA file of diffusers; repeatable.")
+    adapter_path: list[str] = option([], "Adapter directory (adapters), or LoRA file; repeatable.")
     model: str | None = option(None, "Model that they are for (by default the one the first was trained on).")
     save_path: str = option("fused_model", "Directory to write.")
     to: str = option("mlx", "Layout to write: an MLX model, or a diffusers folder.", choices=("mlx", "hf"))
