@@ -7,7 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from mlx_blockskip import api, doctor
-from mlx_blockskip.cli import COMMANDS, app
+from mlx_blockskip.cli import app
+from mlx_blockskip.commands import COMMANDS
 from mlx_blockskip.engine import system
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.tasks.doctor import checks, fits
