@@ -119,12 +119,11 @@ def _run(name: str, given: Any, options: dict[str, Any], on_event: Listener | No
     """Call a command's function with settings, in which options win. Its module is imported now: what one command needs
     no other waits for.
     """
-    if name != "doctor":  # which says by itself why nothing can run here
-        system.require()
+    task = function_of(name)
     chosen: Any = from_mapping(COMMANDS[name], options)
     if given is not None:
         chosen = replace(given, **options)
     from mlx_blockskip.tasks.running import running
 
     with listening(on_event), running(name):
-        return function_of(name)(chosen)
+        return task(chosen)

@@ -14,7 +14,6 @@ import typer
 from mlx_blockskip import __version__
 from mlx_blockskip.commands import COMMANDS, function_of
 from mlx_blockskip.display import Json, Plain, Silent, drawn_by
-from mlx_blockskip.engine import system
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.options import merge, options_of
 
@@ -103,7 +102,7 @@ def run(name: str, cls: type, given: dict[str, Any], config: str | None, as_json
     """Run one task and draw it; errors of the user's become one sentence and exit code 1."""
     try:
         chosen: Any = merge(cls, config, given)
-        task = _task(name)
+        task = function_of(name)
         report = name in REPORTS
         from mlx_blockskip.tasks.running import running  # brings MLX, which --help does without
 
@@ -120,20 +119,6 @@ def run(name: str, cls: type, given: dict[str, Any], config: str | None, as_json
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
-
-
-def _task(name: str) -> Callable[[Any], Any]:
-    """The command's function. Where nothing can run that is said, before MLX is used; doctor says it by itself, if it
-    can be imported.
-    """
-    reason = system.obstacle()
-    if reason is None or name == "doctor":
-        try:
-            return function_of(name)
-        except ImportError:
-            if reason is None:
-                raise
-    raise UserError(reason)
 
 
 def _drawer() -> Any:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from mlx_blockskip import settings
+from mlx_blockskip.engine import system
+from mlx_blockskip.engine.errors import UserError
 
 COMMANDS: dict[str, type] = {
     "convert": settings.ConvertSettings,
@@ -38,5 +40,14 @@ TASKS = {
 
 
 def function_of(name: str) -> Callable[[Any], Any]:
-    """The function of a command, which takes its settings."""
-    return cast(Callable[[Any], Any], getattr(importlib.import_module(TASKS[name]), name))
+    """The function of a command, which takes its settings. Raises UserError where nothing can run on this machine,
+    before MLX is used; doctor says that by itself, if it can be imported.
+    """
+    reason = system.obstacle()
+    if reason is None or name == "doctor":
+        try:
+            return cast(Callable[[Any], Any], getattr(importlib.import_module(TASKS[name]), name))
+        except ImportError:
+            if reason is None:
+                raise
+    raise UserError(reason)
