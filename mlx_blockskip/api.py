@@ -25,10 +25,11 @@ from mlx_blockskip.settings import (
 )
 from mlx_blockskip.tasks import estimate as estimate_task
 from mlx_blockskip.tasks import generate as generate_task
-from mlx_blockskip.tasks.checkpoint import adapters, resolve
 from mlx_blockskip.tasks.checkpoint import cache as cache_task
 from mlx_blockskip.tasks.checkpoint import convert as convert_task
+from mlx_blockskip.tasks.checkpoint import export as export_task
 from mlx_blockskip.tasks.checkpoint import fuse as fuse_task
+from mlx_blockskip.tasks.checkpoint import resolve
 from mlx_blockskip.tasks.checkpoint import upload as upload_task
 from mlx_blockskip.tasks.checkpoint import verify as verify_task
 from mlx_blockskip.tasks.checkpoint.verify import Verification
@@ -89,8 +90,8 @@ def evaluate(
 
 
 def export(settings: ExportSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> Path:
-    """Write an adapter for another tool; returns the file. Options: fields of ExportSettings."""
-    return _run("export", adapters.export, ExportSettings, settings, options, on_event)
+    """Write an adapter for another tool; returns the file (a directory for mlx). Options: fields of ExportSettings."""
+    return _run("export", export_task.export, ExportSettings, settings, options, on_event)
 
 
 def fuse(settings: FuseSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> Path:
