@@ -114,7 +114,8 @@ def joined(members: Mapping[int, Factors], rule: Rule) -> Factors:
         rows[number][place] = b
     second = mx.concatenate([mx.concatenate(row, axis=1) for row in rows])
     if rule.swapped:
-        second = mx.concatenate(mx.split(second, 2, axis=1)[::-1], axis=1)
+        half = second.shape[1] // 2
+        second = mx.concatenate([second[:, half:], second[:, :half]], axis=1)
     return mx.concatenate(firsts, axis=1), second
 
 

@@ -143,15 +143,13 @@ def test_scale_and_shift_of_the_last_norm_are_in_the_other_order_there():
 
 def test_layers_of_other_ranks_keep_their_strength_in_peft():
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
-    layers = {"blocks.0.q": 3, "a_blocks.0.q": 2, "blocks.1.q": 2}
+    layers = {"blocks.0.q": 3, "blocks.1.q": 3, "q": 2}  # the last one's name is how the others' end
 
     class Net(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            for name in ("blocks", "a_blocks"):
-                setattr(
-                    self, name, torch.nn.ModuleList(torch.nn.ModuleDict({"q": torch.nn.Linear(4, 4)}) for _ in "ab")
-                )
+            self.blocks = torch.nn.ModuleList(torch.nn.ModuleDict({"q": torch.nn.Linear(4, 4)}) for _ in range(2))
+            self.q = torch.nn.Linear(4, 4)
 
     model = peft.inject_adapter_in_model(peft.LoraConfig(**peft_config(layers)), Net())
     found = {name: module for name, module in model.named_modules() if hasattr(module, "scaling")}
