@@ -76,7 +76,7 @@ def evaluate(
 
 
 def export(settings: ExportSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> Path:
-    """Write an adapter for another tool; returns the file. Options: fields of ExportSettings."""
+    """Write an adapter for another tool; returns the file (a directory for mlx). Options: fields of ExportSettings."""
     return _run("export", settings, options, on_event)
 
 

@@ -30,7 +30,7 @@ TASKS = {
     "generate": "mlx_blockskip.tasks.generate",
     "estimate": "mlx_blockskip.tasks.estimate",
     "evaluate": "mlx_blockskip.tasks.evaluate.evaluate",
-    "export": "mlx_blockskip.tasks.checkpoint.adapters",
+    "export": "mlx_blockskip.tasks.checkpoint.export",
     "fuse": "mlx_blockskip.tasks.checkpoint.fuse",
     "verify": "mlx_blockskip.tasks.checkpoint.verify",
     "upload": "mlx_blockskip.tasks.checkpoint.upload",

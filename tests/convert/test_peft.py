@@ -129,11 +129,16 @@ def test_two_adapters_with_strengths_equal_diffusers(tmp_path, tiny_flux):
     assert_same_image("two LoRAs", our_images(tmp_path, tiny_flux, adapters, lora_scale=[0.7, -0.4]), theirs)
 
 
-def test_alpha_is_written_once(tmp_path):
+def test_the_scale_is_inside_the_second_factor():
     tensors = {"m.lora_a": mx.ones((4, 2)), "m.lora_b": mx.ones((2, 3))}
-    assert "p.m.alpha" not in to_peft(tensors, 1.0, "p.")
     scaled = to_peft(tensors, 0.5, "p.")
-    assert float(scaled["p.m.alpha"]) == 1.0
+    assert set(scaled) == {"p.m.lora_A.weight", "p.m.lora_B.weight"}
+    assert same_bits(scaled["p.m.lora_B.weight"], tensors["m.lora_b"].T * 0.5)
+
+
+def test_alpha_beside_a_layer_is_read(tmp_path):
+    tensors = {"m.lora_a": mx.ones((4, 2)), "m.lora_b": mx.ones((2, 3))}
+    scaled = {**to_peft(tensors, 1.0, "p."), "p.m.alpha": mx.array(1.0)}
     back, others = from_peft(scaled, {}, "p.", tmp_path)
     assert same_bits(back["m.lora_b"], tensors["m.lora_b"] * 0.5)
     assert others == []
