@@ -196,13 +196,13 @@ def _dc_block(name: str, level: dc_ae.Level, head: int) -> list[Row]:
     inner, attn, gated = width // head * head, f"{name}.attn", f"{name}.conv_out"
     rows = []
     for part in "qkv":
-        rows += linear(f"{attn}.to_{part}", inner, width, bias=False, role="plain", fix="pointwise")
+        rows += linear(f"{attn}.to_{part}", inner, width, bias=False, role="plain", fix="was_pointwise")
     for i, kernel in enumerate(level.kernels):
         scale = f"{attn}.to_qkv_multiscale.{i}"
         rows += conv(f"{scale}.proj_in", 3 * inner, 1, kernel, bias=False)
         rows += linear(f"{scale}.proj_out", 3 * inner, head, bias=False, role="plain", fix="pointwise")
     out = inner * (1 + len(level.kernels))
-    rows += linear(f"{attn}.to_out", width, out, bias=False, role="plain", fix="pointwise")
+    rows += linear(f"{attn}.to_out", width, out, bias=False, role="plain", fix="was_pointwise")
     rows += norm(f"{attn}.norm_out", width)
     rows += linear(f"{gated}.conv_inverted", 8 * width, width, role="plain", fix="pointwise")
     rows += conv(f"{gated}.conv_depth", 8 * width, 1, 3)

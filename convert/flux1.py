@@ -27,6 +27,9 @@ ADAPTER_PREFIX = "transformer."
 ADAPTER_RULES = tuple(flux1_files.adapters())
 """Layers that LoRA files call otherwise."""
 
+ADAPTER_FORMATS = dict.fromkeys(("comfyui", "kohya"), flux1_files.black_forest_labs(()))
+"""Formats of LoRA files that call layers as Black Forest Labs do, with the rules that make their names ours."""
+
 
 def components(configs: Mapping[str, Any]) -> list[Component]:
     """The components, from their configs (of CONFIGS) by folder."""
@@ -36,6 +39,17 @@ def components(configs: Mapping[str, Any]) -> list[Component]:
         t5_encoder("text_encoder_2", configs["text_encoder_2"]),
         autoencoder_kl("vae", configs["vae"]),
     ]
+
+
+def adapter_metadata(base: str) -> dict[str, str]:
+    """What tools that keep LoRA files look for to tell what one is for. base: the base model's name."""
+    kind = "schnell" if "schnell" in base.lower() else "dev"
+    return {
+        "modelspec.architecture": f"flux-1-{kind}/lora",
+        "modelspec.implementation": "https://github.com/black-forest-labs/flux",
+        "ss_base_model_version": "flux1",
+        "ss_network_module": "networks.lora_flux",
+    }
 
 
 def transformer(folder: str, config: FluxTransformer2DConfig) -> Component:

@@ -14,9 +14,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_blockskip.converters.peft import METADATA
 from mlx_blockskip.engine.errors import UserError
 
-METADATA = "lora_adapter_metadata"
 COMPONENT = "transformer."
 
 

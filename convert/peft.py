@@ -10,17 +10,17 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
+Factors = tuple[mx.array, mx.array]
+"""Of a layer in our layout: (in, r) and (r, out)."""
+
+METADATA = "lora_adapter_metadata"
+
 
 def to_peft(
-    tensors: Mapping[str, mx.array],
-    scale: float,
-    prefix: str,
-    *,
-    pointwise: tuple[str, ...] = (),
-    alphas: bool = True,
+    tensors: Mapping[str, mx.array], scale: float, prefix: str, *, pointwise: tuple[str, ...] = ()
 ) -> dict[str, mx.array]:
-    """Our tensors in their layout. Where scale is not 1, alpha is written once, as `.alpha` beside each module; without
-    `alphas`, which some pipelines refuse, the second factor is multiplied by the scale.
+    """Our tensors in their layout, with the scale multiplied into the second factor: nothing has to be read beside the
+    factors. Dtypes stay.
 
     pointwise: how the names of modules end that are 1 x 1 convolutions there.
     """
@@ -28,10 +28,14 @@ def to_peft(
     for name, value in tensors.items():
         module, kind = name.rsplit(".", 1)
         letter = {"lora_a": "A", "lora_b": "B"}[kind]
-        if letter == "B" and not alphas:
+        if letter == "B" and scale != 1.0:
             value = value * scale
         theirs = value.T[..., None, None] if module.endswith(pointwise) else value.T
         found[f"{prefix}{module}.lora_{letter}.weight"] = mx.contiguous(theirs)
-        if letter == "A" and scale != 1.0 and alphas:
-            found[f"{prefix}{module}.alpha"] = mx.array(scale * value.shape[1], mx.float32)
     return found
+
+
+def layers(tensors: Mapping[str, mx.array]) -> dict[str, Factors]:
+    """Both factors of every layer in our layout, by the module's path."""
+    modules = [name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")]
+    return {module: (tensors[f"{module}.lora_a"], tensors[f"{module}.lora_b"]) for module in modules}

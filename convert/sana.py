@@ -27,9 +27,6 @@ ADAPTER_PREFIX = "transformer."
 ADAPTER_POINTWISE = ("ff.conv_inverted", "ff.conv_point")
 """Modules that are linear here and 1 x 1 convolutions there: PEFT stores both factors with two axes more."""
 
-ADAPTER_ALPHAS = False
-"""SanaPipeline refuses a LoRA file with other tensors than the factors."""
-
 ADAPTER_RULES = (*sana_files.nvidia(()), *sana_files.nvidia(("cfg_embedder.",)))
 """Layers that LoRA files call otherwise: in the names of NVIDIA's own code, and of SANA-Sprint's embedders."""
 

@@ -7,7 +7,6 @@ from mlx_blockskip import export, fuse, verify, upload, cache, load
 from typing import TYPE_CHECKING, Any
 
 from mlx_blockskip.engine.environment import prepare
-from mlx_blockskip.engine.system import obstacle
 
 if TYPE_CHECKING:
     from mlx_blockskip.api import (
@@ -38,11 +37,7 @@ prepare()
 def __getattr__(name: str) -> Any:
     """The API is imported when it is first used: `mlx-blockskip --help` needs none of it."""
     if name in __all__:
-        try:
-            from mlx_blockskip import api
-        except ImportError as error:
-            if (reason := obstacle()) is not None:
-                raise ImportError(reason) from error
-            raise
+        from mlx_blockskip import api
+
         return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,13 +1,12 @@
 """The Python API: each task as a function of its settings' fields."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+from mlx_blockskip.commands import COMMANDS, function_of
 from mlx_blockskip.engine import system
 from mlx_blockskip.events import Listener, listening
-from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.options import from_mapping
 from mlx_blockskip.settings import (
     CacheSettings,
@@ -23,121 +22,108 @@ from mlx_blockskip.settings import (
     UploadSettings,
     VerifySettings,
 )
-from mlx_blockskip.tasks import estimate as estimate_task
-from mlx_blockskip.tasks import generate as generate_task
-from mlx_blockskip.tasks.checkpoint import adapters, resolve
-from mlx_blockskip.tasks.checkpoint import cache as cache_task
-from mlx_blockskip.tasks.checkpoint import convert as convert_task
-from mlx_blockskip.tasks.checkpoint import fuse as fuse_task
-from mlx_blockskip.tasks.checkpoint import upload as upload_task
-from mlx_blockskip.tasks.checkpoint import verify as verify_task
-from mlx_blockskip.tasks.checkpoint.verify import Verification
-from mlx_blockskip.tasks.doctor import doctor as doctor_task
-from mlx_blockskip.tasks.doctor.report import Report
-from mlx_blockskip.tasks.estimate import Estimate
-from mlx_blockskip.tasks.evaluate import evaluate as evaluate_task
-from mlx_blockskip.tasks.evaluate.evaluate import Evaluation
-from mlx_blockskip.tasks.running import running
-from mlx_blockskip.tasks.select import select as select_task
-from mlx_blockskip.tasks.select.select import Selection
-from mlx_blockskip.tasks.train import train as train_task
-from mlx_blockskip.tasks.train.train import TrainResult
+
+if TYPE_CHECKING:
+    from mlx_blockskip.models.family import DiffusionModel
+    from mlx_blockskip.tasks.checkpoint.cache import Kept
+    from mlx_blockskip.tasks.checkpoint.verify import Verification
+    from mlx_blockskip.tasks.doctor.report import Report
+    from mlx_blockskip.tasks.estimate import Estimate
+    from mlx_blockskip.tasks.evaluate.evaluate import Evaluation
+    from mlx_blockskip.tasks.select.select import Selection
+    from mlx_blockskip.tasks.train.train import TrainResult
 
 __all__ = [
     "cache", "convert", "doctor", "estimate", "evaluate", "export", "fuse", "generate", "load",
     "select", "train", "upload", "verify",
 ]  # fmt: skip
 
-S = TypeVar("S")
-R = TypeVar("R")
-
 
 def convert(settings: ConvertSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> Path:
     """Convert a Hugging Face checkpoint; returns the MLX model directory. Options: fields of ConvertSettings."""
-    return _run("convert", convert_task.convert, ConvertSettings, settings, options, on_event)
+    return _run("convert", settings, options, on_event)
 
 
-def train(settings: TrainSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> TrainResult:
+def train(settings: TrainSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> "TrainResult":
     """Learn a subject; returns where the adapter is. Options: fields of TrainSettings."""
-    return _run("train", train_task.train, TrainSettings, settings, options, on_event)
+    return _run("train", settings, options, on_event)
 
 
-def select(settings: SelectSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> Selection:
+def select(settings: SelectSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> "Selection":
     """Choose which blocks to skip; returns the plans and their table. Options: fields of SelectSettings."""
-    return _run("select", select_task.select, SelectSettings, settings, options, on_event)
+    return _run("select", settings, options, on_event)
 
 
 def generate(
     settings: GenerateSettings | None = None, *, on_event: Listener | None = None, **options: Any
 ) -> list[Path]:
     """Generate images; returns the PNG files. Options: fields of GenerateSettings."""
-    return _run("generate", generate_task.generate, GenerateSettings, settings, options, on_event)
+    return _run("generate", settings, options, on_event)
 
 
 def estimate(
     settings: EstimateSettings | None = None, *, on_event: Listener | None = None, **options: Any
-) -> list[Estimate]:
+) -> "list[Estimate]":
     """Say what a run would take; returns a row a precision and skip ratio. Options: fields of EstimateSettings."""
-    return _run("estimate", estimate_task.estimate, EstimateSettings, settings, options, on_event)
+    return _run("estimate", settings, options, on_event)
 
 
 def evaluate(
     settings: EvaluateSettings | None = None, *, on_event: Listener | None = None, **options: Any
-) -> Evaluation:
+) -> "Evaluation":
     """Measure an adapter; returns its mean scores and where the report is. Options: fields of EvaluateSettings."""
-    return _run("evaluate", evaluate_task.evaluate, EvaluateSettings, settings, options, on_event)
+    return _run("evaluate", settings, options, on_event)
 
 
 def export(settings: ExportSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> Path:
-    """Write an adapter for another tool; returns the file. Options: fields of ExportSettings."""
-    return _run("export", adapters.export, ExportSettings, settings, options, on_event)
+    """Write an adapter for another tool; returns the file (a directory for mlx). Options: fields of ExportSettings."""
+    return _run("export", settings, options, on_event)
 
 
 def fuse(settings: FuseSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> Path:
     """Add adapters to their model's weights; returns the new model's directory. Options: fields of FuseSettings."""
-    return _run("fuse", fuse_task.fuse, FuseSettings, settings, options, on_event)
+    return _run("fuse", settings, options, on_event)
 
 
-def verify(settings: VerifySettings | None = None, *, on_event: Listener | None = None, **options: Any) -> Verification:
+def verify(
+    settings: VerifySettings | None = None, *, on_event: Listener | None = None, **options: Any
+) -> "Verification":
     """Hold a directory against what was written there; returns what is wrong. Options: fields of VerifySettings."""
-    return _run("verify", verify_task.verify, VerifySettings, settings, options, on_event)
+    return _run("verify", settings, options, on_event)
 
 
-def doctor(settings: DoctorSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> Report:
+def doctor(settings: DoctorSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> "Report":
     """Say what this machine is and test results on it; returns the report. Options: fields of DoctorSettings."""
-    return _run("doctor", doctor_task.doctor, DoctorSettings, settings, options, on_event)
+    return _run("doctor", settings, options, on_event)
 
 
 def upload(settings: UploadSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> str:
     """Put an adapter or a model on the Hub; returns its address. Options: fields of UploadSettings."""
-    return _run("upload", upload_task.upload, UploadSettings, settings, options, on_event)
+    return _run("upload", settings, options, on_event)
 
 
-def cache(
-    settings: CacheSettings | None = None, *, on_event: Listener | None = None, **options: Any
-) -> list[cache_task.Kept]:
+def cache(settings: CacheSettings | None = None, *, on_event: Listener | None = None, **options: Any) -> "list[Kept]":
     """List or clear conversions that were kept; returns those that it is about. Options: fields of CacheSettings."""
-    return _run("cache", cache_task.cache, CacheSettings, settings, options, on_event)
+    return _run("cache", settings, options, on_event)
 
 
-def load(model: str = "tiny-flux", memory_budget: int | None = None) -> DiffusionModel:
+def load(model: str = "tiny-flux", memory_budget: int | None = None) -> "DiffusionModel":
     """Open a model for use from Python; what has to be converted first is converted silently."""
     system.require()
+    from mlx_blockskip.tasks.checkpoint import resolve
+
     return resolve.open_named(model, memory_budget)
 
 
-def _run(
-    name: str,
-    task: Callable[[S], R],
-    cls: type[S],
-    given: S | None,
-    options: dict[str, Any],
-    on_event: Listener | None,
-) -> R:
-    if name != "doctor":  # which says by itself why nothing can run here
-        system.require()
-    chosen = from_mapping(cls, options)
+def _run(name: str, given: Any, options: dict[str, Any], on_event: Listener | None) -> Any:
+    """Call a command's function with settings, in which options win. Its module is imported now: what one command needs
+    no other waits for.
+    """
+    task = function_of(name)
+    chosen: Any = from_mapping(COMMANDS[name], options)
     if given is not None:
-        chosen = replace(given, **options)  # type: ignore[type-var]
+        chosen = replace(given, **options)
+    from mlx_blockskip.tasks.running import running
+
     with listening(on_event), running(name):
         return task(chosen)

@@ -1,6 +1,5 @@
 """The command line: parse, call a task, draw its events. Commands and their options are made from the settings."""
 
-import importlib
 import inspect
 import json
 import sys
@@ -8,45 +7,15 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING
-from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from mlx_blockskip import __version__, settings
+from mlx_blockskip import __version__
+from mlx_blockskip.commands import COMMANDS, function_of
 from mlx_blockskip.display import Json, Plain, Silent, drawn_by
-from mlx_blockskip.engine import system
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.options import merge, options_of
-
-COMMANDS = {
-    "convert": settings.ConvertSettings,
-    "train": settings.TrainSettings,
-    "select": settings.SelectSettings,
-    "generate": settings.GenerateSettings,
-    "estimate": settings.EstimateSettings,
-    "evaluate": settings.EvaluateSettings,
-    "export": settings.ExportSettings,
-    "fuse": settings.FuseSettings,
-    "verify": settings.VerifySettings,
-    "upload": settings.UploadSettings,
-    "cache": settings.CacheSettings,
-    "doctor": settings.DoctorSettings,
-}
-TASKS = {
-    "convert": "mlx_blockskip.tasks.checkpoint.convert",
-    "train": "mlx_blockskip.tasks.train.train",
-    "select": "mlx_blockskip.tasks.select.select",
-    "generate": "mlx_blockskip.tasks.generate",
-    "estimate": "mlx_blockskip.tasks.estimate",
-    "evaluate": "mlx_blockskip.tasks.evaluate.evaluate",
-    "export": "mlx_blockskip.tasks.checkpoint.adapters",
-    "fuse": "mlx_blockskip.tasks.checkpoint.fuse",
-    "verify": "mlx_blockskip.tasks.checkpoint.verify",
-    "upload": "mlx_blockskip.tasks.checkpoint.upload",
-    "cache": "mlx_blockskip.tasks.checkpoint.cache",
-    "doctor": "mlx_blockskip.tasks.doctor.doctor",
-}
-"""The module that holds each command's function."""
 
 REPORTS = ("verify", "doctor")
 """Commands whose --json is one document, that of their result; their status is 1 where the result is not healthy."""
@@ -133,7 +102,7 @@ def run(name: str, cls: type, given: dict[str, Any], config: str | None, as_json
     """Run one task and draw it; errors of the user's become one sentence and exit code 1."""
     try:
         chosen: Any = merge(cls, config, given)
-        task = _task(name)
+        task = function_of(name)
         report = name in REPORTS
         from mlx_blockskip.tasks.running import running  # brings MLX, which --help does without
 
@@ -152,20 +121,6 @@ def run(name: str, cls: type, given: dict[str, Any], config: str | None, as_json
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _task(name: str) -> Callable[[Any], Any]:
-    """The command's function. Where nothing can run that is said, before MLX is used; doctor says it by itself, if it
-    can be imported.
-    """
-    reason = system.obstacle()
-    if reason is None or name in REPORTS:
-        try:
-            return cast(Callable[[Any], Any], getattr(importlib.import_module(TASKS[name]), name))
-        except ImportError:
-            if reason is None:
-                raise
-    raise UserError(reason)
-
-
 def _drawer() -> Any:
     if not sys.stdout.isatty():
         return Plain()
@@ -174,8 +129,8 @@ def _drawer() -> Any:
     return Bars()
 
 
-for _name, _cls in COMMANDS.items():
-    app.command(_name)(_command(_name, _cls))
+for _name, _settings in COMMANDS.items():
+    app.command(_name)(_command(_name, _settings))
 
 
 def main() -> None:

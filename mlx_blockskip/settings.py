@@ -241,8 +241,15 @@ class ExportSettings:
     """Write an adapter in the format of another tool."""
 
     adapter_path: str = option("adapters", "Adapter directory.")
-    format: str = option("diffusers", "Format.", choices=("diffusers",))
-    output: str = option("pytorch_lora_weights.safetensors", "File to write.")
+    format: str = option(
+        "diffusers",
+        "diffusers, comfyui or kohya: a LoRA file; mlx: an adapter directory.",
+        choices=("diffusers", "comfyui", "kohya", "mlx"),
+    )
+    dtype: str = option("float32", "Type of the factors.", choices=("float32", "bfloat16", "float16"))
+    output: str | None = option(
+        None, "File to write (pytorch_lora_weights.safetensors); with mlx a directory (mlx_adapter)."
+    )
 
 
 @dataclass

@@ -13,7 +13,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from mlx_blockskip import display, settings
-from mlx_blockskip.cli import TASKS, app
+from mlx_blockskip.cli import app
+from mlx_blockskip.commands import TASKS
 from mlx_blockskip.display_rich import Bars
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Image, Note, Phase, PhaseEnd, Saved, Step, Warning, emit

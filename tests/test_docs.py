@@ -13,7 +13,8 @@ import yaml
 from typer.main import get_command
 
 import mlx_blockskip
-from mlx_blockskip.cli import COMMANDS, app
+from mlx_blockskip.cli import app
+from mlx_blockskip.commands import COMMANDS
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.options import from_mapping
 

@@ -66,7 +66,7 @@ MODELS = {
         side=256, encoded=512, drawn=1024, samples=64, plans=((28, 0), (14, 14), (0, 28)),
         limits={
             "convert": (0.6, 1.0), "encode prompts": (0.6, 1.0), "encode images": (0.6, 0.6),
-            "precompute": (0.6, 1.0), "train": (0.7, 1.0), "generate": (0.6, 1.0), "decode": (1.0, 1.0),
+            "precompute": (0.6, 1.0), "train": (0.6, 1.0), "generate": (0.6, 1.0), "decode": (1.0, 1.0),
         },
         train=(
             {"bits": 0, "depth": (1, 1), "n": 0, "m": 1},

@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_blockskip import export
 from mlx_blockskip.converters import flux1, lora_keys, sana
 from mlx_blockskip.converters.lora_layers import Layers
 from mlx_blockskip.converters.whole import Whole
@@ -14,8 +15,8 @@ from mlx_blockskip.engine import files, philox
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import listening
 from mlx_blockskip.models.registry import open_model
-from mlx_blockskip.tasks.checkpoint.adapters import load_adapter
-from support.models import assets, convert
+from mlx_blockskip.tasks.checkpoint.adapters import load_adapter, save_adapter
+from support.models import assets, convert, random_tree
 
 R = 4
 BLOCK, SINGLE = "transformer_blocks.1", "single_transformer_blocks.2"
@@ -348,3 +349,16 @@ def test_keys_know_text_encoders_from_layers():
         assert lora_keys.parse(name).part == "text"
     for name in ("time_text_embed.text_embedder.linear_1.lora_A.weight", "txt_in.lora_A.weight"):
         assert lora_keys.parse(name).part == "a"
+
+
+@pytest.mark.parametrize("format", ["diffusers", "comfyui", "kohya"])
+def test_what_export_writes_is_read_back(tmp_path, flux, format):
+    tree = random_tree(flux, range(5, 11), b_scale=0.3)
+    save_adapter(tmp_path / "a", tree, flux, {"family": "flux1", "scale": 0.5, "rank": 3})
+    made = export(adapter_path=str(tmp_path / "a"), format=format, output=str(tmp_path / "made.safetensors"))
+    (ours, scale), (back, one) = load_adapter(flux, tmp_path / "a"), load_adapter(flux, made)
+    assert (scale, one, back.merged) == (0.5, 1.0, {})
+    assert ours.layers(flux.stack).keys() == back.layers(flux.stack).keys()
+    for module in ours.layers(flux.stack):
+        mine, theirs = difference(flux, ours, module) * scale, difference(flux, back, module)
+        np.testing.assert_allclose(theirs, mine, rtol=1e-4, atol=1e-5)

@@ -13,7 +13,7 @@ from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.tasks.checkpoint.adapters import save_adapter
-from support.compare import assert_same_image
+from support.compare import assert_same_image, same_bits
 from support.golden import GOLDEN, PROMPTS
 from support.models import assets, random_tree
 
@@ -143,11 +143,11 @@ def test_two_adapters_with_strengths_equal_diffusers(tmp_path, tiny_flux):
     assert_same_image("two LoRAs", our_images(tmp_path, tiny_flux, adapters, lora_scale=[0.7, -0.4]), theirs)
 
 
-def test_alpha_is_written_once(tmp_path):
+def test_the_scale_is_inside_the_second_factor():
     tensors = {"m.lora_a": mx.ones((4, 2)), "m.lora_b": mx.ones((2, 3))}
-    assert "p.m.alpha" not in to_peft(tensors, 1.0, "p.")
     scaled = to_peft(tensors, 0.5, "p.")
-    assert float(scaled["p.m.alpha"]) == 1.0
+    assert set(scaled) == {"p.m.lora_A.weight", "p.m.lora_B.weight"}
+    assert same_bits(scaled["p.m.lora_B.weight"], tensors["m.lora_b"].T * 0.5)
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path, tiny_flux):

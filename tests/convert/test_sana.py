@@ -108,9 +108,7 @@ def test_diffusers_loads_our_factors_and_gives_our_velocity(tmp_path, scale):
         out, width = network.shards.shape(f"{path}.weight")
         tensors[f"{path}.lora_a"] = mx.array(philox.normal(1, number, 0, shape=(width, 3))) / width**0.5
         tensors[f"{path}.lora_b"] = mx.array(philox.normal(1, number, 1, shape=(3, out)))
-    exported = to_peft(
-        tensors, scale, sana.ADAPTER_PREFIX, pointwise=sana.ADAPTER_POINTWISE, alphas=sana.ADAPTER_ALPHAS
-    )
+    exported = to_peft(tensors, scale, sana.ADAPTER_PREFIX, pointwise=sana.ADAPTER_POINTWISE)
     plain = theirs(reference, *given(network))
     pipe = SanaPipeline(None, None, None, reference, None)
     pipe.load_lora_weights({name: torch.from_numpy(np.array(value)) for name, value in exported.items()})

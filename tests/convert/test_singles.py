@@ -15,6 +15,8 @@ from mlx_blockskip.events import listening
 from mlx_blockskip.models import presets
 from mlx_blockskip.models.registry import find_family, open_model
 from mlx_blockskip.tasks.checkpoint import resolve, single
+from mlx_blockskip.tasks.checkpoint.address import Repo
+from mlx_blockskip.tasks.checkpoint.hub_files import choose
 from support import singles as theirs
 from support.models import assets
 from support.stored import write
@@ -126,7 +128,8 @@ def test_other_sizes_are_told_by_the_shapes_and_said(tmp_path, parts, events):
     files.save_tensors(tmp_path / "flux1.safetensors", smaller)
     path = converted(tmp_path, tmp_path / "flux1.safetensors", base)
     changed = {"num_layers": 3, "num_single_layers": 7, "guidance_embeds": True}
-    assert files.read_json(path / "transformer" / "config.json") == {**config, **changed}
+    written = files.read_json(path / "transformer" / "config.json")
+    assert {key: value for key, value in written.items() if key != "quantization"} == {**config, **changed}
     assert "guidance_embeds true for false, num_layers 3 for 4, num_single_layers 7 for 8" in notes(events)
     assert open_model(path).identity
 
@@ -235,17 +238,18 @@ def test_both_families_know_files():
 def test_of_a_base_on_the_hub_the_weights_that_a_file_has_are_not_downloaded(tmp_path, parts, monkeypatch, expected):
     asked = []
 
-    def download(repo, revision, layouts):
+    def download(repo, layouts, precision):
         names = [str(path.relative_to(TINY)) for path in TINY.rglob("*") if path.is_file()]
-        asked.append((repo, revision, layouts[0].choose(TINY, names)))
+        needs = layouts[0].needs(TINY, precision.dtype)
+        asked.append((repo, choose(dict.fromkeys(names, 1), needs.folders, needs.copied, needs.beside)))
         return TINY
 
     monkeypatch.setattr(single, "download", download)
     files.save_tensors(tmp_path / "flux1.safetensors", parts["flux1-dev"])
     path = converted(tmp_path, tmp_path / "flux1.safetensors", "someone/flux@v2")
     assert content(path) == expected
-    ((repo, revision, names),) = asked
-    assert (repo, revision) == ("someone/flux", "v2")
+    ((repo, names),) = asked
+    assert repo == Repo("someone/flux", "v2")
     weights = {name for name in names if "safetensors" in name}
     assert weights == {f"{f}.safetensors" for f in ("text_encoder/model", "text_encoder_2/model", "vae/" + VAE)}
     assert "transformer/config.json" in names

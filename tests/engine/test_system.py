@@ -7,7 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from mlx_blockskip import api, doctor
-from mlx_blockskip.cli import COMMANDS, app
+from mlx_blockskip.cli import app
+from mlx_blockskip.commands import COMMANDS
 from mlx_blockskip.engine import system
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.tasks.doctor import checks, fits
@@ -84,9 +85,9 @@ def test_doctor_runs_there_and_says_why(too_old, monkeypatch, tmp_path):
 def test_where_mlx_cannot_even_be_imported_the_reason_is_said():
     """In a process of its own, from the command line and from Python."""
     broken = "import sys; sys.modules['mlx'] = None; from mlx_blockskip.engine import system"
-    broken += f"; system.obstacle = lambda: {REASON!r}; import mlx_blockskip; mlx_blockskip.obstacle = system.obstacle"
+    broken += f"; system.obstacle = lambda: {REASON!r}; import mlx_blockskip"
     ask = "sys.argv = ['mlx-blockskip', 'doctor']; from mlx_blockskip.cli import main; main()"
-    for use in (ask, "mlx_blockskip.train"):
+    for use in (ask, "mlx_blockskip.train()", "mlx_blockskip.doctor()", "mlx_blockskip.load()"):
         done = subprocess.run([sys.executable, "-c", f"{broken}; {use}"], capture_output=True, text=True)
         assert done.returncode == 1
         assert done.stderr.strip().endswith(REASON), done.stderr

@@ -145,11 +145,14 @@ def attach(server: HubServer, monkeypatch: Any, home: Path) -> None:
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK // 4)  # what of a broken connection is lost
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
 
 
 def environment(server: HubServer, home: Path) -> dict[str, str]:
     """The same for another process."""
-    return {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+    off = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    return {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1", **off}
 
 
 def _handler(server: HubServer) -> type[BaseHTTPRequestHandler]:

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from mlx_blockskip import convert
+from mlx_blockskip.converters import write
 from mlx_blockskip.engine import disk, files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, Step, listening
@@ -93,7 +94,7 @@ def at(monkeypatch, place, name, number):
     [
         (stream.OnHub, "_fetch", 3),  # a header
         (stream.OnHub, "_fetch", 20),  # a tensor
-        (files, "sha256", 5),  # a shard is there
+        (write, "_write_shard", 6),  # shards are there
         (disk, "flush_tree", 1),  # all is there
     ],
 )
@@ -130,7 +131,7 @@ def test_a_killed_process_is_gone_on_from(repo, usual, tmp_path):
 def test_another_commit_or_precision_begins_anew(repo, usual, tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "WINDOW", 1 << 20)
     with monkeypatch.context() as patched:
-        at(patched, files, "sha256", 5)
+        at(patched, write, "_write_shard", 6)
         with pytest.raises(KilledError):
             streamed(tmp_path / "mlx", q_bits=8)
     assert content(streamed(tmp_path / "mlx")) == usual

@@ -15,7 +15,8 @@ from mlx_blockskip.events import Note, Step, Table, listening
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.settings import ExportSettings, UploadSettings
 from mlx_blockskip.tasks.checkpoint import hub_cache
-from mlx_blockskip.tasks.checkpoint.adapters import export, save_adapter
+from mlx_blockskip.tasks.checkpoint.adapters import save_adapter
+from mlx_blockskip.tasks.checkpoint.export import export
 from mlx_blockskip.tasks.checkpoint.upload import upload
 from support.hub_server import TOKEN, Failure
 from support.models import random_tree

@@ -1,5 +1,6 @@
 """Adapters on disk: our directory, and the LoRA files of other tools; one adapter that adds them up."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,12 @@ import mlx.core as mx
 from mlx_blockskip import lora
 from mlx_blockskip.converters import lora_files, lora_scales
 from mlx_blockskip.converters.lora_layers import Layers
-from mlx_blockskip.converters.peft import to_peft
 from mlx_blockskip.converters.run import load_table
 from mlx_blockskip.engine import files, listing
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.events import Saved, Warning, emit
+from mlx_blockskip.events import Warning, emit
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import family_named, read_config
-from mlx_blockskip.settings import ExportSettings
 
 TENSORS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
@@ -26,6 +25,8 @@ PEFT_TYPE = "peft_type"
 """What PEFT's adapter_config.json says, and ours does not."""
 
 SUFFIXES = (".safetensors", ".sft")
+ALL_LAYERS = -1
+"""As mlx-lm counts the blocks that have a LoRA, from the last on."""
 
 
 def load_adapters(model: DiffusionModel, paths: Sequence[str], scales: Sequence[float]) -> lora.Adapter:
@@ -111,25 +112,20 @@ def read_tensors(file: Path) -> dict[str, mx.array]:
 
 def save_adapter(directory: Path, tree: lora.Tree, model: DiffusionModel, config: dict[str, Any]) -> None:
     """Write the factors and their description, with the checksum of their file."""
-    files.save_tensors(directory / TENSORS, lora.flatten(tree, model.stack), {"format": "mlx"})
-    files.write_json(directory / CONFIG, {**config, "sha256": {TENSORS: files.sha256(directory / TENSORS)}})
+    write_adapter(directory, lora.flatten(tree, model.stack), config)
 
 
-def export(settings: ExportSettings) -> Path:
-    """Write an adapter directory as a LoRA file that `pipe.load_lora_weights` of diffusers reads."""
-    source = Path(settings.adapter_path).expanduser()
-    config = files.read_json(source / CONFIG)
-    table = load_table(config["family"])
-    target = Path(settings.output).expanduser()
-    if target.exists():
-        raise UserError(f"{target}: already exists; choose another --output or remove it")
-    tensors = to_peft(
-        read_tensors(source / TENSORS),
-        float(config["scale"]),
-        table.ADAPTER_PREFIX,
-        pointwise=getattr(table, "ADAPTER_POINTWISE", ()),
-        alphas=getattr(table, "ADAPTER_ALPHAS", True),
-    )
-    files.save_tensors(target, tensors, {"format": "pt"})
-    emit(Saved(target, "LoRA for diffusers"))
-    return target
+def write_adapter(directory: Path, tensors: Mapping[str, mx.array], config: dict[str, Any]) -> None:
+    """Write factors by their full names, and their description: as mlx-lm has it, and beside that as we do."""
+    files.save_tensors(directory / TENSORS, tensors, {"format": "mlx"})
+    theirs = mlx_lm_config(tensors, float(config.get("scale", 1.0)))
+    files.write_json(directory / CONFIG, {**config, **theirs, "sha256": {TENSORS: files.sha256(directory / TENSORS)}})
+
+
+def mlx_lm_config(tensors: Mapping[str, mx.array], scale: float) -> dict[str, Any]:
+    """What mlx-lm's adapter_config.json holds. Keys are paths inside a block, and whole ones outside of the blocks."""
+    modules = [name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")]
+    rank = max((tensors[f"{module}.lora_a"].shape[1] for module in modules), default=0)
+    keys = sorted({re.sub(r"^.+?\.\d+\.", "", module) for module in modules})
+    parameters = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys}
+    return {"fine_tune_type": "lora", "num_layers": ALL_LAYERS, "lora_parameters": parameters}

@@ -15,17 +15,17 @@ from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, Table, emit, unheard
 from mlx_blockskip.options import PATHS
 from mlx_blockskip.settings import ExportSettings, UploadSettings
-from mlx_blockskip.tasks.checkpoint import card, hub_cache
-from mlx_blockskip.tasks.checkpoint.adapters import CONFIG, PEFT_FILE, TENSORS, export
+from mlx_blockskip.tasks.checkpoint import card
+from mlx_blockskip.tasks.checkpoint.adapters import CONFIG, PEFT_FILE, TENSORS
 from mlx_blockskip.tasks.checkpoint.address import repo_named
+from mlx_blockskip.tasks.checkpoint.base import README, base_model
 from mlx_blockskip.tasks.checkpoint.convert import is_converted
+from mlx_blockskip.tasks.checkpoint.export import export
 from mlx_blockskip.tasks.checkpoint.hub_errors import HUB, LOGIN, speaking
-from mlx_blockskip.tasks.checkpoint.resolve import MODEL, bundled, converted_before
 from mlx_blockskip.tasks.checkpoint.transfer import attended, quiet
 from mlx_blockskip.tasks.phases import phase
 from mlx_blockskip.tasks.sampling.pictures import PNG_KEY
 
-README = "README.md"
 MOST_PICTURES = 8
 
 Content = bytes | Path
@@ -63,7 +63,7 @@ def contents(path: Path, repo: str, scratch: Path) -> dict[str, Content]:
 
 def _of_adapter(path: Path, repo: str, scratch: Path) -> dict[str, Content]:
     config = files.read_json(path / CONFIG)
-    base = _base(str(config.get("base_model") or ""))
+    base = base_model(str(config.get("base_model") or ""))
     with unheard():
         lora = export(ExportSettings(adapter_path=str(path), output=str(scratch / PEFT_FILE)))
     pictures = _pictures(path, config.get("settings", {}).get("sample_prompt") or [])
@@ -87,22 +87,6 @@ def _of_model(path: Path, repo: str) -> dict[str, Content]:
     }
     text = card.model_card(repo, config, base)
     return {**found, README: text.encode(), "config.json": _as_json({**config, "source": base.name})}
-
-
-def _base(name: str) -> card.Base:
-    """The base model of an adapter, as it is known elsewhere, with the metadata of its card where that is here."""
-    directory = Path(name).expanduser()
-    if directory.is_dir():
-        source = files.read_json(directory / "config.json").get("source") if is_converted(directory) else None
-        found = card.base_of(str(source or directory), None if source else directory)
-        return card.Base(found.name, found.repo, card.metadata_of(directory / README))
-    if name in MODEL.bundled:
-        return card.Base(name, None, card.metadata_of(bundled(name) / README))
-    if (repo := repo_named(name)) is None:
-        return card.Base(directory.name)
-    places = [converted_before(repo, MODEL), *hub_cache.snapshots(repo)]
-    told = [metadata for place in places if place and (metadata := card.metadata_of(place / README))]
-    return card.Base(repo.name, repo, told[0] if told else {})
 
 
 def public(config: Mapping[str, Any]) -> dict[str, Any]:

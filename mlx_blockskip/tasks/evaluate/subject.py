@@ -9,6 +9,7 @@ from pathlib import Path
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.settings import EvaluateSettings
+from mlx_blockskip.tasks.captions import common_words
 from mlx_blockskip.tasks.checkpoint import encoders
 
 PLACE = "{}"
@@ -52,19 +53,6 @@ def subject_of(captions: Sequence[str], phrase: str | None = None, noun: str | N
     elif not phrase.strip():
         raise UserError("--subject: is empty; say how prompts call the subject, e.g. 'sks dog'")
     return Subject(phrase, noun or " ".join(phrase.split()[1:]) or phrase)
-
-
-def common_words(captions: Sequence[str]) -> str:
-    """The longest run of words that every caption has; the first of several."""
-    split = [caption.split() for caption in captions]
-    first = min(split, key=len, default=[])
-    held = [f" {' '.join(words)} " for words in split]
-    for length in range(len(first), 0, -1):
-        for start in range(len(first) - length + 1):
-            run = " ".join(first[start : start + length])
-            if all(f" {run} " in words for words in held):
-                return run
-    return ""
 
 
 def shipped(name: str) -> list[str]:
