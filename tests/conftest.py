@@ -80,6 +80,10 @@ def family_model(request):
     return request.getfixturevalue(request.param)
 
 
+on_toy = pytest.mark.parametrize("family_model", ["toy"], indirect=True)
+"""For tests of what no family has a part in, and that take many runs."""
+
+
 @pytest.fixture
 def open_family(family_model):
     return lambda budget=None: open_model(family_model, budget)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import on_toy
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -43,6 +44,7 @@ def class_data(tmp_path):
     return directory
 
 
+@on_toy
 def test_class_images_are_made_once_and_captioned_in_turn(quick):
     events = []
     directory = train(quick(**CLASSES), on_event=events.append).adapter_path / "class_images"
@@ -92,6 +94,7 @@ def stop_at(name, done):
     return look
 
 
+@pytest.mark.parametrize("family_model", ["tiny_flux", "toy"], indirect=True)
 def test_a_run_stopped_among_class_images_and_then_in_training_goes_on_to_the_same_bits(quick):
     options = {**CLASSES, "class_images": 2, "prior_weight": 0.5, "residuals": "fresh"}
     whole = train(quick("whole", **options)).adapter_path
@@ -183,6 +186,7 @@ def test_without_class_prompts_a_run_is_what_it_was(quick):
     assert_same_adapter(plain.adapter_path, off.adapter_path)
 
 
+@on_toy
 def test_a_class_image_that_was_changed_is_refused_on_resume(quick):
     directory = train(quick(**CLASSES, iters=2)).adapter_path
     Image.new("RGB", (64, 64), "red").save(directory / "class_images" / "0001.png")

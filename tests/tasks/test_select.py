@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import on_toy
 from PIL import Image as PillowImage
 
 from mlx_blockskip import select, train
@@ -90,6 +91,7 @@ def test_the_probe_does_not_depend_on_the_budget(small):
     assert tables[0] == tables[1]
 
 
+@on_toy
 def test_the_table_is_the_mean_over_adapters_prompts_and_seeds(small, family_model, tmp_path):
     paths = [adapter(family_model, tmp_path / f"a{i}", i) for i in range(2)]
     drawn = {"n_images": 2, "seed": 5, "steps": 1, "skip_ratio": 0.25}
@@ -106,12 +108,14 @@ def test_the_table_is_the_mean_over_adapters_prompts_and_seeds(small, family_mod
     assert both[0] != both[1]
 
 
+@on_toy
 def test_prompts_are_the_adapters_own_captions(small, family_model, tmp_path):
     path = adapter(family_model, tmp_path / "a", 1, ["a sks cat", "a sks cat asleep"])
     result = select(small("generate", adapter_path=[path], prompt=[], skip_ratio=0.25))
     assert {m["prompt"] for m in files.read_json(result.path)["measurements"]} == {"a sks cat", "a sks cat asleep"}
 
 
+@on_toy
 def test_images_that_are_there_are_not_made_again(small, tmp_path):
     first = select(small("generate", skip_ratio=0.25)).distances
     images = tmp_path / "s_images" / "adapter0"

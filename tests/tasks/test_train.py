@@ -242,6 +242,7 @@ def test_inner_runs_train(quick, tmp_path):
     assert result.skipped == 0
 
 
+@pytest.mark.parametrize("family_model", ["tiny_flux", "toy"], indirect=True)
 def test_a_cache_is_read_again_only_with_the_same_fingerprint(quick, tmp_path, monkeypatch):
     """Interrupt after the cache is made; what changes decides whether it is computed again."""
     data = tmp_path / "data"
