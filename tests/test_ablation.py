@@ -18,7 +18,7 @@ TEAPOT = Path(__file__).parent / "subjects" / "teapot"
 
 @pytest.fixture(scope="module", autouse=True)
 def _ablation():
-    sys.path.append(str(ROOT / "examples" / "ablation"))
+    sys.path.insert(0, str(ROOT / "examples" / "ablation"))
     yield
     sys.path.remove(str(ROOT / "examples" / "ablation"))
 
