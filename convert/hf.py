@@ -10,11 +10,11 @@ import mlx.core as mx
 
 from mlx_blockskip.converters.run import SHOWN, load_table, read_components
 from mlx_blockskip.converters.table import Component
-from mlx_blockskip.converters.whole import Factors, Whole, misfits, quantized_layers
+from mlx_blockskip.converters.whole import Whole, misfits, quantized_layers
 from mlx_blockskip.converters.write import parts
 from mlx_blockskip.engine import dtypes, files
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.shards import Shards
+from mlx_blockskip.engine.shards import Factors, Shards
 
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 """What a library calls its file of weights."""

@@ -36,6 +36,11 @@ class Rule:
         return [stacked(*reversed(found))] if self.swapped else found
 
 
+def pattern_of(name: str) -> re.Pattern[str]:
+    """A name with {} for each number in it, as a regular expression."""
+    return re.compile(re.escape(name).replace(r"\{\}", r"(\d+)"))
+
+
 def rule(theirs: str, *ours: str, shares: tuple[int, ...] = (), swapped: bool = False) -> Rule:
     """A rule whose parts are alike where no shares are given."""
     return Rule(theirs, ours, shares or (1,) * len(ours), swapped)
@@ -62,7 +67,7 @@ class Layout:
     def read(self, views: Mapping[str, View]) -> dict[str, View]:
         """The tensors of a network under our names."""
         cleaned = {self.cleaned(name): view for name, view in views.items()}
-        rules = [(re.compile(re.escape(r.theirs).replace(r"\{\}", r"(\d+)")), r) for r in self.rules(views)]
+        rules = [(pattern_of(r.theirs), r) for r in self.rules(views)]
         return {
             ours: part
             for name, view in cleaned.items()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_blockskip.converters.layouts import Rule
+from mlx_blockskip.converters.layouts import Rule, pattern_of
 from mlx_blockskip.converters.peft import METADATA, Factors, layers, to_peft
 from mlx_blockskip.engine.errors import UserError
 
@@ -81,11 +81,7 @@ def to_native(
 
 def renamed(ours: Mapping[str, Factors], rules: Sequence[Rule]) -> dict[str, Factors]:
     """The factors of each of their layers, by its name, in the order of ours. Raises UserError."""
-    patterns = [
-        (re.compile(re.escape(name).replace(r"\{\}", r"(\d+)")), rule, place)
-        for rule in rules
-        for place, name in enumerate(rule.ours)
-    ]
+    patterns = [(pattern_of(name), rule, place) for rule in rules for place, name in enumerate(rule.ours)]
     members: dict[str, tuple[Rule, dict[int, Factors]]] = {}
     for module, factors in ours.items():
         for pattern, rule, place in patterns:

@@ -15,8 +15,7 @@ from mlx_blockskip.converters import lora_keys, lora_scales
 from mlx_blockskip.converters.lora_layers import Layers, Target
 from mlx_blockskip.converters.lora_scales import Strengths
 from mlx_blockskip.engine.errors import UserError
-
-Factors = tuple[mx.array, mx.array]
+from mlx_blockskip.engine.shards import Factors
 
 
 class Entry(NamedTuple):

@@ -1,12 +1,11 @@
 """Which layers of a model a LoRA may be for, under every name that tools have for them."""
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mlx_blockskip.converters import lora_keys
-from mlx_blockskip.converters.layouts import Rule
+from mlx_blockskip.converters.layouts import Rule, pattern_of
 from mlx_blockskip.converters.whole import Whole
 from mlx_blockskip.engine.shards import Shards
 
@@ -56,7 +55,7 @@ class Layers:
 
     def _by_rules(self, rules: Sequence[Rule]) -> Iterator[tuple[str, Target]]:
         for known in rules:
-            first = re.compile(re.escape(known.ours[0]).replace(r"\{\}", r"(\d+)"))
+            first = pattern_of(known.ours[0])
             for module in self.shapes:
                 if match := first.fullmatch(module):
                     ours = tuple(name.format(*match.groups()) for name in known.ours)

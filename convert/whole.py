@@ -8,12 +8,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_blockskip.converters.table import Component
-from mlx_blockskip.engine import dtypes
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.shards import INDEX, Shards
-
-Factors = tuple[mx.array, mx.array]
-"""(in, r) and (r, out), float32, with the adapter's strength in the second."""
+from mlx_blockskip.engine.shards import INDEX, Factors, Packed, Shards, made_whole
 
 
 class Whole:
@@ -57,17 +53,13 @@ class Whole:
         rows = self.shards.part(name, start, stop)
         if stored is None and factors is None:
             return rows
+        packed: Packed | None = None
         if stored is not None:
             scales, biases = (
-                self.shards.part(f"{module_of(name)}.{kind}", start, stop).astype(mx.float32)
-                for kind in ("scales", "biases")
+                self.shards.part(f"{module_of(name)}.{kind}", start, stop) for kind in ("scales", "biases")
             )
-            rows = mx.dequantize(rows, scales, biases, group_size=stored[0], bits=stored[1])
-        rows = rows.astype(mx.float32)
-        if factors is not None:
-            a, b = factors
-            rows = rows + (b[:, start:stop].T @ a.T).reshape(rows.shape)
-        return rows.astype(dtypes.mlx_dtype(self.dtype(name)))
+            packed = scales, biases, stored[0]
+        return made_whole(rows, packed, factors and (factors[0], factors[1][:, start:stop]))
 
 
 def module_of(name: str) -> str:

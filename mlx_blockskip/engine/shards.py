@@ -19,8 +19,28 @@ INDEX = "model.safetensors.index.json"
 Factors = tuple[mx.array, mx.array]
 """(in, r) and (r, out), float32: what is added to a layer's weight is their product, transposed."""
 
+Packed = tuple[mx.array, mx.array, int]
+"""Scales, biases and group size of a quantized weight."""
+
 Room = Callable[[Sequence[int]], int]
 """`(bytes of the tensors that are still to be read, in order) -> how many of them are read together`, at least one."""
+
+
+def made_whole(weight: mx.array, packed: Packed | None, factors: Factors | None) -> mx.array:
+    """A weight, or some rows of one, without quantization and with what factors add to it: computed in float32 and
+    rounded once, to the type in which it is stored.
+    """
+    stored = weight.dtype
+    if packed is not None:
+        scales, biases, group_size = packed
+        stored, bits = scales.dtype, weight.shape[1] * 32 // (scales.shape[1] * group_size)
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        weight = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits)
+    weight = weight.astype(mx.float32)
+    if factors is not None:
+        a, b = factors
+        weight = weight + (b.T @ a.T).reshape(weight.shape)
+    return weight.astype(stored)
 
 
 class Shards:
@@ -84,17 +104,10 @@ class Shards:
 
     def _add(self, module: str, found: dict[str, mx.array]) -> None:
         """Put in place of a layer's weight what it is with its factors, computed in float32 and rounded once."""
-        name = f"{module}.weight"
-        weight = stored = found[name]
+        name, packed = f"{module}.weight", None
         if (scales := found.pop(f"{module}.scales", None)) is not None:
-            biases, stored = found.pop(f"{module}.biases"), scales
-            group_size = self.group_sizes[module]
-            bits = weight.shape[1] * 32 // (scales.shape[1] * group_size)
-            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-            weight = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits)
-        a, b = self.added[module]
-        whole = weight.astype(mx.float32) + (b.T @ a.T).reshape(weight.shape)
-        found[name] = whole.astype(stored.dtype)
+            packed = scales, found.pop(f"{module}.biases"), self.group_sizes[module]
+        found[name] = made_whole(found[name], packed, self.added[module])
         mx.eval(found[name])
 
     def _whole_bytes(self, name: str) -> int:

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_blockskip.converters import hf
-from mlx_blockskip.converters.whole import Factors
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.shards import Factors
 from mlx_blockskip.events import Note, emit
 from mlx_blockskip.models.registry import read_config
 from mlx_blockskip.tasks.phases import phase

@@ -19,9 +19,9 @@ from mlx_blockskip.tasks.checkpoint import card
 from mlx_blockskip.tasks.checkpoint.adapters import CONFIG, PEFT_FILE, TENSORS
 from mlx_blockskip.tasks.checkpoint.address import repo_named
 from mlx_blockskip.tasks.checkpoint.base import README, base_model
-from mlx_blockskip.tasks.checkpoint.convert import is_converted
 from mlx_blockskip.tasks.checkpoint.export import export
 from mlx_blockskip.tasks.checkpoint.hub_errors import HUB, LOGIN, speaking
+from mlx_blockskip.tasks.checkpoint.recognise import is_converted
 from mlx_blockskip.tasks.checkpoint.transfer import attended, quiet
 from mlx_blockskip.tasks.phases import phase
 from mlx_blockskip.tasks.sampling.pictures import PNG_KEY
