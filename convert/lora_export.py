@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_blockskip.converters.layouts import Rule, pattern_of
-from mlx_blockskip.converters.peft import METADATA, Factors, layers, to_peft
+from mlx_blockskip.converters.peft import METADATA, to_peft
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.shards import Factors
+from mlx_blockskip.lora import paired
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def to_diffusers(
     that are 1 x 1 convolutions there. Raises UserError where a factor is too large for `dtype`.
     """
     found = to_peft(rounded(folded(tensors, scale), dtype), 1.0, prefix, pointwise=pointwise)
-    by_module = {module: a.shape[1] for module, (a, _) in layers(tensors).items()}
+    by_module = {module: a.shape[1] for module, (a, _) in paired(tensors).items()}
     config = {f"{prefix}{key}": value for key, value in peft_config(by_module).items()}
     return found, {METADATA: json.dumps(config, indent=2, sort_keys=True)}
 
@@ -71,7 +73,7 @@ def to_native(
     UserError for a layer that no rule names, and where a factor is too large for `dtype`.
     """
     found: dict[str, mx.array] = {}
-    for theirs, (a, b) in renamed(layers(rounded(folded(tensors, scale), dtype)), rules).items():
+    for theirs, (a, b) in renamed(paired(rounded(folded(tensors, scale), dtype)), rules).items():
         module = naming.prefix + theirs.replace(".", naming.separator)
         found[f"{module}.lora_down.weight"] = mx.contiguous(a.T)
         found[f"{module}.lora_up.weight"] = mx.contiguous(b.T)

@@ -10,9 +10,6 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
-Factors = tuple[mx.array, mx.array]
-"""Of a layer in our layout: (in, r) and (r, out)."""
-
 METADATA = "lora_adapter_metadata"
 
 
@@ -33,9 +30,3 @@ def to_peft(
         theirs = value.T[..., None, None] if module.endswith(pointwise) else value.T
         found[f"{prefix}{module}.lora_{letter}.weight"] = mx.contiguous(theirs)
     return found
-
-
-def layers(tensors: Mapping[str, mx.array]) -> dict[str, Factors]:
-    """Both factors of every layer in our layout, by the module's path."""
-    modules = [name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")]
-    return {module: (tensors[f"{module}.lora_a"], tensors[f"{module}.lora_b"]) for module in modules}

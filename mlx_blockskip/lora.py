@@ -188,9 +188,13 @@ def flatten(tree: Tree, stack: Stack) -> dict[str, mx.array]:
 
 def layers(tree: Tree, stack: Stack) -> dict[str, Factors]:
     """Both factors of every layer, by its full name (`transformer_blocks.0.attn.to_q`)."""
-    flat = flatten(tree, stack)
-    modules = [name.removesuffix(".lora_a") for name in flat if name.endswith(".lora_a")]
-    return {module: (flat[f"{module}.lora_a"], flat[f"{module}.lora_b"]) for module in modules}
+    return paired(flatten(tree, stack))
+
+
+def paired(tensors: Mapping[str, mx.array]) -> dict[str, Factors]:
+    """Both factors of every layer of a file, by the module's path."""
+    modules = [name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")]
+    return {module: (tensors[f"{module}.lora_a"], tensors[f"{module}.lora_b"]) for module in modules}
 
 
 def unflatten(tensors: Mapping[str, mx.array], stack: Stack, source: Path) -> Tree:

@@ -283,9 +283,7 @@ class UploadSettings:
 
 @dataclass
 class CacheSettings:
-    """List the models that were converted because they were given by a name, or clear them. They are made again when
-    they are needed.
-    """
+    """List the models that were converted because they were given by a name, or clear them until they are needed."""
 
     action: str = option("list", "What to do.", choices=("list", "clear"), positional=True)
     names: list[str] = option([], "Conversions, as `list` names them; all where none is named.", positional=True)
