@@ -4,6 +4,7 @@ import mlx_blockskip  # noqa: F401  (before mlx.core is imported: it makes its s
 
 # isort: split
 
+import hypothesis
 import pytest
 
 from mlx_blockskip.models.registry import open_model
@@ -17,6 +18,9 @@ QUICK = {
     "data": str(HEDGEHOG), "iters": 4, "rank": 2, "learning_rate": 1e-3, "steps_per_save": 2, "class_images": 0,
     "memory_budget": "any",  # nothing has to be traced first
 }  # fmt: skip
+
+hypothesis.settings.register_profile("suite", database=None, deadline=None, derandomize=True)
+hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True)
