@@ -14,7 +14,7 @@ from mlx_blockskip.converters.whole import Whole, misfits, quantized_layers
 from mlx_blockskip.converters.write import parts
 from mlx_blockskip.engine import dtypes, files
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.shards import Factors, Shards
+from mlx_blockskip.engine.shards import Added, Shards
 
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 """What a library calls its file of weights."""
@@ -50,7 +50,7 @@ class Part:
 
 
 def open_parts(
-    source: Path, family: str, dtype: str | None = None, added: Mapping[str, Mapping[str, Factors]] | None = None
+    source: Path, family: str, dtype: str | None = None, added: Mapping[str, Mapping[str, Added]] | None = None
 ) -> list[Part]:
     """Every component of an MLX model directory, checked to be what its config says.
 

@@ -15,8 +15,7 @@ import mlx.core as mx
 from mlx_blockskip.converters.layouts import Rule, pattern_of
 from mlx_blockskip.converters.peft import METADATA, to_peft
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.shards import Factors
-from mlx_blockskip.lora import paired
+from mlx_blockskip.lora import Factors, paired
 
 
 @dataclass(frozen=True)

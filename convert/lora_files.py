@@ -1,46 +1,39 @@
-"""LoRA files of other tools become factors of our layers. `lora_keys` has their names, `lora_scales` their strengths.
+"""Adapter files of other tools become differences of our layers. `lora_keys` has their names, `lora_scales` their
+strengths, `lora_kinds` what each kind of adapter computes.
 
-Theirs are A (r, in) and B (out, r), of convolutions kernels with two axes more; ours are transposed. Where a layer of
-theirs is several of ours below one another (q, k and v), each gets all of A and its rows of B, which is exact.
+Where a layer of theirs is several of ours below one another (q, k and v), each gets its rows of what is added, which is
+exact; of low-rank factors all of A and its rows of B.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_blockskip.converters import lora_keys, lora_scales
+from mlx_blockskip.converters import lora_keys, lora_kinds, lora_origin
+from mlx_blockskip.converters.lora_kinds import Given, MisfitError, Parts
 from mlx_blockskip.converters.lora_layers import Layers, Target
 from mlx_blockskip.converters.lora_scales import Strengths
+from mlx_blockskip.converters.views import View
+from mlx_blockskip.differences import LowRank, Ranges
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.shards import Factors
+from mlx_blockskip.engine.shards import Added, Difference
 
 
 class Entry(NamedTuple):
-    """One layer of ours. a: (in, r), b: (r, out), float32, with the file's strength in b."""
+    """What is added to one layer of ours, with the file's strength in it."""
 
     module: str
-    a: mx.array
-    b: mx.array
-
-
-@dataclass(frozen=True)
-class Given:
-    """A tensor of a file."""
-
-    name: str
-    value: mx.array
-    bare: bool = False
+    added: Added
 
 
 def read(
-    tensors: Mapping[str, mx.array], strengths: Strengths, layers: Layers, source: Path
+    tensors: Mapping[str, View], strengths: Strengths, layers: Layers, source: Path
 ) -> tuple[list[Entry], list[str]]:
     """Every layer that the file is for, in its order, and the names of tensors for text encoders, which are left out.
 
-    Raises UserError for what is not a LoRA, is for another model, is not whole, or would change the picture in a way
+    Raises UserError for what is no adapter, is for another model, is not whole, or would change the picture in a way
     that is not implemented; by the tensor's name.
     """
     parts, left_out = _sorted(tensors, source)
@@ -49,7 +42,7 @@ def read(
     for layer, given in parts.items():
         if given.keys() == {"alpha"}:
             continue
-        for entry in _entries(layer, given, strengths, layers, source):
+        for entry in _entries(layer, given, strengths, layers, source, lora_origin.likely(tensors)):
             if entry.module in found:
                 raise UserError(
                     f"{source}: {found[entry.module]} and {layer} are both for {entry.module}; keep one of them"
@@ -63,78 +56,80 @@ def read(
     return entries, left_out
 
 
-def _sorted(tensors: Mapping[str, mx.array], source: Path) -> tuple[dict[str, dict[str, Given]], list[str]]:
-    """Factors and alpha of each layer of theirs, and the names that are left out."""
+def _sorted(tensors: Mapping[str, View], source: Path) -> tuple[dict[str, Parts], list[str]]:
+    """The parts of each layer of theirs, and the names that are left out."""
     parts: dict[str, dict[str, Given]] = {}
-    left_out = []
-    known = any(lora_keys.parse(name).part in ("a", "b", "text") for name in tensors)
-    for name, value in tensors.items():
+    left_out, unknown = [], None
+    for name, view in tensors.items():
         key = lora_keys.parse(name)
-        if key.part in ("a", "b", "alpha"):
+        if key.part == "text":
+            left_out.append(name)
+        elif key.part == "unknown":
+            unknown = unknown or name
+        elif key.part == "OFT":
+            raise UserError(f"{source}: {name} is of an OFT adapter, which is not applied here; export it as a LoRA")
+        else:
             own = parts.setdefault(key.layer, {})
             if key.part in own:
                 raise UserError(f"{source}: {own[key.part].name} and {name} are both for {key.layer}; keep one of them")
-            own[key.part] = Given(name, value, key.bare)
-        elif key.part == "text":
-            left_out.append(name)
-        elif key.part == "added":
-            if bool((value != 0).any()):
-                raise UserError(f"{source}: {name} is more than a LoRA, and is not applied here; export it without")
-        elif key.part != "unknown":
-            raise UserError(f"{source}: {name} is of a {key.part}, which is not applied here; export it as a LoRA")
-        elif known:
-            raise UserError(f"{source}: {name} is not known of LoRA files, and not applied here; export it without")
-    return parts, left_out
+            own[key.part] = Given(name, view, key.bare)
+    if unknown and (parts or left_out):
+        raise UserError(f"{source}: {unknown} is not known of LoRA files, and not applied here; export it without")
+    return {layer: Parts(own) for layer, own in parts.items()}, left_out
 
 
 def _entries(
-    layer: str, given: Mapping[str, Given], strengths: Strengths, layers: Layers, source: Path
+    layer: str, given: Parts, strengths: Strengths, layers: Layers, source: Path, origin: str
 ) -> Iterator[Entry]:
     target = layers.find(layer)
     if target is None:
-        if layers.refused(layer):
-            raise UserError(f"{source}: a LoRA on {layer} is not applied here; train or export it without")
-        raise UserError(f"{source}: this model has no layer {layer}; the adapter is for another one")
-    for part in "ab":
-        if part not in given:
-            raise UserError(f"{source}: {next(iter(given.values())).name} has no other half; get the file again")
-        _check_numbers(given[part], source)
-    a, b = _ours(given["a"], given["b"], target, layers, layer, source)
-    rank = a.shape[1]
-    if "alpha" in given:
-        scale = lora_scales.stored(given["alpha"].name, given["alpha"].value, source) / rank
-    else:
-        scale = strengths.of(lora_keys.stripped(layer), rank)
-    if target.swapped:
-        b = mx.concatenate(list(reversed(mx.split(b, 2, axis=1))), axis=1)
-    first, a = 0, mx.contiguous(a)
-    for module, rows in zip(target.modules, layers.widths(target)[1], strict=True):
-        yield Entry(module, a, mx.contiguous(b[:, first : first + rows] * scale))
-        first += rows
-
-
-def _ours(a: Given, b: Given, target: Target, layers: Layers, layer: str, source: Path) -> Factors:
-    """(in, r) and (r, out) in float32, checked to fit."""
+        raise UserError(f"{source}: this model has no layer {layer}; the adapter is for another one{origin}")
     width, rows = layers.widths(target)
-    first, second = (given.value.astype(mx.float32) for given in (a, b))
-    if first.ndim == 4:  # O I H W; ours are O H W I
-        first = first.transpose(0, 2, 3, 1)
-    if first.ndim >= 2 and second.ndim >= 2:
-        first, second = first.reshape(first.shape[0], -1), second.reshape(second.shape[0], -1)
-        fits = first.shape[1] == width and second.shape == (sum(rows), first.shape[0])
-        fits_bare = first.shape[0] == width and second.shape == (first.shape[1], sum(rows))
-        if a.bare and b.bare and fits_bare:
-            return first, second
-        if fits:
-            return first.T, second.T
-    raise UserError(
-        f"{source}: the factors of {layer} do not fit a layer of {width} -> {sum(rows)}; "
-        "the adapter is for another model"
-    )
+    for one in given.values():
+        _check_numbers(one, source)
+    try:
+        weight, bias = lora_kinds.added(
+            layer, given, strengths, lora_kinds.Shape(width, sum(rows), layers.kernel(target)), source
+        )
+    except MisfitError:
+        raise UserError(
+            f"{source}: the factors of {layer} do not fit a layer of {width} -> {sum(rows)}; the adapter is for "
+            f"another model{origin}"
+        ) from None
+    first = 0
+    for module, count in zip(target.modules, rows, strict=True):
+        ranges = _ranges(target, first, first + count)
+        part = Added(
+            None if weight is None else _part(weight, ranges, sum(rows)),
+            None if bias is None else mx.concatenate([bias[start:stop] for start, stop in ranges]),
+        )
+        if not part.nothing:
+            yield Entry(module, part)
+        first += count
+
+
+def _ranges(target: Target, first: int, last: int) -> tuple[tuple[int, int], ...]:
+    """The rows of theirs, one range below the other, that are a layer of ours."""
+    if not target.swapped:
+        return ((first, last),)
+    half = (first + last) // 2
+    return (half, last), (first, half)
+
+
+def _part(weight: Difference, ranges: tuple[tuple[int, int], ...], rows: int) -> Difference:
+    if ranges == ((0, rows),):
+        return weight
+    if isinstance(weight, LowRank):
+        b = mx.contiguous(mx.concatenate([weight.b[:, start:stop] for start, stop in ranges], axis=1))
+        mx.eval(b)
+        return LowRank(weight.a, b)
+    return Ranges(weight, ranges)
 
 
 def _check_numbers(given: Given, source: Path) -> None:
-    if not mx.issubdtype(given.value.dtype, mx.floating):
+    if given.name.endswith(".alpha"):
+        return  # it may be an integer, and is checked as one number
+    if not lora_kinds.is_floating(given.view):
         raise UserError(f"{source}: {given.name} holds no floating-point numbers; export it again")
-    if not bool(mx.isfinite(given.value).all()):
+    if not bool(mx.isfinite(given.view.read()).all()):
         raise UserError(f"{source}: {given.name} holds NaN or infinity; the file is damaged or its training diverged")

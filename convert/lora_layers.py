@@ -1,4 +1,4 @@
-"""Which layers of a model a LoRA may be for, under every name that tools have for them."""
+"""Which layers of a model an adapter may be for, under every name that tools have for them."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -22,14 +22,12 @@ class Target:
 
 class Layers:
     """The layers of a transformer. shapes: of their weights as ours have them, by module: (out, in) of a linear layer,
-    (out, height, width, in) of a convolution. others: modules with a weight that no LoRA can be added to.
+    (out, height, width, in) of a convolution, (n,) of a norm.
     """
 
     def __init__(self, shards: Shards, rules: Sequence[Rule] = ()):
         whole = Whole(shards)
-        weights = {n.removesuffix(".weight"): whole.shape(n) for n in shards.names if n.endswith(".weight")}
-        self.shapes = {module: shape for module, shape in weights.items() if _takes_lora(shape)}
-        self.others = weights.keys() - self.shapes.keys()
+        self.shapes = {n.removesuffix(".weight"): whole.shape(n) for n in shards.names if n.endswith(".weight")}
         self._targets = {module: Target((module,)) for module in self.shapes}
         self._targets |= dict(self._by_rules(rules))
         self._flat = {name.replace(".", "_"): target for name, target in self._targets.items()}
@@ -39,19 +37,18 @@ class Layers:
         name = lora_keys.flat(layer)
         if name is not None:
             return self._flat.get(name)
-        return self._targets.get(layer) or self._targets.get(lora_keys.stripped(layer))
-
-    def refused(self, layer: str) -> bool:
-        """Whether the model has it, and a LoRA on it cannot be applied."""
-        name = lora_keys.flat(layer)
-        if name is not None:
-            return name in {other.replace(".", "_") for other in self.others}
-        return lora_keys.stripped(layer) in self.others
+        names = (layer, lora_keys.stripped(layer), lora_keys.stripped(layer).removesuffix(".scale"))
+        return next((self._targets[name] for name in names if name in self._targets), None)
 
     def widths(self, target: Target) -> tuple[int, list[int]]:
-        """in, and how many rows each of the target's modules has."""
+        """How many numbers a row has, and how many rows each of the target's modules."""
         shapes = [self.shapes[module] for module in target.modules]
         return math.prod(shapes[0][1:]), [shape[0] for shape in shapes]
+
+    def kernel(self, target: Target) -> tuple[int, int, int] | None:
+        """(height, width, in) of a convolution over more than a point; None for all else."""
+        shape = self.shapes[target.modules[0]]
+        return (shape[1], shape[2], shape[3]) if len(shape) == 4 and shape[1] * shape[2] > 1 else None
 
     def _by_rules(self, rules: Sequence[Rule]) -> Iterator[tuple[str, Target]]:
         for known in rules:
@@ -61,8 +58,3 @@ class Layers:
                     ours = tuple(name.format(*match.groups()) for name in known.ours)
                     if all(name in self.shapes for name in ours):
                         yield known.theirs.format(*match.groups()), Target(ours, known.swapped)
-
-
-def _takes_lora(shape: tuple[int, ...]) -> bool:
-    """Linear layers, and convolutions over all channels: those of each channel by itself have one input channel."""
-    return len(shape) == 2 or (len(shape) == 4 and shape[-1] > 1)

@@ -23,19 +23,27 @@ COMPONENT = "transformer."
 @dataclass(frozen=True)
 class Strengths:
     """What PEFT's config says: one alpha for all (None: r), others by regular expression, and whether the strength is
-    alpha / sqrt(r).
+    alpha / sqrt(r). rank, ranks: the same of r, which factors say themselves where there are any.
     """
 
     alpha: float | None = None
     patterns: Mapping[str, float] = field(default_factory=dict)
     by_root: bool = False
+    rank: float | None = None
+    ranks: Mapping[str, float] = field(default_factory=dict)
 
-    def of(self, layer: str, rank: int) -> float:
-        """By which B A is multiplied for the layer of this path."""
-        alpha = next((a for key, a in self.patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), self.alpha)
-        if alpha is None:
+    def of(self, layer: str, rank: float | None = None) -> float:
+        """By which B A is multiplied for the layer of this path. rank: of its factors; None where it has none."""
+        alpha = _matched(self.patterns, layer, self.alpha)
+        rank = _matched(self.ranks, layer, self.rank) if rank is None else rank
+        if alpha is None or not rank:
             return 1.0
         return alpha / (math.sqrt(rank) if self.by_root else rank)
+
+
+def _matched(patterns: Mapping[str, float], layer: str, otherwise: float | None) -> float | None:
+    """The value of the first pattern that a layer's path ends with, as PEFT matches them."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), otherwise)
 
 
 def from_metadata(metadata: Mapping[str, str], source: Path) -> Strengths:
@@ -53,15 +61,22 @@ def from_metadata(metadata: Mapping[str, str], source: Path) -> Strengths:
 def from_config(config: Mapping[str, Any], source: Path) -> Strengths:
     """Of PEFT's `adapter_config.json`. Raises UserError for what is not a number or not a regular expression."""
     try:
-        alpha = config.get("lora_alpha")
-        patterns = {key: float(value) for key, value in (config.get("alpha_pattern") or {}).items()}
-        for key in patterns:
+        alpha, rank = config.get("lora_alpha", config.get("alpha")), config.get("r")
+        patterns, ranks = (
+            {key: float(value) for key, value in (config.get(name) or {}).items()}
+            for name in ("alpha_pattern", "rank_pattern")
+        )
+        for key in (*patterns, *ranks):
             re.compile(key)
-        return Strengths(None if alpha is None else float(alpha), patterns, bool(config.get("use_rslora")))
+        return Strengths(
+            None if alpha is None else float(alpha),
+            patterns,
+            bool(config.get("use_rslora")),
+            None if rank is None else float(rank),
+            ranks,
+        )
     except (TypeError, ValueError, AttributeError, re.error) as error:
-        raise UserError(
-            f"{source}: its lora_alpha or alpha_pattern cannot be read ({error}); export it again"
-        ) from None
+        raise UserError(f"{source}: its ranks or alphas cannot be read ({error}); export it again") from None
 
 
 def stored(name: str, value: mx.array, source: Path) -> float:

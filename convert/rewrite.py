@@ -36,7 +36,7 @@ class Rewriting:
     def changes(self, name: str) -> bool:
         """Whether a tensor is not written as it is: of a layer, that is asked of its weight."""
         quantized = self.whole.quantized(name) is not None
-        return (name.endswith(".weight") and module_of(name) in self.whole.added) or (self.dequantize and quantized)
+        return self.whole.changes(name) or (self.dequantize and quantized)
 
     def entries(self, file: str) -> list[files.TensorEntry]:
         """The tensors that one shard will have."""

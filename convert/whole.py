@@ -9,19 +9,26 @@ import mlx.core as mx
 
 from mlx_blockskip.converters.table import Component
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.shards import INDEX, Factors, Packed, Shards, made_whole
+from mlx_blockskip.engine.shards import INDEX, Added, Packed, Shards, made_whole
 
 
 class Whole:
-    """A component's layers, made whole. added: factors by module (`transformer_blocks.0.attn.to_q`).
+    """A component's layers, made whole. added: to a layer, by module (`transformer_blocks.0.attn.to_q`).
 
     What is read is computed in float32 and rounded once, to the type in which the layer is stored. Every file is
-    verified before it is read. Raises UserError for a missing, truncated or altered file, or a missing tensor.
+    verified before it is read. Raises UserError for a missing, truncated or altered file, a missing tensor, and a bias
+    for a layer that has none, since no model of its kind has one.
     """
 
-    def __init__(self, shards: Shards, added: Mapping[str, Factors] | None = None):
+    def __init__(self, shards: Shards, added: Mapping[str, Added] | None = None):
         self.shards = shards
         self.added = added or {}
+        for module, change in self.added.items():
+            if change.bias is not None and f"{module}.bias" not in shards.weight_map:
+                raise UserError(
+                    f"{module}: gets a bias from the adapter and has none in this model, so it cannot be fused; give "
+                    "the adapter with --adapter-path"
+                )
 
     def quantized(self, name: str) -> tuple[int, int] | None:
         """Group size and bits of a quantized layer, by its weight's name; None for what is whole."""
@@ -49,17 +56,24 @@ class Whole:
 
     def read(self, name: str, start: int, stop: int) -> mx.array:
         """Rows start to stop - 1."""
-        stored, factors = self.quantized(name), self.added.get(module_of(name)) if name.endswith(".weight") else None
+        module, _, kind = name.rpartition(".")
+        stored, added = self.quantized(name), self.added.get(module, Added())
         rows = self.shards.part(name, start, stop)
-        if stored is None and factors is None:
+        if kind == "bias" and added.bias is not None:
+            return (rows.astype(mx.float32) + added.bias[start:stop]).astype(rows.dtype)
+        if kind != "weight" or (stored is None and added.weight is None):
             return rows
         packed: Packed | None = None
         if stored is not None:
-            scales, biases = (
-                self.shards.part(f"{module_of(name)}.{kind}", start, stop) for kind in ("scales", "biases")
-            )
+            scales, biases = (self.shards.part(f"{module}.{kind}", start, stop) for kind in ("scales", "biases"))
             packed = scales, biases, stored[0]
-        return made_whole(rows, packed, factors and (factors[0], factors[1][:, start:stop]))
+        return made_whole(rows, packed, added.weight, start)
+
+    def changes(self, name: str) -> bool:
+        """Whether something is added to a tensor."""
+        module, _, kind = name.rpartition(".")
+        added = self.added.get(module, Added())
+        return (kind == "weight" and added.weight is not None) or (kind == "bias" and added.bias is not None)
 
 
 def module_of(name: str) -> str:

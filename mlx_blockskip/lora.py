@@ -14,14 +14,19 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_blockskip import differences
+from mlx_blockskip.differences import LowRank
 from mlx_blockskip.engine import dtypes, philox
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.reader import BlockReader
-from mlx_blockskip.engine.shards import Factors
+from mlx_blockskip.engine.shards import Added
 from mlx_blockskip.engine.stack import Apply, Context, Mask, Modulation, Stack, State, Trainable, Weights
 from mlx_blockskip.models.family import DiffusionModel
 
 Tree = dict[int, dict[str, mx.array]]
+
+Factors = tuple[mx.array, mx.array]
+"""(in, r) and (r, out), float32."""
 
 PHILOX_KEY = 0x10A
 """Keeps the factors' random stream apart from the samples' (which are keyed by their number)."""
@@ -29,25 +34,26 @@ PHILOX_KEY = 0x10A
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA that is not trained further. tree: what the blocks add as they work. merged: by full name the layers whose
-    weights are read with it (`worn`): those outside of the blocks, and modulation.
+    """An adapter that is not trained further. tree: factors that the blocks add as they work. worn: by full name, what
+    is added to layers as their weights are read: those outside of the blocks, modulation, and all that is no factors.
     """
 
     tree: Tree = field(default_factory=dict)
-    merged: Mapping[str, Factors] = field(default_factory=dict)
+    worn: Mapping[str, Added] = field(default_factory=dict)
 
-    def layers(self, stack: Stack) -> dict[str, Factors]:
-        """Both factors of every layer, by its full name."""
-        return {**layers(self.tree, stack), **self.merged}
+    def layers(self, stack: Stack) -> dict[str, Added]:
+        """What is added to every layer, by its full name."""
+        found = {name: Added(LowRank(*both)) for name, both in layers(self.tree, stack).items()}
+        for name, added in self.worn.items():
+            found[name] = added if name not in found else differences.together([found[name], added], [1, 1])
+        return found
 
     def checksum(self) -> str:
-        """A checksum of all factors, in order."""
-        return checksum(self.tree, self.merged)
+        """A checksum of all numbers, in order."""
+        return checksum(self.tree, self.worn)
 
 
-def divided(
-    found: Mapping[str, Factors], stack: Stack, choices: Mapping[str, Mapping[str, tuple[str, ...]]]
-) -> Adapter:
+def divided(found: Mapping[str, Added], stack: Stack, choices: Mapping[str, Mapping[str, tuple[str, ...]]]) -> Adapter:
     """An adapter of these layers (by full name). choices: the family's, whose modules apply a tree themselves."""
     places = {
         block.prefix + module: (index, module)
@@ -57,26 +63,27 @@ def divided(
         for module in choice.get(block.kind.name, ())
         if not block.kind.is_modulation(f"{module}.")
     }
-    tree: Tree = {}
-    for name in found.keys() & places.keys():
-        tree.setdefault(places[name][0], {})
-    for name in found:
-        if name in places:
+    tree: Tree = {index: {} for index in sorted({places[name][0] for name in found.keys() & places.keys()})}
+    worn: dict[str, Added] = {}
+    for name, added in found.items():
+        if name in places and isinstance(added.weight, LowRank):
             index, module = places[name]
-            tree[index] |= dict(zip((f"{module}.lora_a", f"{module}.lora_b"), found[name], strict=True))
-    return Adapter(dict(sorted(tree.items())), {name: both for name, both in found.items() if name not in places})
+            tree[index] |= {f"{module}.lora_a": added.weight.a, f"{module}.lora_b": added.weight.b}
+            added = replace(added, weight=None)
+        if not added.nothing:
+            worn[name] = added
+    return Adapter({index: factors for index, factors in tree.items() if factors}, worn)
 
 
 @contextmanager
 def worn(model: DiffusionModel, adapter: Adapter) -> Iterator[Tree]:
     """Inside, the model's weights are read with what the adapter adds to them; yields the tree for its blocks."""
-    if not adapter.merged:
+    if not adapter.worn:
         yield adapter.tree
         return
     shards = model.reader.shards
     model.release()
-    mx.eval(list(adapter.merged.values()))  # weights are read in another thread, which has no part in unfinished work
-    shards.added = adapter.merged
+    shards.added = adapter.worn
     try:
         yield adapter.tree
     finally:
@@ -121,13 +128,17 @@ def blank(reader: BlockReader, index: int, modules: Iterable[str], rank: int) ->
 
 
 def linear_shape(reader: BlockReader, index: int, module: str) -> tuple[int, int]:
-    """(out, in) of a linear layer, quantized or not, from the file's header."""
-    prefix = reader.stack.block(index).prefix + module
-    out, packed = reader.shards.shape(f"{prefix}.weight")
-    group_size = reader.shards.group_sizes.get(prefix)
+    """(out, in) of a linear layer of a block."""
+    return layer_shape(reader, reader.stack.block(index).prefix + module)
+
+
+def layer_shape(reader: BlockReader, module: str) -> tuple[int, int]:
+    """(out, in) of a layer, quantized or not, from the file's header."""
+    out, *rest = reader.shards.shape(f"{module}.weight")
+    group_size = reader.shards.group_sizes.get(module)
     if group_size is None:
-        return out, packed
-    return out, reader.shards.shape(f"{prefix}.scales")[1] * group_size
+        return out, math.prod(rest)
+    return out, reader.shards.shape(f"{module}.scales")[1] * group_size
 
 
 def attach(stack: Stack, scale: float) -> Stack:
@@ -158,15 +169,12 @@ def scaled(tree: Trainable, scale: float) -> dict[str, mx.array]:
 
 def together(adapters: Sequence[Adapter], scales: Sequence[float]) -> Adapter:
     """One adapter that adds up several, each with its scale."""
-    merged: dict[str, Factors] = {}
-    for adapter, scale in zip(adapters, scales, strict=True):
-        for name, (a, b) in adapter.merged.items():
-            first = merged.get(name)
-            both = (a, b * scale)
-            if first is not None:
-                both = mx.concatenate([first[0], a], axis=1), mx.concatenate([first[1], both[1]], axis=0)
-            merged[name] = both
-    return Adapter(combine([adapter.tree for adapter in adapters], scales), merged)
+    scaled_by = list(zip(adapters, scales, strict=True))
+    found: dict[str, Added] = {}
+    for name in dict.fromkeys(name for adapter in adapters for name in adapter.worn):
+        own = [(adapter.worn[name], scale) for adapter, scale in scaled_by if name in adapter.worn]
+        found[name] = differences.together([added for added, _ in own], [scale for _, scale in own])
+    return Adapter(combine([adapter.tree for adapter in adapters], scales), found)
 
 
 def combine(trees: Sequence[Tree], scales: Sequence[float]) -> Tree:
@@ -209,34 +217,40 @@ def unflatten(tensors: Mapping[str, mx.array], stack: Stack, source: Path) -> Tr
     return dict(sorted(tree.items()))
 
 
-def check(tree: Tree, reader: BlockReader, source: Path) -> None:
-    """Raise UserError where a factor does not fit the layer it is for."""
-    for index, factors in tree.items():
-        for name, a in factors.items():
-            if not name.endswith(".lora_a"):
-                continue
-            module = name.removesuffix(".lora_a")
-            b = factors.get(f"{module}.lora_b")
-            prefix = reader.stack.block(index).prefix
-            if f"{prefix}{module}.weight" not in reader.shards.weight_map:
-                raise UserError(f"{source}: this model has no layer {prefix}{module}; the adapter is for another one")
-            out, width = linear_shape(reader, index, module)
-            if b is None or a.shape[0] != width or b.shape[1] != out or a.shape[1] != b.shape[0]:
-                raise UserError(
-                    f"{source}: the factors of {prefix}{module} do not fit a layer of {width} -> {out}; "
-                    "the adapter is for another model"
-                )
+def check(tensors: Mapping[str, mx.array], reader: BlockReader, source: Path) -> None:
+    """Raise UserError where a factor, by its full name, does not fit the layer it is for, or has no other half."""
+    for module in dict.fromkeys(name.rpartition(".")[0] for name in tensors):
+        if f"{module}.weight" not in reader.shards.weight_map:
+            raise UserError(f"{source}: this model has no layer {module}; the adapter is for another one")
+        out, width = layer_shape(reader, module)
+        a, b = (tensors.get(f"{module}.{kind}") for kind in ("lora_a", "lora_b"))
+        shapes = [None if factor is None else tuple(factor.shape) for factor in (a, b)]
+        rank = a.shape[-1] if a is not None else 0
+        if a is None or b is None or shapes != [(width, rank), (rank, out)]:
+            raise UserError(
+                f"{source}: the factors of {module} do not fit a layer of {width} -> {out}; "
+                "the adapter is for another model"
+            )
+        for name, value in ((f"{module}.lora_a", a), (f"{module}.lora_b", b)):
+            if not bool(mx.isfinite(value).all()):
+                raise UserError(f"{source}: {name} holds NaN or infinity; the file is damaged or its training diverged")
 
 
-def checksum(tree: Tree, merged: Mapping[str, Factors] | None = None) -> str:
-    """A checksum of all factors, in order. merged: as an `Adapter` has them."""
+def checksum(tree: Tree, worn: Mapping[str, Added] | None = None) -> str:
+    """A checksum of all numbers, in order. worn: as an `Adapter` has it."""
     state = hashlib.sha256()
+
+    def count(name: str, value: mx.array) -> None:
+        state.update(f"{name} {value.shape}".encode())
+        state.update(dtypes.raw_bytes(value))
+
     for index, factors in sorted(tree.items()):
         for name, value in factors.items():
-            state.update(f"{index} {name} {value.shape}".encode())
-            state.update(dtypes.raw_bytes(value))
-    for module, factors_of in (merged or {}).items():
-        for value in factors_of:
-            state.update(f"{module} {value.shape}".encode())
-            state.update(dtypes.raw_bytes(value))
+            count(f"{index} {name}", value)
+    for module, added in (worn or {}).items():
+        if added.weight is not None:
+            for value in added.weight.tensors():
+                count(f"{module} {type(added.weight).__name__}", value)
+        if added.bias is not None:
+            count(f"{module}.bias", added.bias)
     return state.hexdigest()

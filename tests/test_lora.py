@@ -123,7 +123,7 @@ def test_a_name_of_no_block_is_refused_with_its_file(model):
 
 
 def test_factors_that_fit_are_let_through(model):
-    lora.check(random_tree(model, range(5)), model.reader, FILE)
+    lora.check(lora.flatten(random_tree(model, range(5)), model.stack), model.reader, FILE)
 
 
 @pytest.mark.parametrize(
@@ -139,13 +139,13 @@ def test_factors_that_do_not_fit_are_refused_by_their_layer(model, change):
     tree = random_tree(model, (2,))
     tree[2] = {name: value for name, value in {**tree[2], **change}.items() if value is not None}
     with pytest.raises(UserError, match=r"^own/.*: the factors of blocks\.2\.ff\.0 do not fit a layer of 32 -> 64"):
-        lora.check(tree, model.reader, FILE)
+        lora.check(lora.flatten(tree, model.stack), model.reader, FILE)
 
 
 def test_factors_of_a_layer_that_is_not_there_are_refused_by_its_name(model):
     tree = {2: {"ff.1.lora_a": mx.zeros((WIDTH, 3)), "ff.1.lora_b": mx.zeros((3, WIDTH))}}
     with pytest.raises(UserError, match=r"^own/.*: this model has no layer blocks\.2\.ff\.1"):
-        lora.check(tree, model.reader, FILE)
+        lora.check(lora.flatten(tree, model.stack), model.reader, FILE)
 
 
 def test_the_checksum_sees_every_number_name_and_block_and_no_order_of_blocks(model):

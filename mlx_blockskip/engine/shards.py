@@ -1,11 +1,13 @@
 """A component's weights on disk: one shard a block, read lazily, verified once."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
 import mlx.core as mx
 import numpy as np
@@ -16,8 +18,30 @@ from mlx_blockskip.engine.errors import UserError
 INDEX = "model.safetensors.index.json"
 
 
-Factors = tuple[mx.array, mx.array]
-"""(in, r) and (r, out), float32: what is added to a layer's weight is their product, transposed."""
+class Difference(Protocol):
+    """What is added to a layer's weight as it is read."""
+
+    def rows(self, weight: mx.array, start: int) -> mx.array:
+        """(rows, n) float32, to be added to `weight`, (rows, n): the layer's rows from `start` on, as stored."""
+
+    def scaled(self, strength: float) -> Self:
+        """The same with another strength."""
+
+    def tensors(self) -> Iterator[mx.array]:
+        """All numbers that it is made of, one after the other."""
+
+
+@dataclass(frozen=True)
+class Added:
+    """What is added to one layer. bias: (out,) float32; a layer that has none gets one."""
+
+    weight: Difference | None = None
+    bias: mx.array | None = None
+
+    @property
+    def nothing(self) -> bool:
+        return self.weight is None and self.bias is None
+
 
 Packed = tuple[mx.array, mx.array, int]
 """Scales, biases and group size of a quantized weight."""
@@ -26,9 +50,13 @@ Room = Callable[[Sequence[int]], int]
 """`(bytes of the tensors that are still to be read, in order) -> how many of them are read together`, at least one."""
 
 
-def made_whole(weight: mx.array, packed: Packed | None, factors: Factors | None) -> mx.array:
-    """A weight, or some rows of one, without quantization and with what factors add to it: computed in float32 and
-    rounded once, to the type in which it is stored.
+PART = 1 << 22
+"""Numbers of a weight that are made whole at a time."""
+
+
+def made_whole(weight: mx.array, packed: Packed | None, added: Difference | None, start: int = 0) -> mx.array:
+    """A weight, or its rows from `start` on, without quantization and with what is added to them: computed in float32
+    and rounded once, to the type in which it is stored.
     """
     stored = weight.dtype
     if packed is not None:
@@ -37,17 +65,17 @@ def made_whole(weight: mx.array, packed: Packed | None, factors: Factors | None)
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
         weight = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits)
     weight = weight.astype(mx.float32)
-    if factors is not None:
-        a, b = factors
-        weight = weight + (b.T @ a.T).reshape(weight.shape)
+    if added is not None:
+        flat = weight.reshape(len(weight), -1)
+        weight = (flat + added.rows(flat, start)).reshape(weight.shape)
     return weight.astype(stored)
 
 
 class Shards:
     """The tensors of one component directory (config.json, index, shards). Nothing is read before it is asked for.
 
-    A shard's checksum is verified once, at its first read. added: factors by module; `load` reads these layers with
-    their product added, whole where they are quantized. What is stored is not changed by it, nor `identity`.
+    A shard's checksum is verified once, at its first read. added: by module, what `load` adds to a layer, whose weight
+    is then whole where it is quantized. What is stored is not changed by it, nor `identity`.
     Raises UserError for a missing, truncated or altered file.
     """
 
@@ -59,7 +87,7 @@ class Shards:
         metadata = index.get("metadata", {})
         self.checksums: dict[str, str] = metadata.get("sha256", {})
         self.group_sizes: dict[str, int] = metadata.get("group_sizes", {})
-        self.added: Mapping[str, Factors] = {}
+        self.added: Mapping[str, Added] = {}
         self._headers: dict[str, files.Header] = {}
         self._verified: set[str] = set()
 
@@ -103,17 +131,32 @@ class Shards:
         return found
 
     def _add(self, module: str, found: dict[str, mx.array]) -> None:
-        """Put in place of a layer's weight what it is with its factors, computed in float32 and rounded once."""
-        name, packed = f"{module}.weight", None
-        if (scales := found.pop(f"{module}.scales", None)) is not None:
-            packed = scales, found.pop(f"{module}.biases"), self.group_sizes[module]
-        found[name] = made_whole(found[name], packed, self.added[module])
+        """Put in place of a layer's tensors what they are with what is added: some rows at a time."""
+        name, added = f"{module}.weight", self.added[module]
+        if added.bias is not None:
+            own = found.get(f"{module}.bias")
+            dtype = found.get(f"{module}.scales", found[name]).dtype if own is None else own.dtype
+            bias = added.bias if own is None else own.astype(mx.float32) + added.bias
+            found[f"{module}.bias"] = bias.astype(dtype)
+            mx.eval(found[f"{module}.bias"])
+        if added.weight is None:
+            return
+        weight = found.pop(name)
+        pair = [found.pop(f"{module}.{kind}") for kind in ("scales", "biases")] if f"{module}.scales" in found else []
+        parts, count = [], max(1, PART // max(1, math.prod(weight.shape[1:])))
+        for start in range(0, len(weight), count):
+            rows = slice(start, start + count)
+            packed = (pair[0][rows], pair[1][rows], self.group_sizes[module]) if pair else None
+            parts.append(made_whole(weight[rows], packed, added.weight, start))
+            mx.eval(parts[-1])
+        found[name] = parts[0] if len(parts) == 1 else mx.concatenate(parts)
         mx.eval(found[name])
 
     def _whole_bytes(self, name: str) -> int:
         """Bytes of a tensor as `load` returns it: with a layer that is made whole no scales and biases come."""
         module, _, kind = name.rpartition(".")
-        if module not in self.added or (module not in self.group_sizes) or kind == "bias":
+        added = self.added.get(module)
+        if added is None or added.weight is None or module not in self.group_sizes or kind == "bias":
             return self._entry(name).nbytes
         if kind != "weight":
             return 0

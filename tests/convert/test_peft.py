@@ -157,7 +157,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, tiny_flux):
     name = next(n for n in tensors if n.endswith("lora_a"))
     for wrong, match in (
         ({**tensors, name: mx.zeros((7, 3))}, "do not fit"),
-        ({**tensors, "other_blocks.0.x.lora_a": mx.zeros((2, 2))}, "no block"),
+        ({**tensors, "other_blocks.0.x.lora_a": mx.zeros((2, 2))}, "no layer other_blocks.0.x"),
         ({"transformer_blocks.0.nope.lora_a": mx.zeros((2, 2))}, "no layer transformer_blocks.0.nope"),
     ):
         copy = tmp_path / "wrong"

@@ -140,8 +140,8 @@ def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path, monkeypatch):
         base = make_toy(tmp_path / f"toy-{depth}", depth=depth)
         tree = random_tree(open_model(base), range(depth))
         model = open_model(base)
-        whole = Whole(model.reader.shards, lora.layers(tree, model.stack))
-        mx.eval(list(whole.added.values()))
+        mx.eval(tree)
+        whole = Whole(model.reader.shards, lora.Adapter(tree).layers(model.stack))
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
@@ -185,7 +185,7 @@ def test_what_does_not_belong_together_is_refused_in_a_sentence(tmp_path, tiny_f
     mx.eval(held)
     files.save_tensors(small / "adapters.safetensors", held | {name: mx.zeros((8, 3))})
     for options, match in (
-        ({"adapters": [one], "model": str(tiny_sana)}, "is an adapter for flux1, and .* is a model of sana"),
+        ({"adapters": [one], "model": str(tiny_sana)}, "is an adapter for flux1, and the model is one of sana"),
         ({"adapters": [bare], "model": str(toy)}, "no block|no layer"),
         ({"adapters": [small]}, "do not fit a layer of 128 -> 128"),
         ({"adapters": [one], "strengths": [1.0, 2.0]}, "--lora-scale is given 2 times for 1"),

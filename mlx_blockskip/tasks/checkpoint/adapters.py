@@ -3,28 +3,26 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_blockskip import lora
-from mlx_blockskip.converters import lora_files, lora_scales
+from mlx_blockskip.converters import lora_files, lora_origin, lora_scales
 from mlx_blockskip.converters.lora_layers import Layers
 from mlx_blockskip.converters.run import load_table
+from mlx_blockskip.converters.views import Stored, whole
+from mlx_blockskip.differences import LowRank
 from mlx_blockskip.engine import files, listing
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.shards import Added
 from mlx_blockskip.events import Warning, emit
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import family_named, read_config
+from mlx_blockskip.tasks.checkpoint import adapter_hub
+from mlx_blockskip.tasks.checkpoint.adapter_names import CONFIG, PEFT_FILE, PEFT_TENSORS, PEFT_TYPE, SUFFIXES, TENSORS
 
-TENSORS = "adapters.safetensors"
-CONFIG = "adapter_config.json"
-PEFT_FILE = "pytorch_lora_weights.safetensors"
-PEFT_TENSORS = "adapter_model.safetensors"
-PEFT_TYPE = "peft_type"
-"""What PEFT's adapter_config.json says, and ours does not."""
-
-SUFFIXES = (".safetensors", ".sft")
 ALL_LAYERS = -1
 """As mlx-lm counts the blocks that have a LoRA, from the last on."""
 
@@ -34,7 +32,7 @@ def load_adapters(model: DiffusionModel, paths: Sequence[str], scales: Sequence[
     check_strengths(paths, scales)
     adapters, strengths = [], []
     for i, path in enumerate(paths):
-        adapter, scale = load_adapter(model, Path(path).expanduser())
+        adapter, scale = load_adapter(model, here(path))
         adapters.append(adapter)
         strengths.append(scale * (scales[i] if i < len(scales) else 1.0))
     return lora.together(adapters, strengths)
@@ -46,25 +44,71 @@ def check_strengths(paths: Sequence[Any], scales: Sequence[float]) -> None:
         raise UserError(f"--lora-scale is given {len(scales)} times for {len(paths)} adapters; give one for each")
 
 
+def here(text: str) -> Path:
+    """Where the adapter of this name is on this disk; a repo's is downloaded. Raises UserError where it can not be."""
+    path = Path(text).expanduser()
+    if path.exists():
+        return path
+    return adapter_hub.fetched(text) or path
+
+
 def load_adapter(model: DiffusionModel, path: Path) -> tuple[lora.Adapter, float]:
-    """An adapter's factors and its own scale, checked against the model's layers."""
-    family = family_named(read_config(model.path)["family"])
+    """An adapter and its own scale, checked against the model's layers. Says what base it is of where that is another
+    one. Raises UserError.
+    """
     file, config = located(path)
-    if config is not None and PEFT_TYPE not in config:
-        tree = lora.unflatten(read_tensors(file), model.stack, file)
-        lora.check(tree, model.reader, file)
-        return lora.divided(lora.layers(tree, model.stack), model.stack, family.lora_targets), scale_of(config, file)
-    tensors = read_tensors(file)
-    layers = Layers(model.reader.shards, getattr(load_table(family.name), "ADAPTER_RULES", ()))
+    found, scale = _ours(model, file, config) if _is_ours(config) else (_theirs(model, file, config), 1.0)
+    family = family_named(read_config(model.path)["family"])
+    return lora.divided(found, model.stack, family.lora_targets), scale
+
+
+def _is_ours(config: Mapping[str, Any] | None) -> bool:
+    return config is not None and PEFT_TYPE not in config
+
+
+def _ours(model: DiffusionModel, file: Path, config: Mapping[str, Any] | None) -> tuple[dict[str, Added], float]:
+    """What an adapter of our own training adds, by layer, and its scale."""
+    config = config or {}
+    own = read_config(model.path)["family"]
+    if config.get("family", own) != own:
+        raise UserError(f"{file.parent}: is an adapter for {config['family']}, and the model is one of {own}")
+    if config.get("base_model_identity", model.identity) != model.identity:
+        told = f" ({config['base_model']})" if config.get("base_model") else ""
+        emit(Warning(f"{file.parent}: was trained on another model{told} than this one, or on another precision of it"))
+    tensors = {name: value.astype(mx.float32) for name, value in read_tensors(file).items()}
+    mx.eval(tensors)
+    lora.check(tensors, model.reader, file)
+    return {name: Added(LowRank(*both)) for name, both in lora.paired(tensors).items()}, scale_of(config, file)
+
+
+def _theirs(model: DiffusionModel, file: Path, config: Mapping[str, Any] | None) -> dict[str, Added]:
+    """What a file of another tool adds, by layer, with its strength."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such adapter; give an adapter directory, a LoRA safetensors file, or owner/name")
+    header = files.read_header(file)
+    table = load_table(read_config(model.path)["family"])
+    layers = Layers(model.reader.shards, getattr(table, "ADAPTER_RULES", ()))
     if config is None:
-        strengths = lora_scales.from_metadata(files.read_header(file).metadata, file)
+        strengths = lora_scales.from_metadata(header.metadata, file)
     else:
         strengths = lora_scales.from_config(config, file.parent / CONFIG)
+    tensors = {name: whole(Stored(file, entry)) for name, entry in header.entries.items()}
     entries, left_out = lora_files.read(tensors, strengths, layers, file)
     if left_out:
         emit(Warning(f"{file}: its {len(left_out)} tensors for text encoders are left out ({left_out[0]} ...)"))
-    found = {entry.module: (entry.a, entry.b) for entry in entries}
-    return lora.divided(found, model.stack, family.lora_targets), 1.0
+    _say_of_another(model, header.metadata, table, file)
+    return {entry.module: entry.added for entry in entries}
+
+
+def _say_of_another(model: DiffusionModel, metadata: Mapping[str, str], table: ModuleType, file: Path) -> None:
+    """Warn where the file's metadata name another architecture than the model has."""
+    said = lora_origin.said(metadata)
+    if not said or not hasattr(table, "adapter_metadata"):
+        return
+    name = str(read_config(model.path).get("source") or model.path.name)
+    own = lora_origin.architecture(table.adapter_metadata(name))
+    if own and said != own:
+        emit(Warning(f"{file}: says that it is for {said}, and the model is {own}"))
 
 
 def located(path: Path) -> tuple[Path, dict[str, Any] | None]:
@@ -103,7 +147,7 @@ def scale_of(config: Mapping[str, Any], file: Path) -> float:
 def read_tensors(file: Path) -> dict[str, mx.array]:
     """Every tensor of a file, checked to be whole, in the file's order: what is written again has the same bytes."""
     if not file.is_file():
-        raise UserError(f"{file}: no such adapter; give an adapter directory or a LoRA safetensors file")
+        raise UserError(f"{file}: no such adapter; give an adapter directory, a LoRA safetensors file, or owner/name")
     names = files.read_header(file).entries
     tensors = files.load_lazily(file)
     mx.eval(tensors)

@@ -16,7 +16,8 @@ from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Saved, emit
 from mlx_blockskip.settings import ExportSettings
 from mlx_blockskip.tasks.captions import common_words
-from mlx_blockskip.tasks.checkpoint.adapters import CONFIG, PEFT_FILE, TENSORS, read_tensors, write_adapter
+from mlx_blockskip.tasks.checkpoint.adapter_names import CONFIG, PEFT_FILE, TENSORS
+from mlx_blockskip.tasks.checkpoint.adapters import read_tensors, write_adapter
 from mlx_blockskip.tasks.checkpoint.base import base_model
 
 SAID = {"diffusers": "LoRA for diffusers", "comfyui": "LoRA for ComfyUI", "kohya": "LoRA in kohya's format"}

@@ -11,11 +11,12 @@ from mlx_blockskip.converters.whole import Whole
 from mlx_blockskip.engine import files, listing
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.shards import INDEX, Shards
-from mlx_blockskip.events import Saved, Warning, emit
+from mlx_blockskip.events import Saved, emit
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import open_model, read_config
 from mlx_blockskip.settings import FuseSettings
-from mlx_blockskip.tasks.checkpoint.adapters import CONFIG, check_strengths, load_adapter
+from mlx_blockskip.tasks.checkpoint.adapter_names import CONFIG
+from mlx_blockskip.tasks.checkpoint.adapters import check_strengths, here, load_adapter
 from mlx_blockskip.tasks.checkpoint.hf import check_room, write_hugging_face
 from mlx_blockskip.tasks.checkpoint.resolve import resolve
 from mlx_blockskip.tasks.phases import phase
@@ -26,13 +27,13 @@ def fuse(settings: FuseSettings) -> Path:
     target = Path(settings.save_path).expanduser()
     if target.exists():
         raise UserError(f"{target}: already exists; choose another --save-path or remove it")
-    paths = [Path(path).expanduser() for path in settings.adapter_path or ["adapters"]]
+    paths = [here(path) for path in settings.adapter_path or ["adapters"]]
     check_strengths(paths, settings.lora_scale)
     name = settings.model or _recorded(paths[0]).get("base_model")
     if not name:
         raise UserError(f"{paths[0]}: does not say which model it is for; give --model")
     model = open_model(resolve(str(name)))
-    adapter, fused = _load(model, str(name), paths, settings.lora_scale)
+    adapter, fused = _load(model, paths, settings.lora_scale)
     config = read_config(model.path)
     config = {**config, "fused": [*config.get("fused", []), *fused]}
     whole = Whole(model.reader.shards, adapter.layers(model.stack))
@@ -52,16 +53,12 @@ def _recorded(adapter: Path) -> dict[str, Any]:
 
 
 def _load(
-    model: DiffusionModel, name: str, paths: Sequence[Path], strengths: Sequence[float]
+    model: DiffusionModel, paths: Sequence[Path], strengths: Sequence[float]
 ) -> tuple[lora.Adapter, list[dict[str, Any]]]:
     """One adapter of all, and what is recorded of each."""
-    family, adapters, scales, fused = read_config(model.path)["family"], [], [], []
+    adapters, scales, fused = [], [], []
     for number, path in enumerate(paths):
         recorded = _recorded(path)
-        if recorded.get("family", family) != family:
-            raise UserError(f"{path}: is an adapter for {recorded['family']}, and {name} is a model of {family}")
-        if recorded.get("base_model_identity", model.identity) != model.identity:
-            emit(Warning(f"{path}: was trained on another model than {name}, or on another precision of it"))
         adapter, scale = load_adapter(model, path)
         strength = strengths[number] if number < len(strengths) else 1.0
         adapters.append(adapter)

@@ -7,7 +7,7 @@ from typing import Any
 from mlx_blockskip.converters import hf
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.shards import Factors
+from mlx_blockskip.engine.shards import Added
 from mlx_blockskip.events import Note, emit
 from mlx_blockskip.models.registry import read_config
 from mlx_blockskip.tasks.phases import phase
@@ -18,7 +18,7 @@ def write_hugging_face(
     target: Path,
     dtype: str | None = None,
     *,
-    added: Mapping[str, Mapping[str, Factors]] | None = None,
+    added: Mapping[str, Mapping[str, Added]] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the MLX model directory `source` in diffusers' layout; `target` appears when it is whole.

@@ -16,7 +16,7 @@ from mlx_blockskip.events import Note, Table, emit, unheard
 from mlx_blockskip.options import PATHS
 from mlx_blockskip.settings import ExportSettings, UploadSettings
 from mlx_blockskip.tasks.checkpoint import card
-from mlx_blockskip.tasks.checkpoint.adapters import CONFIG, PEFT_FILE, TENSORS
+from mlx_blockskip.tasks.checkpoint.adapter_names import CONFIG, PEFT_FILE, TENSORS
 from mlx_blockskip.tasks.checkpoint.address import repo_named
 from mlx_blockskip.tasks.checkpoint.base import README, base_model
 from mlx_blockskip.tasks.checkpoint.export import export

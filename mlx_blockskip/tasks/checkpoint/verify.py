@@ -25,7 +25,7 @@ from mlx_blockskip.engine.verify import (
 from mlx_blockskip.events import Note, Warning, emit
 from mlx_blockskip.models.vision.encoder import open_encoder
 from mlx_blockskip.settings import VerifySettings
-from mlx_blockskip.tasks.checkpoint.adapters import CONFIG, TENSORS
+from mlx_blockskip.tasks.checkpoint.adapter_names import CONFIG, TENSORS
 from mlx_blockskip.tasks.phases import phase
 
 FORMAT = 1

@@ -12,7 +12,7 @@ from PIL import Image
 from mlx_blockskip.engine import files, philox
 from mlx_blockskip.events import Event, Step, listening
 from mlx_blockskip.settings import GenerateSettings, TrainSettings
-from mlx_blockskip.tasks.checkpoint.adapters import TENSORS
+from mlx_blockskip.tasks.checkpoint.adapter_names import TENSORS
 from mlx_blockskip.tasks.checkpoint.resolve import BUNDLED
 from mlx_blockskip.tasks.doctor.networks import WRONG
 from mlx_blockskip.tasks.doctor.trials import Trial

@@ -24,7 +24,8 @@ from mlx_blockskip.options import to_mapping
 from mlx_blockskip.settings import EvaluateSettings
 from mlx_blockskip.tasks.alone import alone
 from mlx_blockskip.tasks.checkpoint import encoders
-from mlx_blockskip.tasks.checkpoint.adapters import CONFIG, load_adapters
+from mlx_blockskip.tasks.checkpoint.adapter_names import CONFIG
+from mlx_blockskip.tasks.checkpoint.adapters import here, load_adapters
 from mlx_blockskip.tasks.checkpoint.resolve import open_named
 from mlx_blockskip.tasks.defaults import DrawConfig, draw_config
 from mlx_blockskip.tasks.evaluate.scores import Picture, Rows, drift, similarity, tables, write_sheet
@@ -59,7 +60,7 @@ class Evaluation:
 @traced
 def evaluate(settings: EvaluateSettings) -> Evaluation:
     """Generate images with an adapter, compare them, and write what is found beside them. See `EvaluateSettings`."""
-    place = Path(settings.adapter_path).expanduser()
+    place = here(settings.adapter_path)
     check(settings, place)
     recorded = files.read_json(place / CONFIG) if (place / CONFIG).is_file() else {}
     settings = from_adapter(settings, recorded)
@@ -71,8 +72,6 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     given = given_prompts(settings)
 
     model = open_named(settings.model or "", budget_of(settings.memory_budget))
-    if recorded.get("base_model_identity", model.identity) != model.identity:
-        emit(Warning(f"{place}: was trained on another model than {settings.model}, or on another precision of it"))
     settings, prompts = complete_prompts(settings, given, model)
     how = draw_config(settings, model)
     check_generation(how, model, 1)
@@ -84,7 +83,7 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
         "model": model.identity, "adapter": adapter.checksum(), "data": dataset.identity,
         "vision": vision.identity, "clip": clip.identity,
     }  # fmt: skip
-    output = Path(settings.output).expanduser() if settings.output else evaluation_directory(place)
+    output = Path(settings.output).expanduser() if settings.output else evaluation_directory(settings.adapter_path)
     plan = Plan(settings, how, subject, output, identities)
     with alone(output / ".lock"):
         by_adapted, by_base = (plan.pictures(prompts, adapted=adapted) for adapted in (True, False))
@@ -150,9 +149,13 @@ def from_adapter(settings: EvaluateSettings, recorded: Mapping[str, Any]) -> Eva
     return replace(settings, model=model, data=data)
 
 
-def evaluation_directory(adapter: Path) -> Path:
-    """Inside an adapter directory; beside a LoRA file."""
-    return adapter / "evaluation" if adapter.is_dir() else adapter.with_name(f"{adapter.stem}-evaluation")
+def evaluation_directory(adapter: str) -> Path:
+    """Inside an adapter directory; beside a LoRA file; in the working directory for one of the Hub."""
+    place = Path(adapter).expanduser()
+    if place.is_dir():
+        return place / "evaluation"
+    stem = Path(adapter.rstrip("/").rpartition("/")[2]).stem
+    return (place.parent if place.is_file() else Path()) / f"{stem}-evaluation"
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def probe_subject(
 
         for number, adapter in enumerate(adapters):
             with lora.worn(model, adapter) as tree, TemporaryDirectory(prefix="mlx-blockskip-") as directory:
-                if not samples or adapter.merged or adapters[number - 1].merged:
+                if not samples or adapter.worn or adapters[number - 1].worn:
                     samples, heads = _samples(model, examples, latents, encoded, sigmas, settings)
                 found = selection.probe(
                     model.stack,

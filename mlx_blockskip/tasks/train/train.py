@@ -18,7 +18,8 @@ from mlx_blockskip.models.registry import family_named, read_config
 from mlx_blockskip.options import to_mapping
 from mlx_blockskip.settings import TrainSettings
 from mlx_blockskip.tasks.alone import alone
-from mlx_blockskip.tasks.checkpoint.adapters import TENSORS, save_adapter
+from mlx_blockskip.tasks.checkpoint.adapter_names import TENSORS
+from mlx_blockskip.tasks.checkpoint.adapters import save_adapter
 from mlx_blockskip.tasks.checkpoint.resolve import open_named
 from mlx_blockskip.tasks.defaults import train_config
 from mlx_blockskip.tasks.memory.check import budget_of, check_training
