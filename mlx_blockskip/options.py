@@ -36,7 +36,7 @@ def option(
 
 PATHS = (
     *("path", "hf_path", "base", "mlx_path", "model", "data", "class_data", "adapter_path", "save_path", "plan"),
-    "trace_memory",
+    *("trace_memory", "init_adapter"),
     *("prompt_file", "noise", "from_image", "output", "vision_model", "clip_model", "prompts", "drift_prompts"),
 )
 """Settings that name a file or a directory: an empty one would mean the working directory."""

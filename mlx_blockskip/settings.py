@@ -131,6 +131,9 @@ class TrainSettings(MemoryOptions, TrainSize, ModelChoice):
     timestep_std: float = option(1.0, "Deviation of the logit-normal noise level.", group=METHOD)
     scale: float = option(1.0, "alpha / rank.", group=LORA)
     lora_targets: str = option("all", "Layers of the retained blocks.", choices=("attention", "all"), group=LORA)
+    init_adapter: str | None = option(
+        None, "Adapter to begin with: a directory, a LoRA file, or owner/name on the Hub.", group=LORA
+    )
     learning_rate: float | None = option(None, "Learning rate.", group=OPTIMIZER)
     lr_schedule: str = option(
         "constant", "Learning rate over the run.", choices=("constant", "linear", "cosine"), group=OPTIMIZER

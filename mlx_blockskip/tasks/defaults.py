@@ -70,6 +70,7 @@ class TrainConfig:
     rank: int
     scale: float
     lora_targets: str
+    init_adapter: str
     learning_rate: float
     lr_schedule: str
     warmup: int
@@ -123,6 +124,7 @@ def train_config(settings: TrainSettings, model: DiffusionModel, captions: Seque
     given.setdefault("sample_prompt", tuple(captions[:1]))
     given.setdefault("memory_budget", ANY)
     given.setdefault("class_data", "")
+    given.setdefault("init_adapter", "")
     values = {**known, **given, "size_multiple": model.size_multiple}
     values |= {name: tuple(values[name]) for name in ("class_prompt", "sample_prompt")}
     config = TrainConfig(**{one.name: values[one.name] for one in fields(TrainConfig)})

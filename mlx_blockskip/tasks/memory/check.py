@@ -63,6 +63,8 @@ def training_phases(settings: TrainConfig, model: DiffusionModel, plan: SkipPlan
         tracer.precompute(plan, settings.residuals, tracer.together(settings.batches)),
         tracer.train(plan.retained, settings.grad_accumulation, settings.residuals == "fresh"),
     ]
+    if settings.init_adapter:  # it stays as it was, since the features of base residuals are those with it
+        phases = [replace(phase, peak=phase.peak + tracer.adapter(plan)) for phase in phases]
     if settings.class_prompt and settings.class_images:
         phases += _drawing(model, s_max, s_max, CLASS_WAITING, len(settings.class_prompt))
     if settings.steps_per_sample:

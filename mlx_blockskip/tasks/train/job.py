@@ -11,6 +11,7 @@ from mlx_blockskip.blockskip.records import Layout
 from mlx_blockskip.engine.stack import Stack
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.tasks.defaults import TrainConfig
+from mlx_blockskip.tasks.train.begin import Given
 from mlx_blockskip.tasks.train.samples import TrainingSamples
 
 CACHE = "cache"
@@ -24,8 +25,8 @@ CACHE_FILES = (
 @dataclass
 class Job:
     """What a run goes by. stack: the model's, with the LoRA's scale. ample: weights, activations and moments all stay
-    in memory. identity: all that a resumed run has to have in common with this one. layouts: of records, by the
-    lengths of their prompts. chunk_length: micro-batches per chunk.
+    in memory. given: the adapter that the run began with. identity: all that a resumed run has to have in common with
+    this one. layouts: of records, by the lengths of their prompts. chunk_length: micro-batches per chunk.
     """
 
     config: TrainConfig
@@ -35,6 +36,7 @@ class Job:
     plan: SkipPlan
     samples: TrainingSamples
     ample: bool
+    given: Given = field(default_factory=Given)
     identity: dict[str, Any] = field(default_factory=dict)
     layouts: dict[str, Layout] = field(default_factory=dict)
     chunk_length: int = 0

@@ -97,7 +97,7 @@ def next_chunk(job: Job, state: State) -> tuple[range, Chunk]:
     fresh = job.config.residuals == "fresh"
     if position == start and fresh:
         state.at_chunk = state.tree
-    adapter = state.at_chunk if fresh else {}
+    adapter = state.at_chunk if fresh else job.given.trained
     parts = {**job.identity, "chunk": [start, batches.stop], "adapter": lora.checksum(adapter)}
     path = job.cache / f"chunk-{index:04d}.safetensors"
     for old in path.parent.glob("chunk-*.safetensors"):

@@ -24,8 +24,8 @@ POSTERIOR_BYTES = 16 << 20
 
 
 def compute_chunk(job: Job, batches: range, path: Path, expected: str, adapter: lora.Tree) -> Chunk:
-    """Make the chunk, or read it where it is already there with this fingerprint. adapter: of fresh residuals (empty
-    for base).
+    """Make the chunk, or read it where it is already there with this fingerprint. adapter: the factors that its
+    features are of.
     """
     if records.valid(path, expected):
         return Chunk(path)

@@ -18,19 +18,26 @@ from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.tasks.defaults import TrainConfig
 from mlx_blockskip.tasks.phases import phase
 from mlx_blockskip.tasks.sampling.previews import class_images
+from mlx_blockskip.tasks.train.begin import Given
 from mlx_blockskip.tasks.train.job import CACHE, Job
 from mlx_blockskip.tasks.train.precompute import layout_of
 from mlx_blockskip.tasks.train.samples import TrainingSamples
 
 FREE_TO_CHANGE = (
-    *("model", "data", "adapter_path", "resume", "memory_budget", "cache_limit"),
+    *("model", "data", "adapter_path", "init_adapter", "resume", "memory_budget", "cache_limit"),
     *("steps_per_save", "steps_per_sample", "sample_prompt", "class_prompt", "class_images", "class_data"),
 )
 """Settings that a resumed run may give differently; those that matter are in its identity by what they mean."""
 
 
 def prepare(
-    config: TrainConfig, directory: Path, model: DiffusionModel, dataset: Dataset, plan: SkipPlan, ample: bool
+    config: TrainConfig,
+    directory: Path,
+    model: DiffusionModel,
+    dataset: Dataset,
+    plan: SkipPlan,
+    ample: bool,
+    given: Given | None = None,
 ) -> Job:
     """Make the class images, encode the captions and set up what the records are made from. Raises UserError."""
     if small := sum(side < config.resolution for side in dataset.short_sides):
@@ -47,7 +54,7 @@ def prepare(
     encode_captions(config, model, captions, store)
     prompt_of = [captions.index(example.caption) for example in examples]
     samples = TrainingSamples(config, model, dataset, files.MappedTensors(store), prompt_of, prior)
-    job = Job(config, directory, model, lora.attach(model.stack, config.scale), plan, samples, ample)
+    job = Job(config, directory, model, lora.attach(model.stack, config.scale), plan, samples, ample, given or Given())
     largest = max((layout_of(job, batch) for batch in first_of_each_caption(job)), key=lambda one: one.nbytes)
     job.chunk_length = chunk_length(config, largest)
     job.identity = identity_of(job, prior)
@@ -121,6 +128,7 @@ def identity_of(job: Job, prior: Dataset | None) -> dict[str, Any]:
         "data": job.samples.dataset.identity,
         "plan": job.plan.to_json()["runs"],
         "prior": prior.identity if prior else None,
+        **({"init_adapter": job.given.checksum} if job.given.checksum else {}),
         "chunk_length": job.chunk_length,
         "records": records.FORMAT,
     }

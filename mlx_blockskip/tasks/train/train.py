@@ -14,12 +14,12 @@ from mlx_blockskip.data import load_dataset
 from mlx_blockskip.engine import limits, owned
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Event, Note, Saved, Warning, as_record, emit, listening
-from mlx_blockskip.models.registry import family_named, read_config
+from mlx_blockskip.models.registry import read_config
 from mlx_blockskip.options import to_mapping
 from mlx_blockskip.settings import TrainSettings
 from mlx_blockskip.tasks.alone import alone
 from mlx_blockskip.tasks.checkpoint.adapter_names import TENSORS
-from mlx_blockskip.tasks.checkpoint.adapters import save_adapter
+from mlx_blockskip.tasks.checkpoint.adapters import write_adapter
 from mlx_blockskip.tasks.checkpoint.resolve import open_named
 from mlx_blockskip.tasks.defaults import train_config
 from mlx_blockskip.tasks.memory.check import budget_of, check_training
@@ -27,6 +27,7 @@ from mlx_blockskip.tasks.memory.limit import described
 from mlx_blockskip.tasks.memory.trace import traced
 from mlx_blockskip.tasks.skipping.choice import even_plan, known_plan, probed_plan
 from mlx_blockskip.tasks.train import checkpoints
+from mlx_blockskip.tasks.train.begin import begin, given_adapter, new_factors, whole, with_rank
 from mlx_blockskip.tasks.train.checkpoints import State
 from mlx_blockskip.tasks.train.job import CACHE, CACHE_FILES, Job
 from mlx_blockskip.tasks.train.loop import run
@@ -56,7 +57,8 @@ def train(settings: TrainSettings) -> TrainResult:
     for text in dataset.warnings:
         emit(Warning(text))
     model = open_named(settings.model, budget_of(settings.memory_budget))
-    config = train_config(settings, model, [example.caption for example in dataset.examples])
+    adapter = given_adapter(settings, model)
+    config = train_config(with_rank(settings, adapter), model, [example.caption for example in dataset.examples])
     emit(Note(described(limits.in_force())))
     plan = known_plan(settings, model)
     ample = check_training(config, model, plan or even_plan(settings, model))
@@ -65,11 +67,14 @@ def train(settings: TrainSettings) -> TrainResult:
         if plan is None:
             plan = probed_plan(settings, config, model, dataset, directory)
             ample = check_training(config, model, plan)
-        job = prepare(config, directory, model, dataset, plan, ample)
+        given = begin(config, model, plan, adapter)
+        del adapter
+        job = prepare(config, directory, model, dataset, plan, ample, given)
         state = first_state(job)
         describe(job)
         with logged(directory / "log.jsonl"):
-            loss = run(job, state)
+            with lora.worn(model, lora.Adapter(worn=given.kept)):
+                loss = run(job, state)
             finish(job, state, settings)
         owned.clear(directory / CACHE, CACHE_FILES)
     (directory / ".lock").unlink(missing_ok=True)
@@ -100,8 +105,7 @@ def first_state(job: Job) -> State:
             emit(Note(f"Going on from {saved[-1].name}"))
             return checkpoints.load(saved[-1], model.stack, job.identity, moments)
         emit(Note(f"{job.directory} has no checkpoint yet; the run starts at its first step"))
-    modules = lora.targets(family_named(read_config(model.path)["family"]).lora_targets, config.lora_targets)
-    return State(lora.init(model.reader, job.plan.retained, modules, config.rank, config.seed), moments)
+    return State(dict(job.given.trained) or new_factors(config, model, job.plan), moments)
 
 
 def describe(job: Job) -> None:
@@ -137,7 +141,7 @@ def finish(job: Job, state: State, given: TrainSettings) -> None:
         "settings": to_mapping(given) | job.config.recorded(),
     }
     checkpoints.save(job.directory, state, job.model.stack, job.identity)
-    save_adapter(job.directory, state.tree, job.model, description)
+    write_adapter(job.directory, whole(state.tree, job.given.kept, job.model, job.config.scale), description)
     if state.skipped:
         emit(Warning(f"{state.skipped} steps had no finite loss and were skipped"))
     emit(Saved(job.directory, "adapter"))
