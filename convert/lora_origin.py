@@ -31,11 +31,12 @@ def likely(names: Iterable[str]) -> str:
     return ""
 
 
-def said(metadata: Mapping[str, str]) -> str:
-    """The architecture that a file says it is for, in ModelSpec's or sd-scripts' words; empty where it says nothing."""
-    return architecture(metadata) or str(metadata.get("ss_base_model_version") or "")
-
-
-def architecture(metadata: Mapping[str, str]) -> str:
-    """ModelSpec's, without what says that it is a LoRA."""
-    return str(metadata.get("modelspec.architecture") or "").partition("/")[0]
+def disagreement(said: Mapping[str, str], own: Mapping[str, str]) -> tuple[str, str] | None:
+    """What a file says it is for, and what the model is, in ModelSpec's words, else in sd-scripts'; None where they
+    agree, or one of them says nothing.
+    """
+    for key in ("modelspec.architecture", "ss_base_model_version"):
+        theirs, ours = (str(metadata.get(key) or "").partition("/")[0] for metadata in (said, own))
+        if theirs and ours:
+            return (theirs, ours) if theirs != ours else None
+    return None

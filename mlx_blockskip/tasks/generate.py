@@ -35,7 +35,6 @@ def generate(settings: GenerateSettings) -> list[Path]:
     model = open_named(settings.model, budget_of(settings.memory_budget))
     emit(Note(described(limits.in_force())))
     config = replace(draw_config(settings, model), n_images=settings.n_images)
-    check_generation(config, model, len(targets))
     adapter = load_adapters(model, settings.adapter_path, settings.lora_scale)
     noises = read_noise(settings, config, model, len(targets))
     shots = []
@@ -43,6 +42,7 @@ def generate(settings: GenerateSettings) -> list[Path]:
         prompt = prompts[i // settings.n_images]
         shots.append(Shot(prompt, noise, target, record(settings, config, prompt, settings.seed + i)))
     with lora.worn(model, adapter) as tree:
+        check_generation(config, model, len(targets))  # a quantized layer may be read whole now
         draw(model, config, shots, tree)
     return targets
 

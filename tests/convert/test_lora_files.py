@@ -9,11 +9,13 @@ import pytest
 
 from mlx_blockskip import export
 from mlx_blockskip.converters import flux1, lora_keys, sana
+from mlx_blockskip.converters.float8 import VALUES
 from mlx_blockskip.converters.lora_layers import Layers
 from mlx_blockskip.converters.whole import Whole
 from mlx_blockskip.differences import LowRank
 from mlx_blockskip.engine import files, philox
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.header import encode_header
 from mlx_blockskip.engine.shards import Added
 from mlx_blockskip.events import listening
 from mlx_blockskip.models.registry import open_model
@@ -258,6 +260,17 @@ def test_a_file_that_mlx_wrote_without_metadata(tmp_path, flux):
     mx.save_safetensors(str(tmp_path / "a.safetensors"), dict(zip(names(), (a, b), strict=True)))
     assert b'"__metadata__":null' in (tmp_path / "a.safetensors").read_bytes()[:200]
     assert_adds(flux, load_adapter(flux, tmp_path / "a.safetensors")[0], ["x_embedder"], b @ a)
+
+
+def test_factors_in_float8_are_what_their_codes_stand_for(tmp_path, flux):
+    shapes = (R, 64), (128, R)
+    rng = np.random.default_rng(0)
+    codes = [rng.integers(0, 0x78, shape, np.uint8) for shape in shapes]  # none of them is NaN
+    entries = [files.TensorEntry(name, shape, "F8_E4M3") for name, shape in zip(names(), shapes, strict=True)]
+    beginning, _ = encode_header(entries)
+    (tmp_path / "f8.safetensors").write_bytes(beginning + b"".join(code.tobytes() for code in codes))
+    a, b = (VALUES["F8_E4M3"][code] for code in codes)
+    assert_adds(flux, load_adapter(flux, tmp_path / "f8.safetensors")[0], ["x_embedder"], b @ a)
 
 
 def whole_pair(flux):

@@ -98,6 +98,8 @@ OUTSIDE = ["x_embedder", "context_embedder", "linear_1", "linear_2", "norm_out.l
     ("alpha", "modules", "options"),
     [
         (4, INSIDE + MODULATION + OUTSIDE, {"use_rslora": True}),
+        (4, INSIDE + MODULATION + OUTSIDE, {"use_dora": True}),
+        (4, INSIDE + MODULATION + OUTSIDE, {"lora_bias": True}),
         (
             4,
             INSIDE,

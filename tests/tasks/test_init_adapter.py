@@ -99,8 +99,8 @@ def test_a_resumed_run_ends_with_the_same_bits(quick, first, tmp_path):
 def test_layers_outside_of_the_blocks_stay_and_are_seen(quick, family_model, tmp_path):
     model = open_model(family_model)
     name = {"flux": "x_embedder", "sana": "proj_out"}.get(family_model.name.split("-")[-1])
-    if name is None:
-        pytest.skip("the toy's files are read by no table")
+    if name is None:  # the toy's file is in its own names, since it comes without a converter
+        name = next(n for n in model.reader.shards.names if not n.startswith("blocks")).removesuffix(".weight")
     out, *rest = model.reader.shards.shape(f"{name}.weight")
     a, b = (mx.array(philox.normal(i, shape=shape)) * 0.3 for i, shape in enumerate(((2, *rest), (out, 2))))
     lora = tmp_path / "outer.safetensors"

@@ -65,6 +65,50 @@ def test_generation_wears_what_fuse_writes_whatever_the_budget(tmp_path, named_m
     assert np.abs(image(tmp_path, made) - worn).max() <= LEVELS
 
 
+def kinds_file(path, model_path):
+    """A file of all other kinds: LoKr, LoHa, DoRA, a difference of a norm, and biases."""
+    shards = open_model(model_path).reader.shards
+    own, count = "transformer_blocks.0", iter(range(100))
+
+    def draw(*shape):
+        return mx.array(philox.normal(7, next(count), shape=shape)) * 0.3
+
+    attn = "attn" if f"{own}.attn.to_q.weight" in shards.names else "attn1"
+    (out, width), inner = shards.shape(f"{own}.{attn}.to_q.weight"), f"transformer.{own}.{attn}"
+    tensors = {
+        f"{inner}.to_q.lokr_w1": draw(4, 4), f"{inner}.to_q.lokr_w2": draw(out // 4, width // 4),
+        f"{inner}.to_k.hada_w1_a": draw(out, 2), f"{inner}.to_k.hada_w1_b": draw(2, width),
+        f"{inner}.to_k.hada_w2_a": draw(out, 2), f"{inner}.to_k.hada_w2_b": draw(2, width),
+        f"{inner}.to_v.lora_A.weight": draw(2, width), f"{inner}.to_v.lora_B.weight": draw(out, 2),
+        f"{inner}.to_v.lora_magnitude_vector": mx.abs(draw(out)) + 1,
+        f"{inner}.to_out.0.diff_b": draw(shards.shape(f"{own}.{attn}.to_out.0.bias")[0]),
+    }  # fmt: skip
+    if attn == "attn":
+        tensors[f"{inner}.norm_q.diff"] = draw(*shards.shape(f"{own}.attn.norm_q.weight"))
+    else:
+        channels = shards.shape(f"{own}.ff.conv_depth.weight")[0]
+        tensors[f"transformer.{own}.ff.conv_depth.diff"] = draw(channels, 1, 3, 3)
+    files.save_tensors(path, tensors)
+    return str(path)
+
+
+def test_all_other_kinds_are_drawn_as_fuse_writes_them_whatever_the_budget(tmp_path, named_model):
+    path = named_model[1]
+    one = kinds_file(tmp_path / "one.safetensors", path)
+    plain, worn = image(tmp_path, path), image(tmp_path, path, [one])
+    assert np.abs(worn - plain).max() > 10 * LEVELS
+    assert np.array_equal(worn, image(tmp_path, path, [one], memory_budget="0"))
+    made = fuse(model=str(path), adapter_path=[one], save_path=str(tmp_path / "fused"))
+    assert np.abs(image(tmp_path, made) - worn).max() <= LEVELS
+    tensors = files.load_lazily(tmp_path / "one.safetensors")
+    mx.eval(tensors)
+    for kind in ("lokr", "hada", "magnitude", "diff_b", "norm_q", "conv_depth"):
+        left = {name: value for name, value in tensors.items() if kind not in name}
+        if len(left) < len(tensors):
+            files.save_tensors(tmp_path / "left.safetensors", left)
+            assert np.abs(image(tmp_path, path, [str(tmp_path / "left.safetensors")]) - worn).max() > 0, kind
+
+
 @pytest.mark.parametrize("module", OUTSIDE["flux"])
 def test_each_layer_alone_changes_the_image(tmp_path, tiny_flux, module):
     one = lora_file(tmp_path / "one.safetensors", tiny_flux, [module], size=4.0)

@@ -41,7 +41,7 @@ def fetched(text: str) -> Path | None:
 def named(text: str) -> tuple[Repo | None, str | None]:
     """The repo that `text` names, and the file in it where it names one."""
     address = re.fullmatch(r"(.+/(?:blob|resolve)/[^/]+)/(.+\.(?:safetensors|sft))(?:\?.*)?", text)
-    plain = re.fullmatch(r"([\w.-]+/[\w.-]+(?:@[\w.-]+)?)/(.+\.(?:safetensors|sft))", text)
+    plain = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*(?:@[\w.-]+)?)/(.+\.(?:safetensors|sft))", text)
     match = address or plain
     return (repo_named(match[1]), match[2]) if match else (repo_named(text), None)
 

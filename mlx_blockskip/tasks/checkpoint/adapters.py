@@ -45,11 +45,14 @@ def check_strengths(paths: Sequence[Any], scales: Sequence[float]) -> None:
 
 
 def here(text: str) -> Path:
-    """Where the adapter of this name is on this disk; a repo's is downloaded. Raises UserError where it can not be."""
+    """Where the adapter of this name is on this disk; a repo's is downloaded. Raises UserError where it is nowhere."""
     path = Path(text).expanduser()
     if path.exists():
         return path
-    return adapter_hub.fetched(text) or path
+    try:
+        return adapter_hub.fetched(text) or path
+    except UserError as error:
+        raise UserError(f"{text}: no such adapter here, and on the Hub: {error}") from None
 
 
 def load_adapter(model: DiffusionModel, path: Path) -> tuple[lora.Adapter, float]:
@@ -86,7 +89,7 @@ def _theirs(model: DiffusionModel, file: Path, config: Mapping[str, Any] | None)
     if not file.is_file():
         raise UserError(f"{file}: no such adapter; give an adapter directory, a LoRA safetensors file, or owner/name")
     header = files.read_header(file)
-    table = load_table(read_config(model.path)["family"])
+    table = _table_of(model)
     layers = Layers(model.reader.shards, getattr(table, "ADAPTER_RULES", ()))
     if config is None:
         strengths = lora_scales.from_metadata(header.metadata, file)
@@ -100,15 +103,21 @@ def _theirs(model: DiffusionModel, file: Path, config: Mapping[str, Any] | None)
     return {entry.module: entry.added for entry in entries}
 
 
-def _say_of_another(model: DiffusionModel, metadata: Mapping[str, str], table: ModuleType, file: Path) -> None:
+def _table_of(model: DiffusionModel) -> ModuleType | None:
+    """The converter module of the model's family; None for a family that comes without: its files have its own names."""
+    try:
+        return load_table(read_config(model.path)["family"])
+    except UserError:
+        return None
+
+
+def _say_of_another(model: DiffusionModel, metadata: Mapping[str, str], table: ModuleType | None, file: Path) -> None:
     """Warn where the file's metadata name another architecture than the model has."""
-    said = lora_origin.said(metadata)
-    if not said or not hasattr(table, "adapter_metadata"):
+    if table is None or not hasattr(table, "adapter_metadata"):
         return
     name = str(read_config(model.path).get("source") or model.path.name)
-    own = lora_origin.architecture(table.adapter_metadata(name))
-    if own and said != own:
-        emit(Warning(f"{file}: says that it is for {said}, and the model is {own}"))
+    if found := lora_origin.disagreement(metadata, table.adapter_metadata(name)):
+        emit(Warning(f"{file}: says that it is for {found[0]}, and the model is {found[1]}"))
 
 
 def located(path: Path) -> tuple[Path, dict[str, Any] | None]:

@@ -74,10 +74,11 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     model = open_named(settings.model or "", budget_of(settings.memory_budget))
     settings, prompts = complete_prompts(settings, given, model)
     how = draw_config(settings, model)
-    check_generation(how, model, 1)
     vision = encoders.vision_encoder(settings.vision_model, model.path)
     clip = encoders.clip_encoder(settings.clip_model, model.path)
-    adapter = load_adapters(model, [settings.adapter_path], [settings.lora_scale])
+    adapter = load_adapters(model, [str(place)], [settings.lora_scale])
+    with lora.worn(model, adapter):
+        check_generation(how, model, 1)
     emit(Note(f'the subject is called "{subject.phrase}", and "{subject.noun}" where texts are compared'))
     identities = {
         "model": model.identity, "adapter": adapter.checksum(), "data": dataset.identity,
