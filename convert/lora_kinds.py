@@ -41,7 +41,8 @@ class Parts(dict[str, Given]):
 
     def matrix(self, part: str) -> Values:
         """Read when it is asked for: its first axis, and all others in one."""
-        return Matrix(self[part].view)
+        view = self[part].view
+        return Matrix(view, _stamp(view))
 
     def whole(self, name: str) -> Values:
         """`name`, or the product of its factors."""
@@ -52,9 +53,10 @@ class Parts(dict[str, Given]):
 
 @dataclass(frozen=True)
 class Matrix:
-    """The rows of a stored tensor."""
+    """The rows of a stored tensor. stamp: of its file, which must not change as long as it is read."""
 
     view: View
+    stamp: tuple[int, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,8 +64,20 @@ class Matrix:
         return rows, math.prod(rest)
 
     def read(self, start: int = 0, stop: int | None = None) -> mx.array:
+        if _stamp(self.view) != self.stamp:
+            path = self.view.pieces[0].stored.path
+            raise UserError(f"{path}: was changed while it was in use; run the command again")
         found = self.view.read(start, stop)
         return found.reshape(len(found), -1)
+
+
+def _stamp(view: View) -> tuple[int, ...]:
+    """Other where the file is another one, or was written since; empty where it is gone."""
+    try:
+        status = view.pieces[0].stored.path.stat()
+    except FileNotFoundError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -102,7 +116,8 @@ def added(
             f"{source}: {given[lengths.pop()].name} is of a DoRA whose factors are missing; get the file again"
         )
     for part in lengths:
-        weight = Decomposed(weight, _lengths(given, part, shape, source)) if weight else weight
+        inner = _unread(given, scale) if isinstance(weight, LowRank) and not shape.kernel else weight
+        weight = Decomposed(inner or weight, _lengths(given, part, shape, source)) if weight else weight
     return weight, _bias(given, scale, shape)
 
 
@@ -159,6 +174,13 @@ def _lora(given: Parts, scale: float, shape: Shape, source: Path) -> Difference:
     a, b = mx.contiguous(a), mx.contiguous(b * scale)
     mx.eval(a, b)
     return LowRank(a, b)
+
+
+def _unread(given: Parts, scale: float) -> Difference | None:
+    """The same product, read when a weight is; None for factors that have to be changed first."""
+    if _is_bare(given) or "mid" in given:
+        return None
+    return Full(Product(given.matrix("b"), given.matrix("a")), scale)
 
 
 def _through(mid: mx.array, first: mx.array) -> mx.array:

@@ -254,7 +254,8 @@ def test_strengths_are_those_of_peft_and_several_adapters_add_up(tmp_path, model
     lengths = mx.array(np.linalg.norm(whole, axis=1)) * 1.5
     dora = {f"{module}.lora_B.weight": up, f"{module}.lora_A.weight": down, f"{module}.lora_magnitude_vector": lengths}
     lokr = {f"{module}.lokr_w1": normal(4, 4), f"{module}.lokr_w2": normal(out // 4, width // 4)}
-    both = [adapter_of(tmp_path, model, tensors) for tensors in (dora, lokr)]
+    (tmp_path / "second").mkdir()
+    both = [adapter_of(tmp_path, model, dora), adapter_of(tmp_path / "second", model, lokr)]
     from mlx_blockskip import lora
 
     found = change(model, lora.together(both, [0.5, -2.0]), module)
@@ -328,6 +329,18 @@ def test_weights_are_changed_in_parts_without_a_seam(tmp_path, models, monkeypat
     parts = model.reader.shards.load([f"{module}.weight" for module in QKV])
     model.reader.shards.added = {}
     assert all(mx.array_equal(at_once[name], parts[name]) for name in at_once)
+
+
+def test_a_file_that_changes_while_it_is_in_use_is_named(tmp_path, models):
+    model = models["tiny-flux"]
+    out, width = model.reader.shards.shape(f"{QKV[0]}.weight")
+    lokr = {f"{QKV[0]}.lokr_w1": normal(4, 4), f"{QKV[0]}.lokr_w2": normal(out // 4, width // 4)}
+    adapter = adapter_of(tmp_path, model, lokr)
+    change(model, adapter, QKV[0])
+    for spoil in (lambda file: file.write_bytes(file.read_bytes()[:-1] + b"x"), lambda file: file.unlink()):
+        spoil(tmp_path / "a.safetensors")
+        with pytest.raises(UserError, match=r"a\.safetensors: was changed while it was in use"):
+            change(model, adapter, QKV[0])
 
 
 # what is refused

@@ -104,7 +104,7 @@ def _theirs(model: DiffusionModel, file: Path, config: Mapping[str, Any] | None)
 
 
 def _table_of(model: DiffusionModel) -> ModuleType | None:
-    """The converter module of the model's family; None for a family that comes without: its files have its own names."""
+    """The converter module of the family; None for one that comes without, whose files are in its own names."""
     try:
         return load_table(read_config(model.path)["family"])
     except UserError:
