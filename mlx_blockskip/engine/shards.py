@@ -14,6 +14,7 @@ import numpy as np
 
 from mlx_blockskip.engine import device, dtypes, files
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.rounding import dithered
 
 INDEX = "model.safetensors.index.json"
 
@@ -56,7 +57,7 @@ PART = 1 << 22
 
 def made_whole(weight: mx.array, packed: Packed | None, added: Difference | None, start: int = 0) -> mx.array:
     """A weight, or its rows from `start` on, without quantization and with what is added to them: computed in float32
-    and rounded once, to the type in which it is stored.
+    and rounded once, to the type in which it is stored; in bfloat16 so that what is added keeps its strength.
     """
     stored = weight.dtype
     if packed is not None:
@@ -68,6 +69,8 @@ def made_whole(weight: mx.array, packed: Packed | None, added: Difference | None
     if added is not None:
         flat = weight.reshape(len(weight), -1)
         weight = (flat + added.rows(flat, start)).reshape(weight.shape)
+        if stored == mx.bfloat16:
+            return dithered(weight, start)
     return weight.astype(stored)
 
 
@@ -118,16 +121,20 @@ class Shards:
         """Read these tensors and no others, evaluated when this returns; as many together as there is room for."""
         found: dict[str, mx.array] = {}
         for file, wanted in self._by_file(names):
-            part = self._open(file, wanted)
-            left = list(part.values())
-            with self._readable(file):
-                while left:
-                    count = len(left) if room is None else room([array.nbytes for array in left])
-                    mx.eval(left[:count])
-                    del left[:count]
-            found |= part
+            found |= self._read(file, wanted, room)
         for module in self.added.keys() & {name.removesuffix(".weight") for name in found}:
             self._add(module, found)
+        return found
+
+    def _read(self, file: str, names: Sequence[str], room: Room | None) -> dict[str, mx.array]:
+        """Tensors of one file, evaluated."""
+        found = self._open(file, names)
+        left = list(found.values())
+        with self._readable(file):
+            while left:
+                count = len(left) if room is None else room([array.nbytes for array in left])
+                mx.eval(left[:count])
+                del left[:count]
         return found
 
     def _add(self, module: str, found: dict[str, mx.array]) -> None:

@@ -302,6 +302,23 @@ def test_a_quantized_layer_keeps_the_whole_strength(tmp_path, models, bits):
     np.testing.assert_allclose(np.array(found[f"{module}.weight"]) - plain, np.array(small), atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"dtype": "bfloat16", "bits": 4, "group_size": 32}])
+def test_in_half_precision_small_differences_keep_their_strength(tmp_path, options):
+    """A hundredth of a step of bfloat16, which rounding to the nearest number would lose."""
+    model, module = open_model(convert(assets() / "tiny-flux", tmp_path / "m", **options)), QKV[0]
+    shards = model.reader.shards
+    plain = np.array(Whole(shards).read(f"{module}.weight", 0, 128).astype(mx.float32))
+    small = np.sign(np.array(normal(*plain.shape))).astype(np.float32) * np.abs(plain).mean() / 12800
+    adapter = adapter_of(tmp_path, model, {f"{module}.diff": mx.array(small)})
+    shards.added = adapter.worn
+    found = np.array(shards.load([name for name in shards.names if name.startswith(f"{module}.")])[
+        f"{module}.weight"].astype(mx.float32))  # fmt: skip
+    shards.added = {}
+    kept = ((found - plain) * small).sum() / (small * small).sum()
+    spread = 4 * np.abs(plain).mean() / 256 / np.abs(small).mean() / plain.size**0.5
+    assert abs(kept - 1) < spread
+
+
 def test_a_layer_that_gets_a_bias_alone_stays_quantized(tmp_path):
     path = convert(assets() / "tiny-flux", tmp_path / "q", bits=4, group_size=32)
     model, module = open_model(path), QKV[0]
