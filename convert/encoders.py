@@ -1,4 +1,4 @@
-"""Rows of the networks that families share: CLIP's text tower, T5's and Gemma-2's encoders, AutoencoderKL and DC-AE."""
+"""Rows of the networks that families share: text encoders, AutoencoderKL and DC-AE."""
 
 import re
 from dataclasses import replace
@@ -6,13 +6,14 @@ from dataclasses import replace
 from mlx_blockskip.converters.table import Component, Row, conv, linear, norm
 from mlx_blockskip.models.text.clip import CLIPTextConfig, Layers
 from mlx_blockskip.models.text.gemma2 import Gemma2Config
+from mlx_blockskip.models.text.lm import PREFIX, Qwen3Config
 from mlx_blockskip.models.text.t5 import T5Config
 from mlx_blockskip.models.vae import dc_ae
 from mlx_blockskip.models.vae.dc_ae import AutoencoderDCConfig
 from mlx_blockskip.models.vae.kl import AutoencoderKLConfig
 
 NEVER_FLOAT16 = {"float16": "bfloat16"}
-"""T5, Gemma-2 and the VAEs overflow in float16."""
+"""T5, Gemma-2 and the VAEs overflow in float16, and the states of a language model may."""
 
 
 def block_of(pattern: str, name: str) -> str | None:
@@ -102,6 +103,34 @@ def gemma2_encoder(folder: str, config: Gemma2Config) -> Component:
         folder,
         tuple(replace(row, aliases=(f"model.{row.name}",)) for row in rows),
         block=lambda name: block_of(r"layers\.\d+\.", name),
+        ignored=lambda name: name == "lm_head.weight",
+        dtypes=NEVER_FLOAT16,
+    )
+
+
+def qwen3_decoder(folder: str, config: Qwen3Config) -> Component:
+    """transformers Qwen3ForCausalLM without its head; a Qwen3Model has the same names without `model.` before them."""
+    width, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = head * config.num_attention_heads, head * config.num_key_value_heads
+    bias = config.attention_bias
+    rows = [Row("embed_tokens.weight", (config.vocab_size, width)), *norm("norm", width, bias=False)]
+    for i in range(config.num_hidden_layers):
+        layer = f"layers.{i}"
+        for part, out in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+            rows += linear(f"{layer}.self_attn.{part}", out, width, bias=bias)
+        rows += linear(f"{layer}.self_attn.o_proj", width, queries, bias=bias)
+        rows += norm(f"{layer}.self_attn.q_norm", head, bias=False) + norm(
+            f"{layer}.self_attn.k_norm", head, bias=False
+        )
+        for part in ("gate_proj", "up_proj"):
+            rows += linear(f"{layer}.mlp.{part}", inner, width, bias=False)
+        rows += linear(f"{layer}.mlp.down_proj", width, inner, bias=False)
+        for part in ("input", "post_attention"):
+            rows += norm(f"{layer}.{part}_layernorm", width, bias=False)
+    return Component(
+        folder,
+        tuple(replace(row, name=f"{PREFIX}{row.name}", aliases=(row.name,)) for row in rows),
+        block=lambda name: block_of(r"model\.layers\.\d+\.", name),
         ignored=lambda name: name == "lm_head.weight",
         dtypes=NEVER_FLOAT16,
     )
