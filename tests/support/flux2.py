@@ -1,0 +1,91 @@
+"""Small random FLUX.2 checkpoints made by diffusers and transformers, in Hugging Face layout."""
+
+from pathlib import Path
+
+from support.models import assets
+
+TRANSFORMER = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 72,
+    "timestep_guidance_channels": 32,
+    "guidance_embeds": False,
+    "axes_dims_rope": (4, 4, 4, 4),
+}
+TEXT = {
+    **{"vocab_size": 264, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 4, "head_dim": 8},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512},
+}
+VAE = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+}
+TAPS = (1, 2, 3)
+"""Of a text encoder with four layers, as 9, 18 and 27 are of one with 36."""
+
+
+def shaken(model, by: float = 0.2):
+    """The model with norms and biases that are random too."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * by)
+    return model.eval()
+
+
+def random_transformer(**changes):
+    """A Flux2Transformer2DModel whose norms are random too."""
+    import torch
+    from diffusers import Flux2Transformer2DModel
+
+    torch.manual_seed(0)
+    return shaken(Flux2Transformer2DModel(**{**TRANSFORMER, **changes}))
+
+
+def random_autoencoder(**changes):
+    """An AutoencoderKLFlux2 whose statistics are random too."""
+    import torch
+    from diffusers import AutoencoderKLFlux2
+
+    torch.manual_seed(1)
+    model = shaken(AutoencoderKLFlux2(**{**VAE, **changes}), 0.1)
+    with torch.no_grad():
+        model.bn.running_mean.normal_()
+        model.bn.running_var.uniform_(0.5, 2.0)
+    return model
+
+
+def random_text_encoder(**changes):
+    """A Qwen3ForCausalLM whose norms are random too."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(2)
+    return shaken(Qwen3ForCausalLM(Qwen3Config(**{**TEXT, **changes})))
+
+
+def random_pipeline(target: Path, distilled: bool = False, **parts):
+    """A Flux2KleinPipeline of random weights, saved as a checkpoint; parts replaces some (transformer=, vae= ...)."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+    from transformers import AutoTokenizer
+
+    made = {
+        "transformer": parts.get("transformer") or random_transformer(),
+        "vae": parts.get("vae") or random_autoencoder(),
+        "text_encoder": parts.get("text_encoder") or random_text_encoder(),
+        "tokenizer": AutoTokenizer.from_pretrained(assets() / "chat-tokenizer" / "tokenizer"),
+        "scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(assets() / "chat-tokenizer" / "scheduler"),
+    }
+    pipe = Flux2KleinPipeline(**made, is_distilled=distilled)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(target)
+    return pipe
