@@ -5,6 +5,7 @@ from typing import Any
 
 from mlx_blockskip.converters import flux2_files
 from mlx_blockskip.converters.encoders import autoencoder_kl_flux2, block_of, qwen3_decoder
+from mlx_blockskip.converters.lora_export import Naming
 from mlx_blockskip.converters.table import Component, Row, linear, norm
 from mlx_blockskip.models.flux2.config import CONFIGS
 from mlx_blockskip.models.flux2.transformer import Flux2Transformer2DConfig
@@ -29,6 +30,11 @@ ADAPTER_RULES = tuple(flux2_files.black_forest_labs(()))
 
 ADAPTER_FORMATS = dict.fromkeys(("comfyui", "kohya"), ADAPTER_RULES)
 """Formats of LoRA files that call layers as Black Forest Labs do, with the rules that make their names ours."""
+
+ADAPTER_NAMINGS = {"comfyui": Naming("diffusion_model.", factors=("lora_A", "lora_B"), alpha=False)}
+"""As ai-toolkit saves them. In a file with `.lora_down` diffusers takes every name for one of kohya's, and passes over
+those that are not.
+"""
 
 
 def components(configs: Mapping[str, Any]) -> list[Component]:
