@@ -1,7 +1,12 @@
-"""Small random FLUX.2 checkpoints made by diffusers and transformers, in Hugging Face layout."""
+"""Small random FLUX.2 checkpoints in Hugging Face layout: made by diffusers and transformers, and without them."""
 
+import shutil
 from pathlib import Path
 
+import mlx.core as mx
+
+from mlx_blockskip.converters import flux2
+from mlx_blockskip.engine import files, philox
 from support.models import assets
 
 TRANSFORMER = {
@@ -29,6 +34,38 @@ VAE = {
 }
 TAPS = (1, 2, 3)
 """Of a text encoder with four layers, as 9, 18 and 27 are of one with 36."""
+
+
+DEFAULTS = {
+    **{"resolution": 64, "train_resolution": 32, "width": 32, "height": 32, "max_sequence_length": 40, "steps": 3},
+    "rank": 2,
+}
+
+
+def checkpoint(target: Path, distilled: bool = False) -> Path:
+    """A checkpoint with defaults of its own size, made of the converter's table without torch and diffusers."""
+    configs = {"transformer": TRANSFORMER, "text_encoder": {"model_type": "qwen3", **TEXT}, "vae": VAE}
+    parsed = {folder: flux2.CONFIGS[folder].from_dict(config) for folder, config in configs.items()}
+    for number, component in enumerate(flux2.components(parsed)):
+        folder, tensors = target / component.folder, {}
+        for i, row in enumerate(component.rows):
+            shape = row.their_shape()
+            noise = mx.array(philox.normal(11, number, i, shape=shape))
+            if len(shape) > 1:
+                strength = 4.0 if "modulation" in row.name or row.name == "proj_out.weight" else 0.7
+                tensors[row.name] = noise * (strength / row.shape[-1] ** 0.5)  # adapters are to be seen in pictures
+            else:
+                tensors[row.name] = noise / 8 + (0 if row.name.endswith("bias") else 1)
+        folder.mkdir(parents=True)
+        files.save_tensors(folder / "model.safetensors", tensors)
+        files.write_json(folder / "config.json", configs[component.folder])
+    for name in flux2.COPIED:
+        shutil.copytree(assets() / "chat-tokenizer" / name, target / name)
+    index = {"_class_name": "Flux2KleinPipeline", "is_distilled": distilled, "text_encoder": ["transformers", ""]}
+    index |= {name: ["diffusers", ""] for name in ("transformer", "vae")}
+    files.write_json(target / "model_index.json", index)
+    files.write_json(target / "defaults.json", DEFAULTS)
+    return target
 
 
 def shaken(model, by: float = 0.2):
