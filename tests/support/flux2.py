@@ -44,13 +44,14 @@ DEFAULTS = {
 
 def checkpoint(target: Path, distilled: bool = False) -> Path:
     """A checkpoint with defaults of its own size, made of the converter's table without torch and diffusers."""
+    seed = 12 if distilled else 11
     configs = {"transformer": TRANSFORMER, "text_encoder": {"model_type": "qwen3", **TEXT}, "vae": VAE}
     parsed = {folder: flux2.CONFIGS[folder].from_dict(config) for folder, config in configs.items()}
     for number, component in enumerate(flux2.components(parsed)):
         folder, tensors = target / component.folder, {}
         for i, row in enumerate(component.rows):
             shape = row.their_shape()
-            noise = mx.array(philox.normal(11, number, i, shape=shape))
+            noise = mx.array(philox.normal(seed, number, i, shape=shape))
             if len(shape) > 1:
                 strength = 4.0 if "modulation" in row.name or row.name == "proj_out.weight" else 0.7
                 tensors[row.name] = noise * (strength / row.shape[-1] ** 0.5)  # adapters are to be seen in pictures

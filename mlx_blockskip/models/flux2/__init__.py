@@ -59,5 +59,6 @@ FAMILY = Family(
     },
     shallow=shallow,
     bundled="chat-tokenizer",
+    siblings=True,
     variant=variant,
 )

@@ -46,6 +46,16 @@ def check_strengths(paths: Sequence[Any], scales: Sequence[float]) -> None:
         raise UserError(f"--lora-scale is given {len(scales)} times for {len(paths)} adapters; give one for each")
 
 
+def warn_of_another_model(path: Path, recorded: Mapping[str, Any], model: DiffusionModel, name: str | None) -> None:
+    """Warn where an adapter was trained on other weights than these, and not on a sibling's, for which it is meant.
+
+    recorded: its adapter_config.json. name: what the user calls the model.
+    """
+    siblings = family_named(read_config(model.path)["family"]).siblings
+    if recorded.get("base_model_identity", model.identity) != model.identity and not siblings:
+        emit(Warning(f"{path}: was trained on another model than {name}, or on another precision of it"))
+
+
 def load_adapter(model: DiffusionModel, path: Path) -> tuple[lora.Adapter, float]:
     """An adapter's factors and its own scale, checked against the model's layers."""
     family = family_named(read_config(model.path)["family"])

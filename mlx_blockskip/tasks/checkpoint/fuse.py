@@ -11,11 +11,11 @@ from mlx_blockskip.converters.whole import Whole
 from mlx_blockskip.engine import files, listing
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.shards import INDEX, Shards
-from mlx_blockskip.events import Saved, Warning, emit
+from mlx_blockskip.events import Saved, emit
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import open_model, read_config
 from mlx_blockskip.settings import FuseSettings
-from mlx_blockskip.tasks.checkpoint.adapters import CONFIG, check_strengths, load_adapter
+from mlx_blockskip.tasks.checkpoint.adapters import CONFIG, check_strengths, load_adapter, warn_of_another_model
 from mlx_blockskip.tasks.checkpoint.hf import check_room, write_hugging_face
 from mlx_blockskip.tasks.checkpoint.resolve import resolve
 from mlx_blockskip.tasks.phases import phase
@@ -60,8 +60,7 @@ def _load(
         recorded = _recorded(path)
         if recorded.get("family", family) != family:
             raise UserError(f"{path}: is an adapter for {recorded['family']}, and {name} is a model of {family}")
-        if recorded.get("base_model_identity", model.identity) != model.identity:
-            emit(Warning(f"{path}: was trained on another model than {name}, or on another precision of it"))
+        warn_of_another_model(path, recorded, model, name)
         adapter, scale = load_adapter(model, path)
         strength = strengths[number] if number < len(strengths) else 1.0
         adapters.append(adapter)

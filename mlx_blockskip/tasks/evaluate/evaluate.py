@@ -24,7 +24,7 @@ from mlx_blockskip.options import to_mapping
 from mlx_blockskip.settings import EvaluateSettings
 from mlx_blockskip.tasks.alone import alone
 from mlx_blockskip.tasks.checkpoint import encoders
-from mlx_blockskip.tasks.checkpoint.adapters import CONFIG, load_adapters
+from mlx_blockskip.tasks.checkpoint.adapters import CONFIG, load_adapters, warn_of_another_model
 from mlx_blockskip.tasks.checkpoint.resolve import open_named
 from mlx_blockskip.tasks.defaults import DrawConfig, draw_config
 from mlx_blockskip.tasks.evaluate.scores import Picture, Rows, drift, similarity, tables, write_sheet
@@ -71,8 +71,7 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     given = given_prompts(settings)
 
     model = open_named(settings.model or "", budget_of(settings.memory_budget))
-    if recorded.get("base_model_identity", model.identity) != model.identity:
-        emit(Warning(f"{place}: was trained on another model than {settings.model}, or on another precision of it"))
+    warn_of_another_model(place, recorded, model, settings.model)
     settings, prompts = complete_prompts(settings, given, model)
     how = draw_config(settings, model)
     check_generation(how, model, 1)
