@@ -196,7 +196,7 @@ def _not_compiled() -> Iterator[None]:
 def imported(model_type: str) -> ModuleType:
     """A module of `mlx_lm.models`. Its import would lower how many files this process may have open, for good."""
     setrlimit = resource.setrlimit
-    resource.setrlimit = lambda which, limits: None  # type: ignore[assignment]
+    resource.setrlimit = lambda which, limits: None
     try:
         return importlib.import_module(f"mlx_lm.models.{model_type}")
     finally:
