@@ -1,6 +1,8 @@
 """mlx-lm's decoders as a stack of ours: against transformers in every branch, against mlx-lm, and what they take."""
 
 import resource
+import subprocess
+import sys
 
 import mlx.core as mx
 import mlx_lm.models
@@ -10,7 +12,7 @@ import pytest
 from mlx_blockskip.converters import run, write
 from mlx_blockskip.converters.encoders import gemma2_encoder, qwen3_decoder
 from mlx_blockskip.converters.source import open_source
-from mlx_blockskip.engine import planner
+from mlx_blockskip.engine import files, planner
 from mlx_blockskip.engine.reader import BlockReader
 from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.engine.sweep import Batch, forward
@@ -154,6 +156,36 @@ def test_quantized_layers_are_as_mlx_lm_has_them(tmp_path):
     wanted = theirs.model(mx.array(ids[1:2]))
     mx.enable_compile()
     assert relative_error(theirs.model.norm(last), wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_folder_of_mlx_lm_s_own_is_read_as_it_is(tmp_path, bits):
+    """As those of mlx-community: quantized, its embeddings too, with an index without checksums."""
+    import mlx.nn as nn
+    from mlx_lm.models import qwen3
+    from mlx_lm.utils import save_model
+
+    config = {**SMALL, "model_type": "qwen3", "rms_norm_eps": 1e-6, "max_position_embeddings": 99, "rope_theta": 1e4}
+    config |= {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "tie_word_embeddings": True}
+    mx.random.seed(0)
+    theirs = qwen3.Model(qwen3.ModelArgs.from_dict(config))
+    nn.quantize(theirs, 32, bits)
+    save_model(tmp_path, theirs)
+    files.write_json(tmp_path / "config.json", config)
+    ids, mask = prompts((24,))
+    ((last,),) = ours_for(Shards(tmp_path), [ids], [mask], (-1,))
+    mx.disable_compile()
+    wanted = theirs.model(mx.array(ids))
+    mx.enable_compile()
+    assert relative_error(theirs.model.norm(last), wanted) <= 1e-5
+
+
+def test_mlx_lm_is_imported_by_nothing_but_a_prompt():
+    alone = (
+        "import sys, mlx_blockskip.models.flux2.model as m; print(m.lm, {'mlx_lm', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", alone], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("set()\n")
 
 
 def test_gemma_goes_by_the_same_path(tmp_path):

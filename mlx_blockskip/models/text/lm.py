@@ -70,6 +70,8 @@ class Decoder(Protocol):
     @property
     def model_type(self) -> str: ...
     @property
+    def hidden_size(self) -> int: ...
+    @property
     def num_hidden_layers(self) -> int: ...
     @property
     def rope_parameters(self) -> RopeParameters: ...
@@ -107,7 +109,8 @@ def hidden_states(
     if not wanted or not all(0 <= layer <= whole.depth for layer in wanted):
         raise ValueError(f"layers {list(layers)} are not within 0 to {whole.depth}")
     batches = [
-        Batch(Hidden(embedded(shards, row)), mx.array(causal(mask))) for row, mask in zip(ids, masks, strict=True)
+        Batch(Hidden(embedded(shards, row, config.hidden_size)), mx.array(causal(mask)))
+        for row, mask in zip(ids, masks, strict=True)
     ]
     found: list[dict[int, mx.array]] = [{} for _ in batches]
 
@@ -119,10 +122,22 @@ def hidden_states(
     return [[states[layer] for layer in wanted] for states in found]
 
 
-def embedded(shards: Shards, ids: np.ndarray) -> mx.array:
-    """The ids' rows of the table, gathered from the file: (*ids.shape, D). Never in float16: it overflows."""
-    rows = shards.rows(f"{PREFIX}embed_tokens.weight", ids)
+def embedded(shards: Shards, ids: np.ndarray, width: int) -> mx.array:
+    """The ids' rows of the table, gathered from the file: (*ids.shape, D). Never in float16: it overflows.
+
+    A table that mlx-lm quantized is made whole in these rows alone.
+    """
+    table = f"{PREFIX}embed_tokens"
+    rows = shards.rows(f"{table}.weight", ids)
+    if f"{table}.scales" in shards.names:
+        scales, biases = (shards.rows(f"{table}.{kind}", ids) for kind in ("scales", "biases"))
+        rows = mx.dequantize(rows, scales, biases, **of_shapes(width, rows, scales))
     return rows.astype(mx.float32) if rows.dtype == mx.float16 or cpu.in_use() else rows
+
+
+def of_shapes(width: int, packed: mx.array, scales: mx.array) -> dict[str, int]:
+    """Group size and bits of quantized rows that are so wide when they are whole."""
+    return {"group_size": width // scales.shape[-1], "bits": packed.shape[-1] * 32 // width}
 
 
 def causal(mask: np.ndarray) -> np.ndarray:
