@@ -7,13 +7,16 @@ from PIL import Image
 
 from mlx_blockskip import generate
 from mlx_blockskip.engine import files, philox, sweep
+from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.sweep import Batch, forward
 from mlx_blockskip.models import flow
 from mlx_blockskip.models.attention import IMAGE_TO_TEXT
 from mlx_blockskip.models.flux2 import transformer as net
 from mlx_blockskip.models.registry import open_model
+from mlx_blockskip.models.vae import kl_flux2
+from mlx_blockskip.tasks.sampling.denoise import Request, sample
 from support import flux2
-from support.compare import assert_parity, assert_same_image, relative_error, same_bits
+from support.compare import PIPELINE, assert_parity, assert_same_image, relative_error, same_bits
 from support.models import convert, random_tree
 
 torch = pytest.importorskip("torch")
@@ -177,17 +180,22 @@ def test_the_pipeline_equals_diffusers(tmp_path, size, cfg, distilled, parts):
         assert_same_image("Flux2KleinPipeline image (of 255)", Image.open(path), wanted * 255)
 
 
-def test_prompts_and_latents_equal_those_of_the_pipeline(tmp_path):
-    pipe, model = opened(tmp_path)
+@pytest.mark.parametrize(("layers", "taps"), [(4, flux2.TAPS), (36, (9, 18, 27))])
+def test_prompts_equal_those_of_the_pipeline(tmp_path, layers, taps):
+    pipe, model = opened(tmp_path, text_encoder=flux2.random_text_encoder(num_hidden_layers=layers))
     prompts, length = ["a small cat", "word " * 30, ""], 40
     encoded = model.encode_prompts(prompts[:2], length, prompts[2:])
     assert encoded.truncated == [False, True, False]
     with torch.no_grad():
-        wanted, _ = pipe.encode_prompt(prompts, max_sequence_length=length, text_encoder_out_layers=flux2.TAPS)
+        wanted, _ = pipe.encode_prompt(prompts, max_sequence_length=length, text_encoder_out_layers=taps)
     blank = model.blank_prompt(length)["prompt_embeds"]
     for prompt, theirs in zip(encoded.prompts, wanted, strict=True):
         assert (prompt["prompt_embeds"].shape, prompt["prompt_embeds"].dtype) == (blank.shape, blank.dtype)
         assert_parity("FLUX.2's prompts", prompt["prompt_embeds"][0], theirs.numpy())
+
+
+def test_latents_equal_those_of_the_pipeline(tmp_path):
+    pipe, model = opened(tmp_path)
     pixels = philox.normal(3, shape=(2, 3, 24, 40)) / 2
     posterior = model.encode_images(mx.array(pixels.transpose(0, 2, 3, 1)))
     still = model.draw_latents(posterior, mx.zeros((2, 6, 10, 16)))
@@ -233,3 +241,42 @@ def test_quantized_and_bfloat16_models_run_and_stay_near(tmp_path):
         ours = velocity(open_model(made), mx.array(latents), sigma, prompt)
         assert ours.dtype == mx.bfloat16
         assert relative_error(ours.astype(mx.float32), wanted) <= bound
+
+
+@pytest.mark.parametrize(
+    "change", [{"axes_dims_rope": (32, 32, 32)}, {"axes_dims_rope": (32, 48, 48)}, {"axes_dims_rope": (8, 8, 8, 8)}]
+)
+def test_axes_that_do_not_make_a_head_are_refused(change):
+    with pytest.raises(UserError, match="axes_dims_rope .* is not attention_head_dim 128 in four axes"):
+        net.Flux2Transformer2DConfig(**change)
+
+
+def test_states_that_float16_cannot_hold_are_clipped_as_in_diffusers(tmp_path, monkeypatch):
+    """Of text after a double block, of all tokens after a single one."""
+    endless = mx.array([float("inf"), 1.0, -float("inf")])
+    assert net._clipped(endless.astype(mx.float16)).tolist() == [65504, 1, -65504]
+    assert same_bits(net._clipped(endless), endless)
+    _, model = opened(tmp_path)
+    latents, embeds, sigma = inputs(model.config, (3, 4))
+    seen = []
+    monkeypatch.setattr(net, "_clipped", lambda x: seen.append(x.shape[1]) or x)
+    velocity(model, mx.array(latents), sigma, {"prompt_embeds": mx.array(embeds)})
+    assert seen == [7, 7, 19, 19, 19]
+
+
+def test_final_latents_equal_those_of_the_pipeline(tmp_path):
+    """Two prompts from the same noise, with guidance; theirs are no longer in patches, and not normalised."""
+    pipe, model = opened(tmp_path)
+    prompts, length = ["a small cat", "two red dogs"], 40
+    noise = philox.normal(0, shape=(2, 16, 6, 10))
+    theirs = pipe(
+        prompt=prompts, num_inference_steps=3, guidance_scale=3.0, width=40, height=24, output_type="latent",
+        latents=torch.from_numpy(noise), max_sequence_length=length, text_encoder_out_layers=flux2.TAPS,
+    ).images  # fmt: skip
+    *encoded, negative = model.encode_prompts(prompts, length, [""]).prompts
+    start = mx.array(noise.transpose(0, 2, 3, 1))
+    requests = [Request(prompt, negative, start[i : i + 1]) for i, prompt in enumerate(encoded)]
+    *_, latents = sample(model, requests, steps=3, cfg_scale=3.0, guidance=1.0)
+    ours = kl_flux2.unscale(mx.concatenate(latents), model._statistics(), model.vae_config)
+    found = kl_flux2.unpatchify(ours).transpose(0, 3, 1, 2)
+    assert_parity("Flux2KleinPipeline, final latents", found, theirs.numpy(), PIPELINE)

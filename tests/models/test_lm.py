@@ -180,6 +180,19 @@ def test_a_folder_of_mlx_lm_s_own_is_read_as_it_is(tmp_path, bits):
     assert relative_error(theirs.model.norm(last), wanted) <= 1e-5
 
 
+@pytest.mark.skipif(not cpu.in_use(), reason="of the CPU backend")
+@pytest.mark.parametrize("by_user", [False, True])
+def test_on_the_cpu_nothing_is_compiled_and_what_the_user_set_stays(tmp_path, monkeypatch, by_user):
+    shards, asked = converted(reference(), tmp_path), []
+    ids, mask = prompts()
+    for name in ("disable", "enable"):
+        monkeypatch.setattr(mx, f"{name}_compile", lambda name=name: asked.append(name))
+    if by_user:
+        monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
+    ours_for(shards, [ids], [mask], (2,))
+    assert asked == ([] if by_user else ["disable", "enable"] * 2)
+
+
 def test_mlx_lm_is_imported_by_nothing_but_a_prompt():
     alone = (
         "import sys, mlx_blockskip.models.flux2.model as m; print(m.lm, {'mlx_lm', 'transformers'} & set(sys.modules))"

@@ -81,12 +81,17 @@ def shaken(model, by: float = 0.2):
 
 
 def random_transformer(**changes):
-    """A Flux2Transformer2DModel whose norms are random too."""
+    """A Flux2Transformer2DModel whose norms are random too, and whose blocks matter to what comes out."""
     import torch
     from diffusers import Flux2Transformer2DModel
 
     torch.manual_seed(0)
-    return shaken(Flux2Transformer2DModel(**{**TRANSFORMER, **changes}))
+    model = shaken(Flux2Transformer2DModel(**{**TRANSFORMER, **changes}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modulation" in name:
+                parameter.mul_(4)
+    return model
 
 
 def random_autoencoder(**changes):
