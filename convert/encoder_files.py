@@ -27,6 +27,11 @@ GEMMA2 = Network(
     (Layout("layers.0.pre_feedforward_layernorm.weight", dropped=r"lm_head\.weight"),),
 )
 
+QWEN3 = Network(
+    "Qwen3",
+    (Layout("layers.0.self_attn.q_norm.weight", dropped=r"lm_head\.weight"),),
+)
+
 RESNET = ("norm1", "conv1", "norm2", "conv2")
 
 
@@ -65,6 +70,23 @@ AUTOENCODER_KL = Network(
     (
         Layout("decoder.mid.block_1.norm1.weight", latent_diffusion, dropped=r"loss\..*"),
         Layout("decoder.mid_block.resnets.0.norm1.weight"),
+    ),
+)
+
+
+def flux2_autoencoder(names: Collection[str]) -> list[Rule]:
+    """AutoencoderKLFlux2 as in Black Forest Labs' `flux2-vae.safetensors`: each half has its 1 x 1 convolution."""
+    halves = [rule("encoder.quant_conv", "quant_conv"), rule("decoder.post_quant_conv", "post_quant_conv")]
+    return latent_diffusion(names) + halves
+
+
+BATCHES = r"bn\.num_batches_tracked"
+
+AUTOENCODER_KL_FLUX2 = Network(
+    "FLUX.2's VAE",
+    (
+        Layout("encoder.quant_conv.weight", flux2_autoencoder, dropped=BATCHES),
+        Layout("bn.running_mean", dropped=BATCHES),
     ),
 )
 

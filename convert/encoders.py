@@ -1,18 +1,21 @@
-"""Rows of the networks that families share: CLIP's text tower, T5's and Gemma-2's encoders, AutoencoderKL and DC-AE."""
+"""Rows of the networks that families share: text encoders, AutoencoderKL and DC-AE."""
 
+import math
 import re
 from dataclasses import replace
 
 from mlx_blockskip.converters.table import Component, Row, conv, linear, norm
 from mlx_blockskip.models.text.clip import CLIPTextConfig, Layers
 from mlx_blockskip.models.text.gemma2 import Gemma2Config
+from mlx_blockskip.models.text.lm import PREFIX, Qwen3Config
 from mlx_blockskip.models.text.t5 import T5Config
 from mlx_blockskip.models.vae import dc_ae
 from mlx_blockskip.models.vae.dc_ae import AutoencoderDCConfig
 from mlx_blockskip.models.vae.kl import AutoencoderKLConfig
+from mlx_blockskip.models.vae.kl_flux2 import STATISTICS, AutoencoderKLFlux2Config
 
 NEVER_FLOAT16 = {"float16": "bfloat16"}
-"""T5, Gemma-2 and the VAEs overflow in float16."""
+"""T5, Gemma-2 and the VAEs overflow in float16, and the states of a language model may."""
 
 
 def block_of(pattern: str, name: str) -> str | None:
@@ -107,10 +110,57 @@ def gemma2_encoder(folder: str, config: Gemma2Config) -> Component:
     )
 
 
+def qwen3_decoder(folder: str, config: Qwen3Config) -> Component:
+    """transformers Qwen3ForCausalLM without its head; a Qwen3Model has the same names without `model.` before them."""
+    width, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = head * config.num_attention_heads, head * config.num_key_value_heads
+    bias = config.attention_bias
+    rows = [Row("embed_tokens.weight", (config.vocab_size, width)), *norm("norm", width, bias=False)]
+    for i in range(config.num_hidden_layers):
+        layer = f"layers.{i}"
+        for part, out in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+            rows += linear(f"{layer}.self_attn.{part}", out, width, bias=bias)
+        rows += linear(f"{layer}.self_attn.o_proj", width, queries, bias=bias)
+        rows += norm(f"{layer}.self_attn.q_norm", head, bias=False) + norm(
+            f"{layer}.self_attn.k_norm", head, bias=False
+        )
+        for part in ("gate_proj", "up_proj"):
+            rows += linear(f"{layer}.mlp.{part}", inner, width, bias=False)
+        rows += linear(f"{layer}.mlp.down_proj", width, inner, bias=False)
+        for part in ("input", "post_attention"):
+            rows += norm(f"{layer}.{part}_layernorm", width, bias=False)
+    return Component(
+        folder,
+        tuple(replace(row, name=f"{PREFIX}{row.name}", aliases=(row.name,)) for row in rows),
+        block=lambda name: block_of(r"model\.layers\.\d+\.", name),
+        ignored=lambda name: name == "lm_head.weight",
+        dtypes=NEVER_FLOAT16,
+    )
+
+
 def autoencoder_kl(folder: str, config: AutoencoderKLConfig) -> Component:
     """diffusers AutoencoderKL; older checkpoints name the attention's layers query, key, value, proj_attn."""
+    rows = _kl_rows(config, config.block_out_channels)
+    return Component(folder, tuple(rows), block=lambda name: None, dtypes=NEVER_FLOAT16)
+
+
+def autoencoder_kl_flux2(folder: str, config: AutoencoderKLFlux2Config) -> Component:
+    """diffusers AutoencoderKLFlux2: with the statistics of its patches, and perhaps a narrower decoder."""
+    rows = _kl_rows(config, config.decoder_widths)
+    rows += [Row(name, (math.prod(config.patch_size) * config.latent_channels,)) for name in STATISTICS]
+    return Component(
+        folder,
+        tuple(rows),
+        block=lambda name: None,
+        ignored=lambda name: name == "bn.num_batches_tracked",
+        dtypes=NEVER_FLOAT16,
+    )
+
+
+def _kl_rows(config: AutoencoderKLConfig | AutoencoderKLFlux2Config, decoder: tuple[int, ...]) -> list[Row]:
+    """decoder: its widths, where those of the encoder are `block_out_channels`."""
     widths, per_level, latent = config.block_out_channels, config.layers_per_block, config.latent_channels
-    attends, top = config.mid_block_add_attention, widths[-1]
+    attends, top, last = config.mid_block_add_attention, widths[-1], decoder[-1]
     rows = conv("encoder.conv_in", widths[0], config.in_channels, 3)
     before = widths[0]
     for i, width in enumerate(widths):
@@ -121,20 +171,20 @@ def autoencoder_kl(folder: str, config: AutoencoderKLConfig) -> Component:
         before = width
     rows += _middle("encoder.mid_block", top, attends) + norm("encoder.conv_norm_out", top)
     rows += conv("encoder.conv_out", 2 * latent, top, 3)
-    rows += conv("decoder.conv_in", top, latent, 3) + _middle("decoder.mid_block", top, attends)
-    before = top
-    for i, width in enumerate(reversed(widths)):
+    rows += conv("decoder.conv_in", last, latent, 3) + _middle("decoder.mid_block", last, attends)
+    before = last
+    for i, width in enumerate(reversed(decoder)):
         for j in range(per_level + 1):
             rows += _resnet(f"decoder.up_blocks.{i}.resnets.{j}", before if j == 0 else width, width)
-        if i < len(widths) - 1:
+        if i < len(decoder) - 1:
             rows += conv(f"decoder.up_blocks.{i}.upsamplers.0.conv", width, width, 3)
         before = width
-    rows += norm("decoder.conv_norm_out", widths[0]) + conv("decoder.conv_out", config.out_channels, widths[0], 3)
+    rows += norm("decoder.conv_norm_out", decoder[0]) + conv("decoder.conv_out", config.out_channels, decoder[0], 3)
     if config.use_quant_conv:
         rows += linear("quant_conv", 2 * latent, 2 * latent, role="plain", fix="pointwise")
     if config.use_post_quant_conv:
         rows += linear("post_quant_conv", latent, latent, role="plain", fix="pointwise")
-    return Component(folder, tuple(rows), block=lambda name: None, dtypes=NEVER_FLOAT16)
+    return rows
 
 
 def _resnet(name: str, before: int, width: int) -> list[Row]:

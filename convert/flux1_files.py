@@ -92,7 +92,7 @@ FILES = {
     "transformer": Network(
         "FLUX.1's transformer",
         (
-            Layout("double_blocks.0.img_attn.norm.query_norm.scale", black_forest_labs),
+            Layout("double_blocks.0.img_mod.lin.weight", black_forest_labs),
             Layout("single_transformer_blocks.0.proj_mlp.weight"),
         ),
         measured,

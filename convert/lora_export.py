@@ -20,10 +20,14 @@ from mlx_blockskip.lora import Factors, paired
 
 @dataclass(frozen=True)
 class Naming:
-    """prefix: stands before a layer's name. separator: stands between its parts, instead of a full stop."""
+    """prefix: stands before a layer's name. separator: stands between its parts, instead of a full stop. factors: what
+    the two are called. alpha: whether there is one beside them, which is their rank.
+    """
 
     prefix: str
     separator: str = "."
+    factors: tuple[str, str] = ("lora_down", "lora_up")
+    alpha: bool = True
 
 
 NATIVE = {"comfyui": Naming("diffusion_model."), "kohya": Naming("lora_unet_", "_")}
@@ -66,7 +70,7 @@ def peft_config(by_module: Mapping[str, int]) -> dict[str, object]:
 def to_native(
     tensors: Mapping[str, mx.array], scale: float, naming: Naming, rules: Sequence[Rule], dtype: mx.Dtype
 ) -> dict[str, mx.array]:
-    """A file in the names of the model's authors, with an alpha that is each layer's rank: a strength of 1.
+    """A file in the names of the model's authors, with a strength of 1.
 
     tensors: an adapter's, `{module}.lora_a` (in, r) and `.lora_b` (r, out). rules: `theirs` becomes `ours`. Raises
     UserError for a layer that no rule names, and where a factor is too large for `dtype`.
@@ -74,9 +78,10 @@ def to_native(
     found: dict[str, mx.array] = {}
     for theirs, (a, b) in renamed(paired(rounded(folded(tensors, scale), dtype)), rules).items():
         module = naming.prefix + theirs.replace(".", naming.separator)
-        found[f"{module}.lora_down.weight"] = mx.contiguous(a.T)
-        found[f"{module}.lora_up.weight"] = mx.contiguous(b.T)
-        found[f"{module}.alpha"] = mx.array(float(a.shape[1]), mx.float32)
+        for letter, value in zip(naming.factors, (a, b), strict=True):
+            found[f"{module}.{letter}.weight"] = mx.contiguous(value.T)
+        if naming.alpha:
+            found[f"{module}.alpha"] = mx.array(float(a.shape[1]), mx.float32)
     return found
 
 

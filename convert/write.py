@@ -18,6 +18,7 @@ from mlx_blockskip.converters.source import Source
 from mlx_blockskip.converters.table import Component, Row
 from mlx_blockskip.engine import disk, dtypes, files
 from mlx_blockskip.engine.shards import INDEX
+from mlx_blockskip.models.registry import family_named, own_defaults
 
 DTYPES = ("float32", "bfloat16", "float16")
 GROUP_SIZES = (128, 64, 32)
@@ -221,13 +222,12 @@ def model_config(
     source: Path, family: str, precision: Precision, opened: list[tuple[Component, Source]], origin: str
 ) -> Mapping[str, Any]:
     """config.json of the MLX model directory."""
-    own = source / "defaults.json"
     return {
         "format": 1,
         "family": family,
         "components": [component.folder for component, _ in opened],
         "dtype": precision.dtype,
         "quantization": of_model(precision, [component for component, _ in opened]),
-        "defaults": files.read_json(own) if own.is_file() else {},
+        "defaults": own_defaults(source, family_named(family)),
         "source": origin,
     }

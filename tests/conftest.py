@@ -9,6 +9,7 @@ import pytest
 
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.settings import TrainSettings
+from support import flux2
 from support.compare import gather, parity_table, worst
 from support.hub_server import attach, running
 from support.models import HEDGEHOG, assets, convert
@@ -67,6 +68,13 @@ def tiny_sana(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_klein(tmp_path_factory):
+    """A random FLUX.2, converted to float32."""
+    path = tmp_path_factory.mktemp("klein")
+    return convert(flux2.checkpoint(path / "hf"), path / "tiny-klein", "flux2")
+
+
+@pytest.fixture(scope="session")
 def toy_with_prelude(tmp_path_factory):
     """Two blocks that are swept before block 0 and not counted."""
     return make_toy(tmp_path_factory.mktemp("prelude") / "toy", prelude=2)
@@ -78,11 +86,17 @@ def toy_of_many_lengths(tmp_path_factory):
     return make_toy(tmp_path_factory.mktemp("lengths") / "toy", prelude=1, varied=True)
 
 
-@pytest.fixture(scope="session", params=["tiny_flux", "tiny_sana", "toy"])
+EVERY = ("tiny_flux", "tiny_klein", "tiny_sana", "toy")
+"""A small model of every family; contract tests run over all of them."""
+
+
+@pytest.fixture(scope="session", params=["tiny_klein", "tiny_sana", "toy"])
 def family_model(request):
-    """A model directory of every family that has a small model; contract tests run over all of them."""
+    """A model directory of families that differ: with joint attention (the smallest of them), without, and the toy."""
     return request.getfixturevalue(request.param)
 
+
+on_every = pytest.mark.parametrize("family_model", EVERY, indirect=True)
 
 on_toy = pytest.mark.parametrize("family_model", ["toy"], indirect=True)
 """For tests of what no family has a part in, and that take many runs."""

@@ -1,6 +1,6 @@
 """A model at full width, phase by phase: peak of MLX memory, and of private memory beside it. Prints Markdown.
 
-    python examples/bench/flux_scale.py WORK [--model flux1-dev|sana-1.6b] [--full-depth]
+    python examples/bench/flux_scale.py WORK [--model flux1-dev|flux2-klein-base-4b|sana-1.6b] [--full-depth]
 
 Models are hollow: zeros in sparse files, since memory does not depend on the values of weights. Points of full width
 (few blocks, so that they take minutes and not hours) are measured with --memory-budget 0, the least that is possible,
@@ -60,6 +60,25 @@ class Model:
     generate: tuple[dict, ...]
 
 
+def klein(name: str) -> Model:
+    """FLUX.2 klein: the same points in both sizes."""
+    depth, skipped, train = ((5, 20), 12, (0.45, 0.75)) if name.endswith("4b") else ((8, 24), 16, (0.7, 1.25))
+    phases = ("convert", "encode prompts", "encode images", "precompute", "generate", "decode")
+    return Model(
+        bundled="chat-tokenizer", depths=("num_layers", "num_single_layers"), full=depth, pixels=16, text=512, read=512,
+        side=256, encoded=512, drawn=1024, samples=64, plans=((skipped, 0), (skipped // 2,) * 2, (0, skipped)),
+        limits={**dict.fromkeys(phases, (1.25, 1.25)), "train": train},
+        train=(
+            {"bits": 0, "depth": (1, 1), "n": 0, "m": 1},
+            {"bits": 0, "depth": (1, 1), "n": 1, "m": 0},
+            {"bits": 4, "depth": (1, 1), "n": 0, "m": 1},
+        ),
+        held_out=({"bits": 0, "depth": depth, "n": skipped, "m": 0},),
+        precompute=({"bits": 0, "depth": (1, 1), "samples": 8},),
+        generate=({"bits": 0, "depth": (1, 1), "side": 512}, {"bits": 4, "depth": (1, 1), "side": 1024}),
+    )  # fmt: skip
+
+
 MODELS = {
     "flux1-dev": Model(
         bundled="tiny-flux", depths=("num_layers", "num_single_layers"), full=(19, 38), pixels=16, text=512, read=512,
@@ -93,6 +112,7 @@ MODELS = {
             {"bits": 4, "depth": (1, 1), "side": 1024},
         ),
     ),
+    **{name: klein(name) for name in ("flux2-klein-base-4b", "flux2-klein-base-9b")},
     "sana-1.6b": Model(
         bundled="tiny-sana", depths=("num_layers",), full=(20,), pixels=32, text=300, read=530, side=512,
         encoded=512, drawn=1024, samples=64, plans=((10, 0), (5, 5), (0, 10)),
@@ -155,6 +175,7 @@ def make_source(target: Path, name: str) -> None:
 
     from mlx_blockskip.converters.run import components_of, load_table
     from mlx_blockskip.engine import files
+    from mlx_blockskip.models import presets
     from mlx_blockskip.tasks.checkpoint.resolve import bundled
 
     tiny, family = bundled(MODELS[name].bundled), family_of(name).name
@@ -165,7 +186,7 @@ def make_source(target: Path, name: str) -> None:
     with files.atomic_directory(target) as out:
         for folder in load_table(family).COPIED:
             shutil.copytree(tiny / folder, out / folder)
-        shutil.copyfile(tiny / "model_index.json", out / "model_index.json")
+        shutil.copyfile(presets.folders()[name] / "model_index.json", out / "model_index.json")
         for component in components_of(family, configs):
             inside = out / component.folder
             files.write_json(inside / "config.json", configs[component.folder])

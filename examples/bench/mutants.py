@@ -47,6 +47,10 @@ RUNS, PRIOR, OPTIMIZER, SAMPLES, SETUP, LOOP = (f"tests/tasks/test_{name}.py" fo
 STOPPED = f"{PRIOR}: stopped_among"
 QUICK: dict[str, tuple[str, ...]] = {
     f"{PACKAGE}/models/flow.py": ("tests/test_flow.py", "tests/models/test_sana_sampling.py"),
+    f"{PACKAGE}/models/flux2/*.py": ("tests/models/test_flux2.py",),
+    f"{PACKAGE}/models/text/lm.py": ("tests/models/test_lm.py",),
+    f"{PACKAGE}/models/text/chat.py": ("tests/models/test_chat.py",),
+    f"{PACKAGE}/models/vae/kl_flux2.py": ("tests/models/test_vae_kl_flux2.py", "tests/models/test_flux2.py"),
     f"{PACKAGE}/lora.py": ("tests/test_lora.py", FAMILY),
     f"{PACKAGE}/blockskip/plan.py": ("tests/blockskip/test_plan.py",),
     f"{PACKAGE}/blockskip/patches.py": ("tests/blockskip/test_patches.py",),

@@ -16,6 +16,9 @@ LATEST, BETWEEN = 1.5708, 1.3
 Fresh = Callable[[int, tuple[int, ...]], mx.array]
 """`(step, shape) -> standard normal numbers in float32`, a pure function for each image."""
 
+Mu = Callable[[int, int], float]
+"""`(image tokens, steps) -> how far dynamic shifting goes`."""
+
 
 class Sampler(Protocol):
     """Carries one image's latents from noise: `step` is called for each of `times` in order, once.
@@ -60,19 +63,24 @@ def training_shift(config: SchedulerConfig) -> float:
 
 
 def sampler(
-    config: SchedulerConfig, steps: int, image_tokens: int, fresh: Fresh | None = None, own_spacing: bool = False
+    config: SchedulerConfig,
+    steps: int,
+    image_tokens: int,
+    fresh: Fresh | None = None,
+    own_spacing: bool = False,
+    mu: Mu | None = None,
 ) -> Sampler:
     """The sampler of a checkpoint's scheduler. Raises UserError for less than one step.
 
     fresh: what a sampler draws noise from that adds some on the way. own_spacing: the family's pipeline leaves the
-    spacing of the steps to the scheduler.
+    spacing of the steps to the scheduler. mu: the family's pipeline gives a scheduler with dynamic shifting its own.
     """
     if steps < 1:
         raise UserError(f"--steps {steps}: at least one step is needed")
     if isinstance(config, DPMSolverMultistepConfig):
         return Multistep(*dpm_sigmas(config, steps), config.solver_order, config.solver_type)
     if isinstance(config, FlowMatchEulerDiscreteConfig):
-        return Euler(euler_sigmas(config, steps, image_tokens, own_spacing))
+        return Euler(euler_sigmas(config, steps, image_tokens, own_spacing, mu))
     return Consistency(consistency_sigmas(steps), fresh)
 
 
@@ -165,7 +173,11 @@ def consistency_sigmas(steps: int) -> np.ndarray:
 
 
 def euler_sigmas(
-    config: FlowMatchEulerDiscreteConfig, steps: int, image_tokens: int, own_spacing: bool = False
+    config: FlowMatchEulerDiscreteConfig,
+    steps: int,
+    image_tokens: int,
+    own_spacing: bool = False,
+    mu: Mu | None = None,
 ) -> np.ndarray:
     """(steps + 1,) float32: 1 ... 1/steps, shifted, then 0; with `own_spacing` (see `sampler`) down to the least
     training sigma instead, which is shifted twice. Source: FluxPipeline, FlowMatchEulerDiscreteScheduler.
@@ -174,13 +186,20 @@ def euler_sigmas(
     if own_spacing and not config.use_dynamic_shifting:
         least = _shifted(1 / config.num_train_timesteps, shift)
     sigmas = np.linspace(1.0, least, steps)
-    sigmas = _dynamic(config, sigmas, image_tokens) if config.use_dynamic_shifting else _shifted(sigmas, shift)
+    if config.use_dynamic_shifting:
+        sigmas = _dynamic(config, sigmas, mu(image_tokens, steps) if mu else linear_mu(config, image_tokens))
+    else:
+        sigmas = _shifted(sigmas, shift)
     return np.append(sigmas, 0.0).astype(np.float32)
 
 
-def _dynamic(config: FlowMatchEulerDiscreteConfig, sigmas: np.ndarray, image_tokens: int) -> np.ndarray:
-    """mu grows linearly with the number of image tokens; then s = e^mu / (e^mu + 1/s - 1), or mu for e^mu."""
+def linear_mu(config: FlowMatchEulerDiscreteConfig, image_tokens: int) -> float:
+    """mu grows linearly with the number of image tokens. Source: FluxPipeline."""
     low, high = config.base_image_seq_len, config.max_image_seq_len
-    mu = config.base_shift + (config.max_shift - config.base_shift) * (image_tokens - low) / (high - low)
+    return config.base_shift + (config.max_shift - config.base_shift) * (image_tokens - low) / (high - low)
+
+
+def _dynamic(config: FlowMatchEulerDiscreteConfig, sigmas: np.ndarray, mu: float) -> np.ndarray:
+    """s = e^mu / (e^mu + 1/s - 1), or mu for e^mu."""
     factor = math.exp(mu) if config.time_shift_type == "exponential" else mu
     return factor / (factor + (1 / sigmas - 1))

@@ -14,6 +14,10 @@ from mlx_blockskip.models.schedulers import FILE
 REPOS = {
     "flux1-dev": "black-forest-labs/FLUX.1-dev",
     "flux1-schnell": "black-forest-labs/FLUX.1-schnell",
+    "flux2-klein-4b": "black-forest-labs/FLUX.2-klein-4B",
+    "flux2-klein-9b": "black-forest-labs/FLUX.2-klein-9B",
+    "flux2-klein-base-4b": "black-forest-labs/FLUX.2-klein-base-4B",
+    "flux2-klein-base-9b": "black-forest-labs/FLUX.2-klein-base-9B",
     "sana-0.6b": "Efficient-Large-Model/Sana_600M_1024px_diffusers",
     "sana-1.6b": "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
     "sana-sprint-1.6b": "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers",

@@ -48,6 +48,15 @@ def family_named(name: str) -> Family:
         raise UserError(f"the family {name!r} is not installed; there are {', '.join(sorted(families()))}") from None
 
 
+def own_defaults(checkpoint: Path, family: Family) -> dict[str, Any]:
+    """The settings that a checkpoint in Hugging Face layout has of its own: what its model_index.json tells, and over
+    that a `defaults.json` beside it.
+    """
+    index, own = checkpoint / "model_index.json", checkpoint / "defaults.json"
+    found = family.variant(files.read_json(index)) if index.is_file() else {}
+    return {**found, **(files.read_json(own) if own.is_file() else {})}
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of an MLX model directory, checked to be one. Raises UserError."""
     config = files.read_json(path / "config.json")

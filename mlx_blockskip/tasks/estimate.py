@@ -17,13 +17,13 @@ from mlx_blockskip.blockskip.plan import SkipPlan
 from mlx_blockskip.converters import hollow, run
 from mlx_blockskip.converters.run import load_table
 from mlx_blockskip.converters.write import Precision, size_of
-from mlx_blockskip.engine import disk, files, limits
+from mlx_blockskip.engine import disk, limits
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, Table, emit
 from mlx_blockskip.models import presets
 from mlx_blockskip.models.defaults import model_defaults
 from mlx_blockskip.models.family import Configs, DiffusionModel, Family
-from mlx_blockskip.models.registry import family_named, open_model, read_config
+from mlx_blockskip.models.registry import family_named, open_model, own_defaults, read_config
 from mlx_blockskip.options import parse_size
 from mlx_blockskip.settings import EstimateSettings
 from mlx_blockskip.tasks.checkpoint.recognise import family_of, is_converted
@@ -141,15 +141,14 @@ def find(model: str) -> Subject:
     if path.is_dir():
         converted = is_converted(path)
         family = family_named(read_config(path)["family"]) if converted else family_of(path)
-        own = path / "defaults.json"
-        given = read_config(path).get("defaults", {}) if converted else files.read_json(own) if own.is_file() else {}
+        given = read_config(path).get("defaults", {}) if converted else own_defaults(path, family)
         return _subject(model, family, path, path, given)
     preset = presets.folder(model)
     if preset is None:
         known = sorted([*BUNDLED, *presets.folders()])
         raise UserError(f"--model {model}: no such directory, and not one of {', '.join(known)}")
     family = family_of(preset)
-    return _subject(preset.name, family, preset, bundled(family.bundled or ""), {})
+    return _subject(preset.name, family, preset, bundled(family.bundled or ""), own_defaults(preset, family))
 
 
 def _subject(name: str, family: Family, path: Path, beside: Path, given: dict[str, Any]) -> Subject:

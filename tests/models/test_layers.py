@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 import pytest
+from conftest import on_every
 
 from mlx_blockskip.engine import philox
 from mlx_blockskip.engine.sweep import Batch, forward
@@ -58,6 +59,7 @@ def test_what_is_made_in_between_is_there_for_some_tokens_only(monkeypatch):
     assert peaks[512] <= hidden
 
 
+@on_every
 def test_a_family_takes_many_tokens_by_rows(open_family, monkeypatch):
     """Its blocks say the same whether their tokens pass the feed-forward together or a few at a time."""
     model = open_family()

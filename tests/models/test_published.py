@@ -19,14 +19,25 @@ from support.published import HUB, family_of, hollow
 BLOCKS = {
     "flux1-dev": {"transformer": 57, "text_encoder": 12, "text_encoder_2": 24},
     "flux1-schnell": {"transformer": 57, "text_encoder": 12, "text_encoder_2": 24},
+    "flux2-klein-4b": {"transformer": 25, "text_encoder": 36},
+    "flux2-klein-9b": {"transformer": 32, "text_encoder": 36},
+    "flux2-klein-base-4b": {"transformer": 25, "text_encoder": 36},
+    "flux2-klein-base-9b": {"transformer": 32, "text_encoder": 36},
     "sana-0.6b": {"transformer": 28, "text_encoder": 26},
     "sana-1.6b": {"transformer": 20, "text_encoder": 26},
     "sana1.5-1.6b": {"transformer": 20, "text_encoder": 26},
     "sana1.5-4.8b": {"transformer": 60, "text_encoder": 26},
     "sana-sprint-1.6b": {"transformer": 20, "text_encoder": 26},
 }
+SIBLINGS = {
+    "flux2-klein-base-4b": (24, 50, 4.0),
+    "flux2-klein-4b": (24, 4, 1.0),
+    "flux2-klein-base-9b": (32, 50, 4.0),
+    "flux2-klein-9b": (32, 4, 1.0),
+}
+"""Heads, steps and guidance of models whose blocks differ in nothing but their size; one of them is run."""
 TEXT = 8
-LATENTS = {"flux1": (4, 4, 16), "sana": (2, 2, 32)}
+LATENTS = {"flux1": (4, 4, 16), "flux2": (2, 2, 128), "sana": (2, 2, 32)}
 
 
 def test_every_preset_is_tested_here():
@@ -50,13 +61,13 @@ def test_the_tables_have_as_many_tensors_and_bytes_as_the_checkpoints_indexes_sa
     assert 2 * sum(math.prod(row.shape) for row in rows) == index["metadata"]["total_size"]
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", [name for name in BLOCKS if name not in list(SIBLINGS)[1:]])
 def test_a_block_of_every_kind_runs(name, tmp_path):
     model = hollow(name, tmp_path / "m")
     assert len(set(model.stack.kinds)) == len(model.stack.kinds)
     height, width, channels = LATENTS[family_of(name).name]
     assert model.latent_shape(256, 256)[2] == channels
-    assert model.vae_factor == {"flux1": 8, "sana": 32}[family_of(name).name]
+    assert model.vae_factor == {"flux1": 8, "flux2": 16, "sana": 32}[family_of(name).name]
     prompt = model.blank_prompt(TEXT)
     latents = mx.zeros((1, height, width, channels))
     context = model.context(mx.array([0.5]), prompt, (height, width), model.defaults.guidance)
@@ -70,7 +81,16 @@ def test_a_block_of_every_kind_runs(name, tmp_path):
     assert flow.training_shift(model.scheduler) > 0
 
 
-@pytest.mark.parametrize("name", ["flux1-dev", "sana1.5-1.6b"])
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_siblings_open_and_have_defaults_of_their_own(name, tmp_path):
+    model = hollow(name, tmp_path / "m")
+    assert (model.config.num_attention_heads, model.defaults.steps, model.defaults.cfg_scale) == SIBLINGS[name]
+    assert model.config.joint_attention_dim == 3 * model.text_config.hidden_size
+    assert model.latent_shape(256, 256) == (16, 16, 128)
+    assert model.stack.kinds == ("double", "single")
+
+
+@pytest.mark.parametrize("name", ["flux1-dev", "flux2-klein-4b", "sana1.5-1.6b"])
 def test_a_layer_of_every_text_encoder_runs(name, tmp_path):
     model = hollow(name, tmp_path / "m")
     (prompt,), _ = model.encode_prompts(["red"], TEXT)
@@ -78,12 +98,14 @@ def test_a_layer_of_every_text_encoder_runs(name, tmp_path):
     assert {key: value.shape for key, value in prompt.items()} == {key: value.shape for key, value in blank.items()}
 
 
-def test_the_vae_of_flux_runs(tmp_path):
+@pytest.mark.parametrize("name", ["flux1-dev", "flux2-klein-4b"])
+def test_the_vae_of_flux_runs(name, tmp_path):
     """That of SANA is held against diffusers by its shapes, in test_dc_ae.py: a run of it takes long."""
-    model = hollow("flux1-dev", tmp_path / "m")
+    model = hollow(name, tmp_path / "m")
     side = 2 * model.size_multiple
-    latents = model.encode_images(mx.zeros((1, side, side, 3)))[0]
-    assert latents.shape[1:] == model.latent_shape(side, side)
+    shape = model.latent_shape(side, side)
+    latents = model.draw_latents(model.encode_images(mx.zeros((1, side, side, 3))), mx.zeros((1, *shape)))
+    assert latents.shape[1:] == shape
     assert model.decode(latents[:, :1, :1]).shape == (1, model.vae_factor, model.vae_factor, 3)
 
 

@@ -7,12 +7,15 @@ import pytest
 
 from mlx_blockskip.models import schedulers
 from mlx_blockskip.models.flux1.transformer import FluxTransformer2DConfig
+from mlx_blockskip.models.flux2.transformer import Flux2Transformer2DConfig
 from mlx_blockskip.models.sana.transformer import SanaTransformer2DConfig
 from mlx_blockskip.models.text.clip import CLIPTextConfig
 from mlx_blockskip.models.text.gemma2 import Gemma2Config
+from mlx_blockskip.models.text.lm import Qwen3Config
 from mlx_blockskip.models.text.t5 import T5Config
 from mlx_blockskip.models.vae.dc_ae import AutoencoderDCConfig
 from mlx_blockskip.models.vae.kl import AutoencoderKLConfig
+from mlx_blockskip.models.vae.kl_flux2 import AutoencoderKLFlux2Config
 from mlx_blockskip.models.vision import preprocess
 from mlx_blockskip.models.vision.clip import CLIPConfig, CLIPVisionConfig
 from mlx_blockskip.models.vision.vit import Dinov2Config, ViTConfig
@@ -30,8 +33,10 @@ BETAS = {
 
 DIFFUSERS = (
     (FluxTransformer2DConfig, "FluxTransformer2DModel", set()),
+    (Flux2Transformer2DConfig, "Flux2Transformer2DModel", set()),
     (SanaTransformer2DConfig, "SanaTransformer2DModel", {"dropout"}),
     (AutoencoderKLConfig, "AutoencoderKL", {"sample_size", "force_upcast"}),
+    (AutoencoderKLFlux2Config, "AutoencoderKLFlux2", {"sample_size", "batch_norm_momentum"}),
     (AutoencoderDCConfig, "AutoencoderDC", set()),
     (schedulers.FlowMatchEulerDiscreteConfig, schedulers.EULER, set()),
     (schedulers.DPMSolverMultistepConfig, schedulers.DPM, BETAS),
@@ -46,6 +51,7 @@ WITHOUT = {
     T5Config: {"num_decoder_layers", "classifier_dropout", "is_decoder", "is_encoder_decoder", "scale_decoder_outputs"},
     # sequences longer than the window are refused, so the layers are the same; the language model's head is not there
     Gemma2Config: {"layer_types", "final_logit_softcapping", "max_position_embeddings"},
+    Qwen3Config: {"layer_types", "sliding_window", "max_window_layers"},  # of windows, which are refused
     ViTConfig: {"encoder_stride", "pooler_output_size", "pooler_act"},
     Dinov2Config: {
         *("layerscale_value", "_out_features", "_out_indices", "apply_layernorm", "reshape_hidden_states"),
@@ -59,10 +65,20 @@ DERIVED = {
     (T5Config, "dense_act_fn"): "relu",
     (T5Config, "is_gated_act"): False,
     (Gemma2Config, "rope_parameters"): {"rope_theta": 10000.0, "rope_type": "default"},
+    (Qwen3Config, "rope_parameters"): {"rope_theta": 10000.0, "rope_type": "default"},
 }
 """What theirs makes of other options. Ours is None where a file may contradict it, or a configuration of its own."""
 
-TRANSFORMERS = (CLIPTextConfig, T5Config, Gemma2Config, CLIPVisionConfig, CLIPConfig, ViTConfig, Dinov2Config)
+TRANSFORMERS = (
+    CLIPTextConfig,
+    T5Config,
+    Gemma2Config,
+    Qwen3Config,
+    CLIPVisionConfig,
+    CLIPConfig,
+    ViTConfig,
+    Dinov2Config,
+)
 """Each is called as theirs."""
 
 

@@ -1,6 +1,7 @@
 """Bytes of the residual cache that are predicted, against the chunk that training writes."""
 
 import pytest
+from conftest import on_every
 
 from mlx_blockskip.blockskip import records
 from mlx_blockskip.blockskip.residuals import MODES
@@ -11,6 +12,7 @@ from support.models import prepared
 PLANS = [(1, 1), (0, 2), (2, 0), (0, 0)]
 
 
+@on_every
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("n", "m"), PLANS)
 def test_a_chunk_takes_what_is_predicted_to_the_byte(quick, tmp_path, mode, n, m):

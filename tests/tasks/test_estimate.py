@@ -83,6 +83,7 @@ def test_known_checkpoints_need_no_download(name):
     ("name", "steps"),
     [
         *(("flux1-schnell", 4), ("FLUX.1-schnell", 4), ("sana-sprint-1.6b", 2)),
+        *(("flux2-klein-4b", 4), ("FLUX.2-klein-9B", 4), ("black-forest-labs/FLUX.2-klein-base-4B", 50)),
         *((name, 20) for name in ("sana-0.6b", "sana-1.6b", "sana1.5-1.6b", "SANA1.5-4.8B")),
     ],
 )

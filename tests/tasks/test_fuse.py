@@ -5,6 +5,7 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import on_every
 from PIL import Image
 
 from mlx_blockskip import fuse, generate, lora
@@ -56,6 +57,7 @@ def fused(target, adapters, strengths=(), **options):
     return fuse(adapter_path=[str(a) for a in adapters], lora_scale=list(strengths), save_path=str(target), **options)
 
 
+@on_every
 def test_a_fused_model_draws_what_base_and_adapters_draw(tmp_path, family_model):
     """Every family; two adapters that overlap, with strengths of their own."""
     one, two = adapter(tmp_path / "one", family_model), adapter(tmp_path / "two", family_model, (2, 3), 1.0, 7)

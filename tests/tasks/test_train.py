@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import QUICK
+from conftest import QUICK, on_every
 from PIL import Image
 
 from mlx_blockskip import generate, train
@@ -32,6 +32,12 @@ from support.compare import assert_same_adapter, factors, same_bits
 from support.models import HEDGEHOG, prepared
 
 
+@pytest.fixture(scope="module", params=["tiny_flux", "tiny_sana", "toy"])
+def family_model(request):
+    return request.getfixturevalue(request.param)
+
+
+@on_every
 def test_writes_an_adapter_directory_that_says_what_it_is(quick):
     events = []
     result = train(quick(iters=4, steps_per_sample=2, sample_prompt=["a sks toy"]), on_event=events.append)
@@ -166,6 +172,7 @@ def test_base_residuals_do_not_depend_on_the_chunk_length(quick):
     assert_same_adapter(one, many)
 
 
+@on_every
 def test_fresh_residuals_follow_the_adapter_from_the_second_chunk_on(quick):
     """A first chunk starts from an adapter that changes nothing, so one chunk is the same in both modes."""
     options = {"skip_first": 1, "skip_last": 1, "iters": 2}
@@ -225,11 +232,13 @@ def test_an_image_is_encoded_once_where_its_crops_do_not_vary(quick, tmp_path, m
     assert same_bits(target[1:2], mx.array(draw.noise) - x0)
 
 
+@on_every
 def test_a_streamed_run_gives_the_same_adapter_as_a_resident_one(quick):
     resident = train(quick("resident", iters=3)).adapter_path
     assert_same_adapter(resident, train(quick("streamed", iters=3, memory_budget="0")).adapter_path)
 
 
+@on_every
 def test_inner_runs_train(quick, tmp_path):
     plan = tmp_path / "plan.json"
     from mlx_blockskip.models.registry import open_model

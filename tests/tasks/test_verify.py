@@ -6,6 +6,7 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import on_every
 from typer.testing import CliRunner
 
 from mlx_blockskip import verify
@@ -48,6 +49,7 @@ def flip(path, offset, bit=0):
     path.write_bytes(bytes(content))
 
 
+@on_every
 def test_what_is_whole_has_no_problems(family_model, tmp_path):
     found = verify(path=str(family_model))
     assert (found.kind, found.problems) == ("model", ())

@@ -18,19 +18,13 @@ from mlx_blockskip.engine.stack import Block, BlockKind, Stack, Trainable, Weigh
 from mlx_blockskip.engine.sweep import Batch, Tap, forward
 from mlx_blockskip.models.config import Config, NonNegativeInt, OneOf, PositiveFloat, PositiveInt
 from mlx_blockskip.models.layers import gelu_tanh, linear, merge_heads, split_heads
-
-
-@dataclass(frozen=True)
-class RopeParameters(Config):
-    """Rotary positions. Source: transformers RopeParameters."""
-
-    rope_theta: PositiveFloat = 10000.0
-    rope_type: Annotated[str, OneOf("default")] = "default"
+from mlx_blockskip.models.text import rope
+from mlx_blockskip.models.text.rope import RopeParameters
 
 
 @dataclass(frozen=True)
 class Gemma2Config(Config):
-    """Source: transformers Gemma2Config. Before version 5 `rope_theta` and `rope_scaling` lay beside the others."""
+    """Source: transformers Gemma2Config."""
 
     model_type: Annotated[str, OneOf("gemma2")] = "gemma2"
     vocab_size: PositiveInt = 256000
@@ -56,12 +50,7 @@ class Gemma2Config(Config):
 
     @classmethod
     def modernised(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
-        if not isinstance(rope, Mapping):
-            return given
-        old = {"rope_theta": given["rope_theta"]} if "rope_theta" in given else {}
-        named = {"rope_type": rope["type"]} if "type" in rope else {}
-        return {**given, "rope_parameters": {**old, **named, **rope}}
+        return rope.gathered(given)
 
 
 class Hidden(NamedTuple):

@@ -5,7 +5,7 @@ Weights are a flat dictionary with diffusers' names; convolutions are OHWI, the 
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import mlx.core as mx
 
@@ -16,6 +16,36 @@ from mlx_blockskip.models.layers import Weights, linear, silu, through
 from mlx_blockskip.models.vae.strips import Rows, conv2d, done, group_norm
 
 EPS = 1e-6
+
+
+class Layers(Protocol):
+    """What the layers take of a configuration. The widths are those of the weights."""
+
+    @property
+    def block_out_channels(self) -> tuple[int, ...]: ...
+    @property
+    def up_block_types(self) -> tuple[str, ...]: ...
+    @property
+    def down_block_types(self) -> tuple[str, ...]: ...
+    @property
+    def layers_per_block(self) -> int: ...
+    @property
+    def norm_num_groups(self) -> int: ...
+    @property
+    def use_quant_conv(self) -> bool: ...
+    @property
+    def use_post_quant_conv(self) -> bool: ...
+    @property
+    def mid_block_add_attention(self) -> bool: ...
+
+
+def uneven(config: Layers) -> str | None:
+    """That there are not as many blocks as widths; None where there are."""
+    levels = len(config.block_out_channels)
+    for name in ("down_block_types", "up_block_types"):
+        if len(getattr(config, name)) != levels:
+            return f"{name} is of {len(getattr(config, name))} levels, and block_out_channels of {levels}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -40,14 +70,10 @@ class AutoencoderKLConfig(Config):
     mid_block_add_attention: bool = True
 
     def contradiction(self) -> str | None:
-        levels = len(self.block_out_channels)
-        for name in ("down_block_types", "up_block_types"):
-            if len(getattr(self, name)) != levels:
-                return f"{name} is of {len(getattr(self, name))} levels, and block_out_channels of {levels}"
-        return None
+        return uneven(self)
 
 
-def factor(config: AutoencoderKLConfig) -> int:
+def factor(config: Layers) -> int:
     """Pixels a side of one latent."""
     return int(2 ** (len(config.block_out_channels) - 1))
 
@@ -62,9 +88,7 @@ def unscale(latents: mx.array, config: AutoencoderKLConfig) -> mx.array:
     return latents / config.scaling_factor + (config.shift_factor or 0.0)
 
 
-def encode(
-    w: Weights, config: AutoencoderKLConfig, pixels: mx.array, rows: int | None = None
-) -> tuple[mx.array, mx.array]:
+def encode(w: Weights, config: Layers, pixels: mx.array, rows: int | None = None) -> tuple[mx.array, mx.array]:
     """Pixels (B, H, W, 3) in [-1, 1] -> mean and log variance, each (B, h, w, C), not scaled. rows: see strips."""
     groups = config.norm_num_groups
     x = conv2d(w, "encoder.conv_in", pixels, rows=rows)
@@ -85,7 +109,7 @@ def encode(
     return mean, mx.clip(logvar, -30.0, 20.0)
 
 
-def decode(w: Weights, config: AutoencoderKLConfig, z: mx.array, rows: int | None = None) -> mx.array:
+def decode(w: Weights, config: Layers, z: mx.array, rows: int | None = None) -> mx.array:
     """Latents (B, h, w, C), not scaled -> pixels (B, H, W, 3)."""
     groups = config.norm_num_groups
     if config.use_post_quant_conv:
@@ -123,7 +147,7 @@ def _normed_silu(w: Weights, name: str, x: mx.array, groups: int, rows: int | No
     return lambda part: silu(norm(part))
 
 
-def _middle(w: Weights, name: str, x: mx.array, config: AutoencoderKLConfig, rows: int | None) -> mx.array:
+def _middle(w: Weights, name: str, x: mx.array, config: Layers, rows: int | None) -> mx.array:
     groups = config.norm_num_groups
     x = _resnet(w, f"{name}.resnets.0", x, groups, rows)
     if config.mid_block_add_attention:

@@ -72,16 +72,25 @@ def _is_ours(config: Mapping[str, Any] | None) -> bool:
 def _ours(model: DiffusionModel, file: Path, config: Mapping[str, Any] | None) -> tuple[dict[str, Added], float]:
     """What an adapter of our own training adds, by layer, and its scale."""
     config = config or {}
-    own = read_config(model.path)["family"]
-    if config.get("family", own) != own:
-        raise UserError(f"{file.parent}: is an adapter for {config['family']}, and the model is one of {own}")
-    if config.get("base_model_identity", model.identity) != model.identity:
-        told = f" ({config['base_model']})" if config.get("base_model") else ""
-        emit(Warning(f"{file.parent}: was trained on another model{told} than this one, or on another precision of it"))
+    own = family_named(read_config(model.path)["family"])
+    if config.get("family", own.name) != own.name:
+        raise UserError(f"{file.parent}: is an adapter for {config['family']}, and the model is one of {own.name}")
+    warn_of_another_model(file.parent, config, model)
     tensors = {name: value.astype(mx.float32) for name, value in read_tensors(file).items()}
     mx.eval(tensors)
     lora.check(tensors, model.reader, file)
     return {name: Added(LowRank(*both)) for name, both in lora.paired(tensors).items()}, scale_of(config, file)
+
+
+def warn_of_another_model(path: Path, recorded: Mapping[str, Any], model: DiffusionModel) -> None:
+    """Warn where an adapter was trained on other weights than these, and not on a sibling's, for which it is meant.
+
+    recorded: its adapter_config.json.
+    """
+    siblings = family_named(read_config(model.path)["family"]).siblings
+    if recorded.get("base_model_identity", model.identity) != model.identity and not siblings:
+        told = f" ({recorded['base_model']})" if recorded.get("base_model") else ""
+        emit(Warning(f"{path}: was trained on another model{told} than this one, or on another precision of it"))
 
 
 def _theirs(model: DiffusionModel, file: Path, config: Mapping[str, Any] | None) -> dict[str, Added]:

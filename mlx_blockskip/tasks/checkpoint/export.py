@@ -60,7 +60,8 @@ def _converted(
     rules = getattr(table, "ADAPTER_FORMATS", {}).get(name)
     if rules is None:
         raise UserError(f"--format {name}: has no names for the layers of {family}; export it with --format diffusers")
-    return to_native(tensors, scale, NATIVE[name], rules, dtype), {}
+    naming = getattr(table, "ADAPTER_NAMINGS", {}).get(name, NATIVE[name])
+    return to_native(tensors, scale, naming, rules, dtype), {}
 
 
 def described(
