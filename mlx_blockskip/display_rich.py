@@ -7,6 +7,7 @@ from rich.text import Text
 
 from mlx_blockskip.display import amount, memory, message, speed
 from mlx_blockskip.events import Event, Phase, PhaseEnd, Step, Table, Warning
+from mlx_blockskip.printable import one_line
 
 
 class Rate(ProgressColumn):
@@ -33,12 +34,12 @@ class Bars:
 
     def __init__(self, console: Console | None = None) -> None:
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             Amount(),
             Rate(),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             console=console or Console(),
             transient=True,
         )
@@ -54,9 +55,10 @@ class Bars:
             detail += f"peak {memory(event.peak_memory)}" if event.peak_memory else ""
             self.progress.update(self.task, completed=event.done, detail=detail)
         elif isinstance(event, Table):
-            grid = RichTable(*event.columns, title=event.title)
+            title, *columns = (Text(one_line(text)) for text in (event.title, *event.columns))
+            grid = RichTable(*columns, title=title)
             for row in event.rows:
-                grid.add_row(*row)
+                grid.add_row(*(Text(one_line(cell)) for cell in row))
             self.progress.console.print(grid)
         elif (text := message(event)) is not None:
             if isinstance(event, PhaseEnd):

@@ -47,7 +47,7 @@ class Opened:
         }
         self.shards = Shards(path / "transformer")
         own = files.read_json(path / "config.json").get("defaults", {})
-        self.defaults = model_defaults({**defaults(self.configs["transformer"]), **own}, path / "config.json")
+        self.defaults = model_defaults(defaults(self.configs["transformer"]), own, source=path / "config.json")
         self.stack = make_stack(self.configs["transformer"])
         self.reader = BlockReader(self.shards, self.stack, budget)
         file = path / "scheduler" / schedulers.FILE

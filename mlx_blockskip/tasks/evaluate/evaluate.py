@@ -26,7 +26,7 @@ from mlx_blockskip.tasks.alone import alone
 from mlx_blockskip.tasks.checkpoint import encoders
 from mlx_blockskip.tasks.checkpoint.adapters import CONFIG, load_adapters
 from mlx_blockskip.tasks.checkpoint.resolve import open_named
-from mlx_blockskip.tasks.defaults import DrawConfig, draw_config
+from mlx_blockskip.tasks.defaults import DrawConfig, check_seeds, draw_config
 from mlx_blockskip.tasks.evaluate.scores import Picture, Rows, drift, similarity, tables, write_sheet
 from mlx_blockskip.tasks.evaluate.subject import PLACE, Prompts, Subject, complete_prompts, given_prompts, subject_of
 from mlx_blockskip.tasks.memory.check import budget_of, check_generation, images_at_once
@@ -107,9 +107,7 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
 
 def check(settings: EvaluateSettings, adapter: Path) -> None:
     """Raise UserError for what is wrong whatever the model is."""
-    for name, least in (("n_images", 1), ("drift_images", 0), ("seed", 0)):
-        if getattr(settings, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least {least}")
+    check_seeds(settings.seed, max(settings.n_images, settings.drift_images))
     if not adapter.exists():
         raise UserError(f"{adapter}: no such adapter; --adapter-path takes an adapter directory or a LoRA file")
     if settings.output and Path(settings.output).expanduser().is_file():

@@ -20,7 +20,7 @@ from mlx_blockskip.settings import SelectSettings
 from mlx_blockskip.tasks.checkpoint.adapters import CONFIG, load_adapters
 from mlx_blockskip.tasks.checkpoint.encoders import clip_encoder, vision_encoder
 from mlx_blockskip.tasks.checkpoint.resolve import open_named
-from mlx_blockskip.tasks.defaults import check_size, draw_config
+from mlx_blockskip.tasks.defaults import check_seeds, check_size, draw_config
 from mlx_blockskip.tasks.memory.check import budget_of, check_generation
 from mlx_blockskip.tasks.memory.trace import trace_paths, traced
 from mlx_blockskip.tasks.select import plot
@@ -138,11 +138,7 @@ def output_paths(settings: SelectSettings) -> tuple[Path, Path]:
     target = Path(settings.output).expanduser()
     if target.suffix != ".json":
         raise UserError(f"{target}: the selection is written as JSON; let --output end in .json")
-    for name in ("n_images", "stride", "noise_levels", "probe_images", "window"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least 1")
-    if settings.seed < 0:
-        raise UserError(f"--seed {settings.seed}: must be at least 0")
+    check_seeds(settings.seed, settings.n_images)
     picture = target.with_suffix(".png")
     if picture in trace_paths(settings.trace_memory) or target in trace_paths(settings.trace_memory):
         raise UserError(f"--trace-memory {settings.trace_memory}: is what this run writes; choose another name")
@@ -151,8 +147,6 @@ def output_paths(settings: SelectSettings) -> tuple[Path, Path]:
 
 def largest(ratio: float, depth: int) -> int:
     """k of the largest ratio that plans are wanted for. Raises UserError."""
-    if not 0 < ratio < 1:
-        raise UserError(f"--skip-ratio {ratio:g}: must be above 0 and below 1")
     k = budget(ratio, depth)
     if k < 1:
         raise UserError(f"--skip-ratio {ratio:g}: skips none of {depth} blocks; {1 / depth:.2f} is the least")

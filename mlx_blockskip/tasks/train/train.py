@@ -24,6 +24,7 @@ from mlx_blockskip.tasks.defaults import train_config
 from mlx_blockskip.tasks.memory.check import budget_of, check_training
 from mlx_blockskip.tasks.memory.limit import described
 from mlx_blockskip.tasks.memory.trace import traced
+from mlx_blockskip.tasks.prompts import warn_of_syntax
 from mlx_blockskip.tasks.skipping.choice import even_plan, known_plan, probed_plan
 from mlx_blockskip.tasks.train import checkpoints
 from mlx_blockskip.tasks.train.checkpoints import State
@@ -54,6 +55,7 @@ def train(settings: TrainSettings) -> TrainResult:
     dataset = load_dataset(Path(settings.data).expanduser(), settings.prompt)
     for text in dataset.warnings:
         emit(Warning(text))
+    warn_of_syntax([*dict.fromkeys(example.caption for example in dataset.examples), *settings.sample_prompt])
     model = open_named(settings.model, budget_of(settings.memory_budget))
     config = train_config(settings, model, [example.caption for example in dataset.examples])
     emit(Note(described(limits.in_force())))
