@@ -12,7 +12,7 @@ from mlx_blockskip.blockskip.selection import FULL, Distances
 from mlx_blockskip.data import Dataset, load_dataset
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.events import Note, Saved, Table, emit
+from mlx_blockskip.events import Note, Saved, Table, Warning, emit
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.vision.encoder import Encoder
 from mlx_blockskip.options import to_mapping
@@ -62,6 +62,8 @@ def select(settings: SelectSettings) -> Selection:
     dataset = load_dataset(Path(settings.data).expanduser(), _only(settings.prompt)) if settings.data else None
     if dataset is None and settings.method == "probe":
         raise UserError("--data: give a directory of the subject's images to probe with, or another --method")
+    for text in dataset.warnings if dataset else ():
+        emit(Warning(text))
     model = open_named(settings.model, budget_of(settings.memory_budget))
     depth = model.stack.depth
     k = largest(settings.skip_ratio, depth)
