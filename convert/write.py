@@ -228,6 +228,6 @@ def model_config(
         "components": [component.folder for component, _ in opened],
         "dtype": precision.dtype,
         "quantization": of_model(precision, [component for component, _ in opened]),
-        "defaults": files.read_json(own) if own.is_file() else {},
+        "defaults": files.read_object(own) if own.is_file() else {},
         "source": origin,
     }

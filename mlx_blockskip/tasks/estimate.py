@@ -142,7 +142,7 @@ def find(model: str) -> Subject:
         converted = is_converted(path)
         family = family_named(read_config(path)["family"]) if converted else family_of(path)
         own = path / "defaults.json"
-        given = read_config(path).get("defaults", {}) if converted else files.read_json(own) if own.is_file() else {}
+        given = read_config(path).get("defaults", {}) if converted else files.read_object(own) if own.is_file() else {}
         return _subject(model, family, path, path, given)
     preset = presets.folder(model)
     if preset is None:

@@ -298,7 +298,7 @@ def test_images_need_no_captions(asked, tmp_path):
         ({"n_images": 0}, "--n-images 0: must be at least 1"),
         ({"drift_images": -1}, "--drift-images -1: must be at least 0"),
         ({"seed": -1}, "--seed -1: must be at least 0"),
-        ({"prompts": "missing.txt"}, "missing.txt: not readable"),
+        ({"prompts": "missing.txt"}, "missing.txt: no such file"),
         ({"subject": ""}, "--subject: is empty"),
         ({"subject_kind": "living"}, "--prompts and --subject-kind: .*give one of them"),
         ({"width": 70}, "the nearest is 64 x 64"),

@@ -15,7 +15,7 @@ from mlx_blockskip.events import Saved, Warning, emit
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import open_model, read_config
 from mlx_blockskip.settings import FuseSettings
-from mlx_blockskip.tasks.checkpoint.adapters import CONFIG, check_strengths, load_adapter
+from mlx_blockskip.tasks.checkpoint.adapters import check_strengths, load_adapter, recorded
 from mlx_blockskip.tasks.checkpoint.hf import check_room, write_hugging_face
 from mlx_blockskip.tasks.checkpoint.resolve import resolve
 from mlx_blockskip.tasks.phases import phase
@@ -28,7 +28,7 @@ def fuse(settings: FuseSettings) -> Path:
         raise UserError(f"{target}: already exists; choose another --save-path or remove it")
     paths = [Path(path).expanduser() for path in settings.adapter_path or ["adapters"]]
     check_strengths(paths, settings.lora_scale)
-    name = settings.model or _recorded(paths[0]).get("base_model")
+    name = settings.model or recorded(paths[0]).get("base_model")
     if not name:
         raise UserError(f"{paths[0]}: does not say which model it is for; give --model")
     model = open_model(resolve(str(name)))
@@ -45,28 +45,22 @@ def fuse(settings: FuseSettings) -> Path:
     return target
 
 
-def _recorded(adapter: Path) -> dict[str, Any]:
-    """What an adapter directory of ours says of itself; nothing of a file."""
-    found = files.read_json(adapter / CONFIG) if (adapter / CONFIG).is_file() else {}
-    return found if isinstance(found, dict) else {}
-
-
 def _load(
     model: DiffusionModel, name: str, paths: Sequence[Path], strengths: Sequence[float]
 ) -> tuple[lora.Adapter, list[dict[str, Any]]]:
     """One adapter of all, and what is recorded of each."""
     family, adapters, scales, fused = read_config(model.path)["family"], [], [], []
     for number, path in enumerate(paths):
-        recorded = _recorded(path)
-        if recorded.get("family", family) != family:
-            raise UserError(f"{path}: is an adapter for {recorded['family']}, and {name} is a model of {family}")
-        if recorded.get("base_model_identity", model.identity) != model.identity:
+        about = recorded(path)
+        if about.get("family", family) != family:
+            raise UserError(f"{path}: is an adapter for {about['family']}, and {name} is a model of {family}")
+        if about.get("base_model_identity", model.identity) != model.identity:
             emit(Warning(f"{path}: was trained on another model than {name}, or on another precision of it"))
         adapter, scale = load_adapter(model, path)
         strength = strengths[number] if number < len(strengths) else 1.0
         adapters.append(adapter)
         scales.append(scale * strength)
-        said: dict[str, Any] = {key: recorded[key] for key in ("base_model_identity", "captions") if key in recorded}
+        said: dict[str, Any] = {key: about[key] for key in ("base_model_identity", "captions") if key in about}
         fused.append({"adapter": str(path), "scale": scale * strength, "factors": adapter.checksum(), **said})
     return lora.together(adapters, scales), fused
 

@@ -24,7 +24,7 @@ from mlx_blockskip.options import to_mapping
 from mlx_blockskip.settings import EvaluateSettings
 from mlx_blockskip.tasks.alone import alone
 from mlx_blockskip.tasks.checkpoint import encoders
-from mlx_blockskip.tasks.checkpoint.adapters import CONFIG, load_adapters
+from mlx_blockskip.tasks.checkpoint.adapters import load_adapters, recorded
 from mlx_blockskip.tasks.checkpoint.resolve import open_named
 from mlx_blockskip.tasks.defaults import DrawConfig, check_seeds, draw_config
 from mlx_blockskip.tasks.evaluate.scores import Picture, Rows, drift, similarity, tables, write_sheet
@@ -61,17 +61,17 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     """Generate images with an adapter, compare them, and write what is found beside them. See `EvaluateSettings`."""
     place = Path(settings.adapter_path).expanduser()
     check(settings, place)
-    recorded = files.read_json(place / CONFIG) if (place / CONFIG).is_file() else {}
-    settings = from_adapter(settings, recorded)
+    said = recorded(place)
+    settings = from_adapter(settings, said)
     dataset = load_dataset(Path(settings.data or "").expanduser(), "")
     for text in dataset.warnings:
         emit(Warning(text))
-    captions = recorded.get("captions") or [example.caption for example in dataset.examples]
+    captions = said.get("captions") or [example.caption for example in dataset.examples]
     subject = subject_of(captions, settings.subject, settings.class_noun)
     given = given_prompts(settings)
 
     model = open_named(settings.model or "", budget_of(settings.memory_budget))
-    if recorded.get("base_model_identity", model.identity) != model.identity:
+    if said.get("base_model_identity", model.identity) != model.identity:
         emit(Warning(f"{place}: was trained on another model than {settings.model}, or on another precision of it"))
     settings, prompts = complete_prompts(settings, given, model)
     how = draw_config(settings, model)

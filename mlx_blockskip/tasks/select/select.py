@@ -17,7 +17,7 @@ from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.vision.encoder import Encoder
 from mlx_blockskip.options import to_mapping
 from mlx_blockskip.settings import SelectSettings
-from mlx_blockskip.tasks.checkpoint.adapters import CONFIG, load_adapters
+from mlx_blockskip.tasks.checkpoint.adapters import load_adapters, recorded
 from mlx_blockskip.tasks.checkpoint.encoders import clip_encoder, vision_encoder
 from mlx_blockskip.tasks.checkpoint.resolve import open_named
 from mlx_blockskip.tasks.defaults import check_seeds, check_size, draw_config
@@ -201,8 +201,7 @@ def prompts_of(settings: SelectSettings, number: int, dataset: Dataset | None) -
     """What is given; else the captions that an adapter was trained on; else those of the images. Raises UserError."""
     prompts = list(settings.prompt)
     if not prompts and settings.adapter_path:
-        config = Path(settings.adapter_path[number]).expanduser() / CONFIG
-        prompts = list(files.read_json(config).get("captions", [])) if config.is_file() else []
+        prompts = list(recorded(Path(settings.adapter_path[number]).expanduser()).get("captions", []))
     if not prompts and dataset is not None:
         prompts = list(dict.fromkeys(example.caption for example in dataset.examples))
     if not prompts:
