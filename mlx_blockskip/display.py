@@ -107,7 +107,7 @@ def message(event: Event) -> str | None:
         case Warning(text):
             return one_line(f"warning: {text}")
         case PhaseEnd(name, seconds, peak):
-            return f"{name}: {duration(seconds)}, peak {memory(peak)}"
+            return f"{one_line(name)}: {duration(seconds)}, peak {memory(peak)}"
     return None
 
 
@@ -171,7 +171,7 @@ class Plain:
             parts.append(f"{duration((total - event.done) / max(rate, 1e-9))} left")
         if event.peak_memory:
             parts.append(f"peak {memory(event.peak_memory)}")
-        print(", ".join(parts), flush=True)
+        print(one_line(", ".join(parts)), flush=True)
 
     def close(self) -> None:
         sys.stdout.flush()

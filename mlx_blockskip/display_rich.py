@@ -49,14 +49,16 @@ class Bars:
     def draw(self, event: Event) -> None:
         if isinstance(event, Phase):
             self._drop()
-            self.task = self.progress.add_task(event.name, total=event.total or 1, unit=event.unit, detail="")
+            self.task = self.progress.add_task(one_line(event.name), total=event.total or 1, unit=event.unit, detail="")
         elif isinstance(event, Step) and self.task is not None:
             detail = "" if event.loss is None else f"loss {event.loss:.4f}  "
             detail += f"peak {memory(event.peak_memory)}" if event.peak_memory else ""
             self.progress.update(self.task, completed=event.done, detail=detail)
         elif isinstance(event, Table):
             title, *columns = (Text(one_line(text)) for text in (event.title, *event.columns))
-            grid = RichTable(*columns, title=title)
+            grid = RichTable(title=title)
+            for column in columns:
+                grid.add_column(column)
             for row in event.rows:
                 grid.add_row(*(Text(one_line(cell)) for cell in row))
             self.progress.console.print(grid)

@@ -9,8 +9,8 @@ import yaml
 
 from mlx_blockskip.engine.errors import UserError
 
-MOST_BYTES = 256 << 10
-"""Far more than all settings take; PyYAML reads some 100 KB a second."""
+MOST_BYTES = 64 << 10
+"""Far more than all settings take, and a second or two of PyYAML's work at worst."""
 
 MOST_DEPTH = 16
 

@@ -136,7 +136,7 @@ WRONG = [
     ("train -c open.yaml", "open.yaml: not readable as YAML"),
     ("train -c bomb.yaml", "aliases (*name) are not read"),
     ("train -c deep.yaml", "is nested too deeply"),
-    ("train -c large.yaml", "is larger than 256 KB"),
+    ("train -c large.yaml", "is larger than 64 KB"),
     ("train -c twice.yaml", "rank stands there twice"),
     ("train -c both.yaml", "max_sequence_length stands there twice"),
     ("train -c date.yaml", "iters: '2024-01-01' is not a whole number"),
