@@ -172,7 +172,9 @@ def _small(image: Image.Image) -> np.ndarray:
 
 def _twice(sums: dict[Path, str], small: dict[Path, np.ndarray]) -> list[str]:
     """A sentence on pictures that two files hold: of the same bytes, or of one name in two formats."""
-    pairs, by_sum, by_name = [], {}, {}
+    pairs: list[str] = []
+    by_sum: dict[str, Path] = {}
+    by_name: dict[tuple[Path, str], Path] = {}
     for path, checksum in sums.items():
         name = path.parent, listing.alike(path.stem)
         other = by_sum.get(checksum) or by_name.get(name)

@@ -65,7 +65,7 @@ class Settings:
         return made
 
     def __post_init__(self) -> None:
-        for known, hint in _typed_fields(type(self)):
+        for known, hint in _typed_fields(type(self)):  # type: ignore[arg-type]
             value = _checked(known.name, getattr(self, known.name), hint)
             _check_words(known, value)
             setattr(self, known.name, value)
@@ -151,7 +151,7 @@ def _of_type(name: str, value: Any, kind: type) -> Any:
     if kind is str and (number or isinstance(value, Path)):
         return str(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"{name}: {shown(repr(value))} is not {KINDS[kind]}")
+        raise UserError(f"{flag(name)}: {shown(repr(value))} is not {KINDS[kind]}")
     return value
 
 
@@ -159,7 +159,8 @@ def _check_words(known: Field, value: Any) -> None:
     """Raise UserError for text that is none of the choices, names no file, or that no file or prompt can hold."""
     choices = known.metadata["choices"]
     if choices and value is not None and value not in choices:
-        raise UserError(f"{known.name}: {shown(repr(value))} is not one of {', '.join(map(str, choices))}")
+        name = known.name.upper() if known.metadata["positional"] else flag(known.name)
+        raise UserError(f"{name}: {shown(repr(value))} is not one of {', '.join(map(str, choices))}")
     for text in value if isinstance(value, list) else [value]:
         if not isinstance(text, str):
             continue

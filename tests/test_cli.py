@@ -112,7 +112,7 @@ def test_an_error_is_one_sentence_and_exit_code_one(monkeypatch):
         ({"iters": True}, "iters"),
         ({"resume": 1}, "resume"),
         ({"patch_mode": "spiral"}, "not one of dynamic"),
-        ({"learning_rate": "fast"}, "learning_rate"),
+        ({"learning_rate": "fast"}, "--learning-rate: 'fast' is not a number"),
     ],
 )
 def test_settings_name_what_is_wrong(mapping, match):

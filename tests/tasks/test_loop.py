@@ -113,7 +113,7 @@ def test_ten_losses_in_a_row_that_are_not_finite_stop_a_run_and_nine_do_not(scri
     assert loop.run(job, State(tree(0))) == 3.0, "the mean of those that are"
     job, _ = scripted([1.0, *[nan] * 10, 2.0], learning_rate=0.25)
     state = State(tree(0))
-    with pytest.raises(UserError, match=r"10 steps in a row; nothing .* Lower --learning-rate \(now 0.25\)"):
+    with pytest.raises(UserError, match=r"10 steps in a row; nothing .*; lower --learning-rate \(now 0.25\)"):
         loop.run(job, state)
     assert state.step == 11
 
@@ -139,7 +139,7 @@ def test_one_loss_at_the_end_of_a_long_run_may_be_anything(scripted):
 def test_the_loss_of_a_run_is_the_mean_of_its_last_fifty(scripted):
     assert loop.run(scripted([1000.0, *range(50)])[0], State(tree(0))) == pytest.approx(24.5)
     assert loop.run(scripted([2.0, 3.0])[0], State(tree(0))) == 2.5
-    with pytest.raises(UserError, match="Lower --learning-rate"):
+    with pytest.raises(UserError, match="lower --learning-rate"):
         loop.run(scripted([math.nan])[0], State(tree(0)))
 
 

@@ -60,7 +60,7 @@ def test_a_picture_names_nothing_that_is_opened_or_written(picture):
         ),
         ({"noise": "noise.safetensors"}, "give --noise noise.safetensors"),
         ({"steps": 10**9}, r"a\.png: --steps 1000000000: must be"),
-        ({"seed": "one"}, r"a\.png: seed: 'one' is not a whole number"),
+        ({"seed": "one"}, r"a\.png: --seed: 'one' is not a whole number"),
         ({"prompt": []}, "its prompt is not one text"),
     ],
 )

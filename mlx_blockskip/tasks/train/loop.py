@@ -81,7 +81,7 @@ def diverged(job: Job, step: int, steps: int) -> str:
     saved = good[-1] if good else None
     kept = f"{saved} is the last good state" if saved else "nothing worth keeping was learned"
     return (
-        f"the loss was not finite, or beyond all bounds, {steps} steps in a row; {kept}. Lower --learning-rate "
+        f"the loss was not finite, or beyond all bounds, {steps} steps in a row; {kept}; lower --learning-rate "
         f"(now {job.config.learning_rate:g}) and begin again with another --adapter-path"
     )
 
