@@ -47,7 +47,7 @@ def read_components(source: Path, family: str) -> list[Component]:
     file, the option and its value: in a network or in the scheduler.
     """
     schedulers.read(source)
-    configs = {name: files.read_object(source / name / "config.json") for name in load_table(family).FOLDERS}
+    configs = {name: files.read_json(source / name / "config.json") for name in load_table(family).FOLDERS}
     return components_of(family, configs, source)
 
 

@@ -131,7 +131,7 @@ def assemble(base: Path, family: str, places: Sequence[Held]) -> Assembled:
         if place.left:
             shown = ", ".join(place.left[:3])
             notes.append(f"{place.place}: {len(place.left)} tensors are of no network that is read: {shown} ...")
-    configs: dict[str, Any] = {name: files.read_object(base / name / "config.json") for name in table.FOLDERS}
+    configs: dict[str, Any] = {name: files.read_json(base / name / "config.json") for name in table.FOLDERS}
     found = {}
     for folder, place in owner.items():
         found[folder], note = _fitted(family, configs, folder, place, base)

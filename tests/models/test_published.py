@@ -73,7 +73,7 @@ def test_a_block_of_every_kind_runs(name, tmp_path):
 @pytest.mark.parametrize("name", ["flux1-dev", "sana1.5-1.6b"])
 def test_a_layer_of_every_text_encoder_runs(name, tmp_path):
     model = hollow(name, tmp_path / "m")
-    (prompt,), _ = model.encode_prompts(["red"], TEXT)
+    (prompt,) = model.encode_prompts(["red"], TEXT).prompts
     blank = model.blank_prompt(TEXT)
     assert {key: value.shape for key, value in prompt.items()} == {key: value.shape for key, value in blank.items()}
 
