@@ -78,8 +78,12 @@ def _typed_fields(cls: type) -> list[tuple[Field, Any]]:
 
 
 def changed(settings: S, **options: Any) -> S:
-    """The settings with these given too. Raises UserError as `from_mapping`."""
-    own = {name: getattr(settings, name) for name in settings.given}  # type: ignore[attr-defined]
+    """The settings with these given too, checked anew: they may have been assigned to. Raises UserError as
+    `from_mapping`.
+    """
+    usual, given = type(settings)(), settings.given  # type: ignore[attr-defined]
+    values = {f.name: getattr(settings, f.name) for f in options_of(type(settings))}
+    own = {name: value for name, value in values.items() if name in given or value != getattr(usual, name)}
     return from_mapping(type(settings), {**own, **options})
 
 

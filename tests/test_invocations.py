@@ -209,6 +209,9 @@ WRONG = [
     (f"{TRAIN} --plan plan.json", "plan.json: "),
     (f"{TRAIN} --class-data photos --class-images 4", "give one of them"),
     ("train --model flux --data photos --memory-budget 1MB", "the largest block alone takes 3MB"),
+    ("train --model model-plans --data photos --memory-budget any", "the model's plan for 0.5"),
+    ("train --model model-planless --data photos --memory-budget any", "its default plans is [3, 3]"),
+    ("train --model model-patches --data photos --memory-budget any", "spiral: is not one of dynamic"),
     # select
     ("select", "--data: give a directory"),
     ("select --data gone", "gone: no such directory"),

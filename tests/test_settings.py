@@ -128,6 +128,15 @@ def test_what_equals_the_default_is_given_too(idle):
     assert every.GenerateSettings("flux", seed=0).given == {"model", "seed"}
 
 
+def test_what_is_assigned_later_counts_and_is_checked():
+    made = every.TrainSettings(seed=0)
+    made.rank = 8
+    assert changed(made, iters=3) == every.TrainSettings(seed=0, rank=8, iters=3)
+    made.rank = 0
+    with pytest.raises(UserError, match="--rank 0: must be"):
+        changed(made)
+
+
 def test_settings_go_to_json_and_back_with_every_default():
     for cls in COMMANDS.values():
         made = cls()

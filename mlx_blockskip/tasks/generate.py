@@ -19,7 +19,7 @@ from mlx_blockskip.tasks.defaults import DrawConfig, check_seeds, draw_config
 from mlx_blockskip.tasks.memory.check import budget_of, check_generation
 from mlx_blockskip.tasks.memory.limit import described
 from mlx_blockskip.tasks.memory.trace import traced
-from mlx_blockskip.tasks.prompts import check_negative, read_lines, warn_of_syntax
+from mlx_blockskip.tasks.prompts import check_negative, read_lines
 from mlx_blockskip.tasks.sampling.denoise import noise_shape, seeded_noise
 from mlx_blockskip.tasks.sampling.pictures import Shot, draw
 from mlx_blockskip.tasks.sampling.recall import recall
@@ -33,7 +33,6 @@ def generate(settings: GenerateSettings) -> list[Path]:
     prompts = read_prompts(settings)
     targets = output_paths(Path(settings.output).expanduser(), len(prompts) * settings.n_images)
     check_seeds(settings.seed, len(targets))
-    warn_of_syntax(prompts)
     model = open_named(settings.model, budget_of(settings.memory_budget))
     emit(Note(described(limits.in_force())))
     config = replace(draw_config(settings, model), n_images=settings.n_images)

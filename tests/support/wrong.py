@@ -39,6 +39,9 @@ DEFAULTS = {
     "nan": {"learning_rate": float("nan")},
     "listed": [],
     "classes": {"class_prompt": [1]},
+    "plans": {"plans": {"0.5": [3, 3]}},
+    "planless": {"plans": [3, 3]},
+    "patches": {"patch_mode": "spiral"},
 }
 
 

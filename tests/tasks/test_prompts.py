@@ -49,7 +49,7 @@ def test_generate_says_them(tiny_flux, tmp_path):
     how |= {"max_sequence_length": 128, "output": str(tmp_path / "a.png")}
     said = warned(generate, prompt=["a dog on a mat " * 15 + "(red:2)"], negative_prompt="a cat", cfg_scale=1, **how)
     assert [text.split(":")[0] for text in said] == [
-        "(red", "--negative-prompt", "the prompt is longer than CLIP's 77 tokens; this encoder sees the beginning only",
+        "--negative-prompt", "(red", "the prompt is longer than CLIP's 77 tokens; this encoder sees the beginning only",
     ]  # fmt: skip
     assert not warned(generate, "a dog", negative_prompt="a cat", cfg_scale=2, **how)
 

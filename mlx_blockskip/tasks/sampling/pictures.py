@@ -17,7 +17,7 @@ from mlx_blockskip.events import Image, emit
 from mlx_blockskip.models.family import DiffusionModel, Prompt
 from mlx_blockskip.tasks.defaults import DrawConfig
 from mlx_blockskip.tasks.phases import phase
-from mlx_blockskip.tasks.prompts import warn_of_length
+from mlx_blockskip.tasks.prompts import warn_of_length, warn_of_syntax
 from mlx_blockskip.tasks.sampling.denoise import Request, sample, to_image
 
 PNG_KEY = "mlx-blockskip"
@@ -65,6 +65,7 @@ def encode(
     """All prompts by their text, in one sweep, and the negative one where there is guidance."""
     negatives = [config.negative_prompt] if config.guided else []
     texts = [*prompts, *negatives]
+    warn_of_syntax(texts)
     with phase("encode prompts", len(texts), "prompt") as track:
         encoded = model.encode_prompts(prompts, config.max_sequence_length, negatives)
         track.step(len(texts))

@@ -55,7 +55,8 @@ def train(settings: TrainSettings) -> TrainResult:
     dataset = load_dataset(Path(settings.data).expanduser(), settings.prompt)
     for text in dataset.warnings:
         emit(Warning(text))
-    warn_of_syntax([*dict.fromkeys(example.caption for example in dataset.examples), *settings.sample_prompt])
+    captions = dict.fromkeys(example.caption for example in dataset.examples)
+    warn_of_syntax([*captions, *settings.sample_prompt, *settings.class_prompt])
     model = open_named(settings.model, budget_of(settings.memory_budget))
     config = train_config(settings, model, [example.caption for example in dataset.examples])
     emit(Note(described(limits.in_force())))
