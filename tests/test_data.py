@@ -650,6 +650,9 @@ def test_a_listed_path_may_be_absolute_within_the_directory(tmp_path, monkeypatc
     (tmp_path / "set" / "metadata.jsonl").write_text(data.metadata_line(str(tmp_path / "set" / "a.png"), "x"))
     for place in (tmp_path / "set", tmp_path / "link"):
         assert listing(place) == [("a.png", "x")]
+    (tmp_path / "set" / "metadata.jsonl").write_text(data.metadata_line(str(tmp_path / "link" / "a.png"), "x"))
+    assert listing(tmp_path / "link") == [("a.png", "x")]
+    (tmp_path / "set" / "metadata.jsonl").write_text(data.metadata_line(str(tmp_path / "set" / "a.png"), "x"))
     monkeypatch.chdir(tmp_path)
     assert len(load_dataset(Path("set")).examples) == 1
 

@@ -5,6 +5,7 @@ The commands run in a folder of wrong files (support/wrong.py) in which `flux` i
 
 import os
 import shlex
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -13,6 +14,7 @@ from mlx_blockskip import generate, load, train
 from mlx_blockskip.cli import app
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.settings import TrainSettings
+from mlx_blockskip.tasks.checkpoint.adapters import scale_of
 from support import wrong
 
 DRAW = "generate --model flux --prompt a --memory-budget any"
@@ -347,6 +349,13 @@ def test_from_python_they_are_the_same_sentences():
         train(TrainSettings(data="photos"), iters=float("nan"))
     with pytest.raises(UserError, match="memory_budget -5: must be at least 0"):
         load("flux", memory_budget=-5)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "big", None, [1], 10**400])
+def test_a_recorded_scale_is_a_number_that_is_finite(scale):
+    with pytest.raises(UserError, match=r"adapter_config\.json: scale is .* and has to be a number"):
+        scale_of({"scale": scale}, Path("dog") / "adapters.safetensors")
+    assert (scale_of({"scale": 2}, Path("a")), scale_of({}, Path("a"))) == (2.0, 1.0)
 
 
 def test_a_text_is_a_prompt_and_an_opened_model_a_model(tmp_path):
