@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import settings as how
+from hypothesis import strategies as st
 from PIL import Image
 
 from mlx_blockskip import captioned, data, photos
@@ -475,6 +478,24 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):
     with pytest.raises(UserError, match=message) as caught:
         load_dataset(tmp_path / "set")
     assert str(caught.value).startswith(f"{path}:3: ")
+
+
+@how(max_examples=60)
+@given(
+    st.sampled_from([name for name, _, _ in captioned.LISTS]),
+    st.one_of(st.binary(max_size=40), st.text('{}[]":,;\n\0 \\afile_nmtx.pg', max_size=40).map(str.encode)),
+)
+def test_whatever_a_list_holds_is_captions_or_one_sentence(tmp_path_factory, name, content):
+    place = tmp_path_factory.getbasetemp() / f"of {name}"
+    place.mkdir(exist_ok=True)
+    if not (place / "a.png").exists():
+        saved(place / "a.png")
+    (place / name).write_bytes(content)
+    try:
+        assert load_dataset(place).examples
+    except UserError as error:
+        assert str(error).startswith(str(place / name))
+        assert "\n" not in str(error) or b"\n" in content
 
 
 def test_lists_and_captions_that_are_no_text_are_named(tmp_path):

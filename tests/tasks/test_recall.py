@@ -3,6 +3,9 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as how
+from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from mlx_blockskip.engine.errors import UserError
@@ -80,3 +83,30 @@ def test_files_that_were_given_are_taken_with_the_pictures_strengths(picture):
     )
     given = GenerateSettings(from_image=path, model="flux", adapter_path=["mine"], lora_scale=[0], seed=3)
     assert (recall(given).lora_scale, recall(given).noise) == ([0.0], None), "a seed in place of the noise"
+
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-5, 5), st.integers(), st.floats(), st.text(max_size=4)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)),
+    max_leaves=4,
+)
+NAMES = (*KEPT, "adapter_path", "lora_scale", "noise", "output", "n_images", "prompt_file", "memory_budget")
+
+
+@how(max_examples=80)
+@given(st.one_of(st.dictionaries(st.sampled_from(NAMES), JSON, max_size=4).map(lambda d: {**KEPT, **d}), JSON))
+def test_whatever_a_picture_holds_is_how_to_draw_or_one_sentence(tmp_path_factory, held):
+    path = tmp_path_factory.getbasetemp() / "held.png"
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(PNG_KEY, json.dumps(held))
+    Image.new("RGB", (1, 1)).save(path, pnginfo=info)
+    for own in ({}, {"model": "mine", "adapter_path": ["dog"]}):
+        usual = GenerateSettings(**own)
+        try:
+            found = recall(GenerateSettings(from_image=str(path), **own))
+        except UserError as error:
+            assert str(error).startswith(f"{path}: ")
+            continue
+        assert found.model in (usual.model, "tiny-flux", "tiny-sana")
+        for name in ("adapter_path", "noise", "output", "n_images", "prompt_file", "memory_budget", "trace_memory"):
+            assert getattr(found, name) == getattr(usual, name)
