@@ -1,13 +1,13 @@
 """The Python API: each task as a function of its settings' fields."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_blockskip.commands import COMMANDS, function_of
 from mlx_blockskip.engine import system
+from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Listener, listening
-from mlx_blockskip.options import from_mapping
+from mlx_blockskip.options import ANY_SIZE, changed, from_mapping, options_of, shown, size_of
 from mlx_blockskip.settings import (
     CacheSettings,
     ConvertSettings,
@@ -55,9 +55,11 @@ def select(settings: SelectSettings | None = None, *, on_event: Listener | None 
 
 
 def generate(
-    settings: GenerateSettings | None = None, *, on_event: Listener | None = None, **options: Any
+    settings: GenerateSettings | str | None = None, *, on_event: Listener | None = None, **options: Any
 ) -> list[Path]:
-    """Generate images; returns the PNG files. Options: fields of GenerateSettings."""
+    """Generate images; returns the PNG files. Options: fields of GenerateSettings; a text is a prompt."""
+    if isinstance(settings, str):
+        settings = GenerateSettings(prompt=[settings])
     return _run("generate", settings, options, on_event)
 
 
@@ -108,22 +110,34 @@ def cache(settings: CacheSettings | None = None, *, on_event: Listener | None = 
 
 
 def load(model: str = "tiny-flux", memory_budget: int | None = None) -> "DiffusionModel":
-    """Open a model for use from Python; what has to be converted first is converted silently."""
+    """Open a model for use from Python; what has to be converted first is converted silently. memory_budget: bytes."""
     system.require()
     from mlx_blockskip.tasks.checkpoint import resolve
 
-    return resolve.open_named(model, memory_budget)
+    budget = None if memory_budget is None else size_of(memory_budget, "memory_budget", ANY_SIZE)
+    return resolve.open_named(model, budget)
 
 
 def _run(name: str, given: Any, options: dict[str, Any], on_event: Listener | None) -> Any:
     """Call a command's function with settings, in which options win. Its module is imported now: what one command needs
     no other waits for.
     """
-    task = function_of(name)
-    chosen: Any = from_mapping(COMMANDS[name], options)
-    if given is not None:
-        chosen = replace(given, **options)
+    task, cls = function_of(name), COMMANDS[name]
+    if given is not None and not isinstance(given, cls):
+        raise UserError(f"{name}: {shown(repr(given))} is not {cls.__name__}; give options by name: {_call(name, cls)}")
+    options = {key: _place(value) for key, value in options.items()}
+    chosen: Any = from_mapping(cls, options) if given is None else changed(given, **options)
     from mlx_blockskip.tasks.running import running
 
     with listening(on_event), running(name):
         return task(chosen)
+
+
+def _call(name: str, cls: type) -> str:
+    """An example of a call."""
+    return f"{name}({next((f'{option.name}=...' for option in options_of(cls)), '')})"
+
+
+def _place(value: Any) -> Any:
+    """Where an opened model is; any other value itself."""
+    return str(value.path) if hasattr(value, "stack") and hasattr(value, "path") else value

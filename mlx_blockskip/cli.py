@@ -15,7 +15,9 @@ from mlx_blockskip import __version__
 from mlx_blockskip.commands import COMMANDS, function_of
 from mlx_blockskip.display import Json, Plain, Silent, drawn_by
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.ranges import Range, Sizes, range_in
 from mlx_blockskip.options import merge, options_of
+from mlx_blockskip.printable import one_line
 
 REPORTS = ("verify", "doctor")
 """Commands whose --json is one document, that of their result; their status is 1 where the result is not healthy."""
@@ -49,6 +51,7 @@ def _root(
 def _command(name: str, cls: type) -> Callable[..., None]:
     """A typer command whose options are the fields of `cls`; only options that were given override the config file."""
     hints = get_type_hints(cls)
+    allowed = {key: range_in(hint) for key, hint in get_type_hints(cls, include_extras=True).items()}
     known = {f.name: f for f in options_of(cls)}
 
     def command(ctx: typer.Context, **options: Any) -> None:
@@ -62,7 +65,7 @@ def _command(name: str, cls: type) -> Callable[..., None]:
     parameters = [inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)]
     for field in known.values():
         default = field.default_factory() if field.default_factory is not MISSING else field.default
-        parameters.append(_parameter(field.name, hints[field.name], default, field.metadata))
+        parameters.append(_parameter(field.name, hints[field.name], allowed[field.name], default, field.metadata))
     extra: tuple[tuple[str, Any, Any, tuple[str, ...], str], ...] = (
         ("config", str | None, None, ("-c", "--config"), "YAML file with these settings; the command line wins."),
         ("json_events", bool, False, ("--json",), _json_help(name)),
@@ -80,12 +83,14 @@ def _json_help(name: str) -> str:
     return "Print one JSON document and nothing else." if name in REPORTS else "Print every event as a line of JSON."
 
 
-def _parameter(name: str, hint: Any, default: Any, metadata: Any) -> inspect.Parameter:
+def _parameter(name: str, hint: Any, allowed: Range | None, default: Any, metadata: Any) -> inspect.Parameter:
     flag = "--" + name.replace("_", "-")
     flags = [metadata["short"], flag] if metadata["short"] else [flag]
     extra: dict[str, Any] = {"help": metadata["help"], "rich_help_panel": metadata["group"]}
     if metadata["choices"]:
         extra["help"] += f" One of {', '.join(map(str, metadata['choices']))}."
+    if isinstance(allowed, Range) and not isinstance(allowed, Sizes):
+        extra["help"] += f" {str(allowed).capitalize()}."
     if default in (None, "", []):
         extra["show_default"] = False
     optional = get_origin(hint) in (types.UnionType, typing.Union)
@@ -115,7 +120,7 @@ def run(name: str, cls: type, given: dict[str, Any], config: str | None, as_json
     except UserError as error:
         if debug:
             raise
-        typer.echo(f"mlx-blockskip: {error}", err=True)
+        typer.echo(f"mlx-blockskip: {one_line(str(error))}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None

@@ -1,33 +1,51 @@
 """The training set: images as a camera or a phone leaves them, and their captions."""
 
-import functools
 import hashlib
-import io
 import json
-import os
-import shlex
-import warnings as python_warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from mlx_blockskip.captioned import (
+    LISTS,
+    SUFFIXES,
+    TEXTS,
+    Example,
+    Options,
+    captioned,
+    check_here,
+    is_image,
+    kohya_folders,
+    listed,
+)
 from mlx_blockskip.engine import files, listing
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.photos import load_image, read
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif", ".avif")
-LISTS = (("metadata.jsonl", "file_name", "text"), ("train.jsonl", "image", "prompt"))
+__all__ = [
+    "Dataset",
+    "Example",
+    "fitted",
+    "grid",
+    "load_dataset",
+    "load_image",
+    "metadata_line",
+    "to_image",
+    "to_pixels",
+]
 
+LITTER = ("Thumbs.db", "desktop.ini")
+"""What Windows leaves in folders of photos."""
 
-@dataclass(frozen=True)
-class Example:
-    """One image and what it shows."""
+NAMED = 4
+"""Files that a sentence names; the others are counted."""
 
-    path: Path
-    caption: str
+ALIKE = 8.0
+"""Mean difference of small gray copies, of 255, below which two files show the same picture."""
 
 
 @dataclass(frozen=True)
@@ -46,190 +64,134 @@ class Dataset:
 def load_dataset(
     directory: Path, prompt: str | None = None, *, option: str = "--data", prompt_option: str = "--prompt"
 ) -> Dataset:
-    """Read a directory of images; hidden files and other files are passed over.
+    """Read a directory of images; hidden files are passed over, and what else is not used is named in a warning.
 
-    Captions come from metadata.jsonl (`file_name`, `text`), else from train.jsonl (`image`, `prompt`), and then only
-    the images it lists are used; without a list from `name.txt` beside `name.jpg`; and from `prompt` where there is no
-    caption or an empty one. Names match as they do on a Mac: see `listing.alike`. option, prompt_option: what errors
-    call the two. Raises UserError where the directory, a list, an image or a caption is not usable, or in iCloud.
+    Captions come from a list, one of LISTS, and then only the images it lists are used; without a list from `name.txt`
+    or `name.caption` beside `name.jpg`, also as `name.jpg.txt`; and from `prompt` where there is no caption or an empty
+    one. Without images of its own, folders such as `10_sks dog` are read, whose name is the caption where there is no
+    other. Names match as they do on a Mac: see `listing.alike`. option, prompt_option: what errors call the two. Raises
+    UserError where the directory, a list, an image or a caption is not usable, or in iCloud.
     """
     if not directory.is_dir():
         problem = "not a directory" if directory.exists() else "no such directory"
         raise UserError(f"{directory}: {problem}; {option} takes a directory of images")
-    found = [p for p in listing.visible(directory) if _looks_like_image(p) and p.is_file()]
-    warnings = []
+    options = Options(prompt, option, prompt_option)
+    found = [path for path in listing.visible(directory) if is_image(path)]
     for name, image_key, text_key in LISTS:
-        _check_here(directory / name)
+        check_here(directory / name)
         if (directory / name).is_file():
-            examples = _listed(directory / name, image_key, text_key, prompt, prompt_option)
-            if unlisted := set(found) - {example.path for example in examples}:
-                warnings.append(f"{directory / name}: {len(unlisted)} images beside it are not listed and not used")
-            break
-    else:
-        _check_here(*(p for p in listing.awaited(directory) if _looks_like_image(p) or p.suffix.lower() == ".txt"))
-        texts = _texts(directory, found)
-        examples = [Example(path, _caption(path, texts[path], prompt, prompt_option)) for path in found]
+            examples = listed(directory / name, image_key, text_key, options)
+            unlisted = set(found) - {example.path for example in examples}
+            left = (
+                [f"{directory / name}: {len(unlisted)} images beside it are not listed and not used"]
+                if unlisted
+                else []
+            )
+            return _whole(examples, left, distinct=True)
+    if not found and (folders := kohya_folders(directory)):
+        return _whole(*_of_folders(directory, folders, options), distinct=False)
+    examples, left = _of_folder(directory, found, options)
     if not examples:
-        raise UserError(f"{directory}: holds no images ({', '.join(s[1:] for s in SUFFIXES)})")
+        more = f"; {left[0].partition(': ')[2]}" if left else ""
+        raise UserError(f"{directory}: holds no images ({', '.join(s[1:] for s in SUFFIXES)}){more}")
+    return _whole(examples, left, distinct=False)
+
+
+def _of_folder(
+    directory: Path, images: Sequence[Path], options: Options, called: str | None = None
+) -> tuple[list[Example], list[str]]:
+    """The images of one folder, and a sentence on what else is there."""
+    check_here(*(p for p in listing.awaited(directory) if p.suffix.lower() in (*SUFFIXES, *TEXTS)))
+    examples, texts = captioned(images, options, called)
+    return examples, passed_over(directory, {*images, *texts})
+
+
+def _of_folders(
+    directory: Path, folders: dict[Path, tuple[int, str]], options: Options
+) -> tuple[list[Example], list[str]]:
+    """The images of folders that are named as sd-scripts has them."""
+    examples: list[Example] = []
+    warnings: list[str] = []
+    for folder, (_, called) in folders.items():
+        images = [path for path in listing.visible(folder) if is_image(path)]
+        some, left = _of_folder(folder, images, options, called)
+        examples, warnings = examples + some, warnings + left
+    if len({repeats for repeats, _ in folders.values()}) > 1:
+        warnings.append(
+            f"{directory}: its folders are to be used {_of_each(folders)} times; here every image counts once"
+        )
+    if not examples:
+        raise UserError(f"{directory}: holds no images in {_some(sorted(folders))}")
+    return examples, warnings + passed_over(directory, set(folders))
+
+
+def _of_each(folders: dict[Path, tuple[int, str]]) -> str:
+    return ", ".join(str(repeats) for repeats, _ in folders.values())
+
+
+def passed_over(directory: Path, used: set[Path]) -> list[str]:
+    """A sentence on what a directory holds and is not used, if there is any."""
+    left = [path for path in listing.visible(directory) if path not in used and path.name not in LITTER]
+    if not left:
+        return []
+    counted = f"{len(left)} files are" if len(left) > 1 else "1 file is"
+    return [f"{directory}: {counted} passed over: {_some(left)}"]
+
+
+def _some(paths: Sequence[Path]) -> str:
+    names = [_described(path) for path in paths[:NAMED]]
+    return ", ".join(names) + (f" and {len(paths) - NAMED} more" if len(paths) > NAMED else "")
+
+
+def _described(path: Path) -> str:
+    if path.is_symlink() and not path.exists():
+        return f"{path.name} (a broken link)"
+    return f"{path.name} (a directory)" if path.is_dir() else path.name
+
+
+def _whole(examples: Sequence[Example], warnings: Iterable[str], *, distinct: bool) -> Dataset:
+    """Read every image once. distinct: whether nothing is to be said of the same picture in two files."""
     state = hashlib.sha256()
-    sides = []
+    sides, said, small, sums = [], list(warnings), {}, {}
     for example in examples:
-        image, problems = _read(example.path)
-        warnings += problems
+        image, problems = read(example.path)
+        said += problems
         sides.append(min(image.size))
-        state.update(f"{files.sha256(example.path)} {example.caption!r}\n".encode())
-    return Dataset(tuple(examples), state.hexdigest(), tuple(sides), tuple(dict.fromkeys(warnings)))
+        sums[example.path] = files.sha256(example.path)
+        small[example.path] = _small(image)
+        state.update(f"{sums[example.path]} {example.caption!r}\n".encode())
+    if not distinct:
+        said += _twice(sums, small)
+    return Dataset(tuple(examples), state.hexdigest(), tuple(sides), tuple(dict.fromkeys(said)))
+
+
+def _small(image: Image.Image) -> np.ndarray:
+    """(16, 16) gray, float32."""
+    return np.asarray(image.resize((16, 16), Image.Resampling.BOX, reducing_gap=2.0).convert("L"), np.float32)
+
+
+def _twice(sums: dict[Path, str], small: dict[Path, np.ndarray]) -> list[str]:
+    """A sentence on pictures that two files hold: of the same bytes, or of one name in two formats."""
+    pairs: list[str] = []
+    by_sum: dict[str, Path] = {}
+    by_name: dict[tuple[Path, str], Path] = {}
+    for path, checksum in sums.items():
+        name = path.parent, listing.alike(path.stem)
+        other = by_sum.get(checksum) or by_name.get(name)
+        if other is not None and float(np.abs(small[path] - small[other]).mean()) < ALIKE:
+            pairs.append(f"{other.name} and {path.name}")
+        by_sum.setdefault(checksum, path)
+        by_name.setdefault(name, path)
+    if not pairs:
+        return []
+    more = f" and {len(pairs) - NAMED} more" if len(pairs) > NAMED else ""
+    place = next(iter(sums)).parent
+    return [f"{place}: the same picture is there twice, and counts twice: {', '.join(pairs[:NAMED])}{more}; remove one"]
 
 
 def metadata_line(name: str, caption: str) -> str:
     """A line of metadata.jsonl."""
     return json.dumps({"file_name": name, "text": caption}, ensure_ascii=False) + "\n"
-
-
-def _looks_like_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES
-
-
-def _check_here(*paths: Path) -> None:
-    """Raise UserError where one of these files is still in iCloud."""
-    away = [path for path in paths if listing.in_icloud(path)]
-    if away:
-        more = f", and {len(away) - 1} more like it" if len(away) > 1 else ""
-        raise UserError(
-            f"{away[0]}: is in iCloud and not on this Mac{more}; choose Download Now in Finder, or run: "
-            f"brctl download {shlex.quote(str(away[0].parent))}"
-        )
-
-
-def _texts(directory: Path, images: Sequence[Path]) -> dict[Path, Path]:
-    """Where the caption of each image is, or would be: in the text of its name, else of a name alike that is no other
-    image's.
-    """
-    own = {image: image.with_suffix(".txt") for image in images}
-    texts = {p for p in listing.visible(directory) if p.suffix.lower() == ".txt" and p.is_file()}
-    others = listing.by_spelling(sorted(texts - set(own.values())))
-    return {image: text if text.is_file() else listing.spelled(text, others) for image, text in own.items()}
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text; save it again as UTF-8") from None
-
-
-def _caption(path: Path, beside: Path, prompt: str | None, prompt_option: str) -> str:
-    caption = " ".join(_text(beside).split()) if beside.is_file() else ""
-    if caption:
-        return caption
-    if prompt is None:
-        raise UserError(f"{path}: has no caption; write one into {beside.name} beside it, or give {prompt_option}")
-    return prompt
-
-
-def _listed(path: Path, image_key: str, text_key: str, prompt: str | None, prompt_option: str) -> list[Example]:
-    directory, examples = path.parent, []
-    spellings = functools.cache(lambda folder: listing.by_spelling(listing.visible(folder)))
-    for number, line in enumerate(_text(path).split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-            name, text = fields[image_key], fields[text_key]
-            if not isinstance(name, str) or not isinstance(text, str) or "\0" in name:
-                raise TypeError
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f'{path}:{number}: should be {{"{image_key}": ..., "{text_key}": ...}}') from None
-        # by name, not resolved: the Hub's cache keeps a data set's files as links to elsewhere
-        inside = os.path.normpath(name)
-        if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir:
-            raise UserError(f"{path}:{number}: {name} is outside of {directory}; move it there")
-        image = listing.spelled(directory / inside, spellings((directory / inside).parent))
-        _check_here(image)
-        if not image.is_file():
-            raise UserError(f"{path}:{number}: {name} does not exist; correct or remove the line")
-        if not text.strip() and prompt is None:
-            raise UserError(f'{path}:{number}: "{text_key}" is empty; write a caption, or give {prompt_option}')
-        examples.append(Example(image, text if text.strip() else prompt or ""))
-    if not examples:
-        raise UserError(f"{path}: lists no images; add lines or remove the file")
-    return sorted(examples, key=lambda example: (example.path, example.caption))
-
-
-def load_image(path: Path) -> Image.Image:
-    """An image as RGB in sRGB, upright, on white where it is transparent. Raises UserError where it cannot be read."""
-    return _read(path)[0]
-
-
-def _read(path: Path) -> tuple[Image.Image, list[str]]:
-    """The image and warnings about it."""
-    try:
-        with path.open("rb") as file:
-            if file.read(12)[4:8] == b"ftyp":  # HEIC by its content: phones and sites rename it to .jpg
-                import pillow_heif
-
-                pillow_heif.register_heif_opener()
-        # Pillow warns about EXIF that is not needed
-        with python_warnings.catch_warnings(action="ignore"), Image.open(path) as opened:
-            opened.load()
-            upright = ImageOps.exif_transpose(opened)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UnidentifiedImageError:
-        raise UserError(f"{path}: not an image that Pillow can read; remove it or replace it") from None
-    except Image.DecompressionBombError:
-        raise UserError(f"{path}: has too many pixels to be a photo; make it smaller") from None
-    except Exception as error:  # decoders raise whatever a broken file makes of them
-        reason = "truncated file" if "truncated" in str(error).lower() else " ".join(str(error).split())
-        raise UserError(f"{path}: not an image that Pillow can read ({reason}); remove it or replace it") from None
-    image, applied = _to_srgb(upright)
-    problem = f"{path}: its colour profile is broken or of another kind; its colours are taken as sRGB"
-    return image, [] if applied else [problem]
-
-
-def _to_srgb(image: Image.Image) -> tuple[Image.Image, bool]:
-    """RGB in sRGB on white, and whether the colour profile, if there is one, was applied."""
-    profile = image.info.get("icc_profile")
-    alpha = None
-    if image.mode.startswith(("I", "F")):
-        image = _from_wide_gray(image)
-    elif image.has_transparency_data:
-        image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
-        alpha = image.getchannel("A")
-        image = image.convert(image.mode[:-1])
-    elif image.mode not in ("L", "RGB", "CMYK"):
-        image = image.convert("L" if image.mode == "1" else "RGB")
-    converted = _apply_profile(image, profile) if profile else None
-    result = image.convert("RGB") if converted is None else converted
-    if alpha is not None:
-        white = Image.new("RGB", result.size, "white")
-        white.paste(result, mask=alpha)
-        result = white
-    return result, converted is not None or not profile
-
-
-def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
-    """The colours of the profile in sRGB; None where the profile is broken or of other channels than the image's."""
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if image.mode == "L" and source.profile.xcolor_space.strip() == "RGB":
-            image = image.convert("RGB")
-        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError):
-        return None
-
-
-def _from_wide_gray(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float gray as 8-bit gray: full scale is 65535 or 1, or the largest value where that is more.
-
-    A value that PNG declares transparent becomes white.
-    """
-    values = np.nan_to_num(np.asarray(image).astype(np.float64))
-    top = max(65535.0 if image.mode.startswith("I") else 1.0, float(values.max()))
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        values[values == transparent] = top
-    return Image.fromarray(np.clip(values / top * 255 + 0.5, 0, 255).astype(np.uint8))
 
 
 def to_pixels(image: Image.Image) -> np.ndarray:

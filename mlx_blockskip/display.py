@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from mlx_blockskip.events import Event, Image, Note, Phase, PhaseEnd, Saved, Step, Table, Warning, as_record, listening
+from mlx_blockskip.printable import one_line, printable
 
 SECONDS_BETWEEN = 5.0
 SHARE_BETWEEN = 0.1
@@ -25,15 +26,19 @@ class Drawer(Protocol):
 
 @contextmanager
 def drawn_by(drawer: Drawer) -> Iterator[None]:
-    """Inside, events are drawn.
+    """Inside, events are drawn, a warning once.
 
     A first Ctrl-C waits for the next event, and is raised where the task emits it, so that a training step is whole; a
     second stops at once. (Python can lose an exception that a signal raises inside a callback; a flag is not lost.)
     """
     with _interruptible() as pressed:
+        said: set[Event] = set()
 
         def draw(event: Event) -> None:
-            drawer.draw(event)
+            if event not in said:
+                drawer.draw(event)
+            if isinstance(event, Warning):
+                said.add(event)
             if pressed:
                 pressed.clear()
                 raise KeyboardInterrupt
@@ -91,29 +96,37 @@ def speed(rate: float, unit: str) -> str:
 
 
 def message(event: Event) -> str | None:
-    """The line for an event that is not progress."""
+    """What to print for an event that is not progress: a line, or of a note several."""
     match event:
         case Image(path, caption):
-            return f"{path}: {caption}"
+            return one_line(f"{path}: {caption}")
         case Saved(path, what):
-            return f"{what}: {path}"
+            return one_line(f"{what}: {path}")
         case Note(text):
-            return text
+            return printable(text)
         case Warning(text):
-            return f"warning: {text}"
+            return one_line(f"warning: {text}")
         case PhaseEnd(name, seconds, peak):
-            return f"{name}: {duration(seconds)}, peak {memory(peak)}"
+            return f"{one_line(name)}: {duration(seconds)}, peak {memory(peak)}"
     return None
 
 
 def markdown(table: Table) -> list[str]:
     """The lines of a table, its columns as wide as they need."""
-    cells = [table.columns, *table.rows]
+    cells = [[one_line(cell) for cell in row] for row in (table.columns, *table.rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(table.columns))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
     ]
-    return ["", table.title, "", lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:], ""]
+    return [
+        "",
+        one_line(table.title),
+        "",
+        lines[0],
+        "|" + "|".join("-" * (width + 2) for width in widths) + "|",
+        *lines[1:],
+        "",
+    ]
 
 
 class Plain:
@@ -158,7 +171,7 @@ class Plain:
             parts.append(f"{duration((total - event.done) / max(rate, 1e-9))} left")
         if event.peak_memory:
             parts.append(f"peak {memory(event.peak_memory)}")
-        print(", ".join(parts), flush=True)
+        print(one_line(", ".join(parts)), flush=True)
 
     def close(self) -> None:
         sys.stdout.flush()

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from mlx_blockskip.display import amount, memory, message, speed
 from mlx_blockskip.events import Event, Phase, PhaseEnd, Step, Table, Warning
+from mlx_blockskip.printable import one_line
 
 
 class Rate(ProgressColumn):
@@ -33,12 +34,12 @@ class Bars:
 
     def __init__(self, console: Console | None = None) -> None:
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             Amount(),
             Rate(),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             console=console or Console(),
             transient=True,
         )
@@ -48,15 +49,18 @@ class Bars:
     def draw(self, event: Event) -> None:
         if isinstance(event, Phase):
             self._drop()
-            self.task = self.progress.add_task(event.name, total=event.total or 1, unit=event.unit, detail="")
+            self.task = self.progress.add_task(one_line(event.name), total=event.total or 1, unit=event.unit, detail="")
         elif isinstance(event, Step) and self.task is not None:
             detail = "" if event.loss is None else f"loss {event.loss:.4f}  "
             detail += f"peak {memory(event.peak_memory)}" if event.peak_memory else ""
             self.progress.update(self.task, completed=event.done, detail=detail)
         elif isinstance(event, Table):
-            grid = RichTable(*event.columns, title=event.title)
+            title, *columns = (Text(one_line(text)) for text in (event.title, *event.columns))
+            grid = RichTable(title=title)
+            for column in columns:
+                grid.add_column(column)
             for row in event.rows:
-                grid.add_row(*row)
+                grid.add_row(*(Text(one_line(cell)) for cell in row))
             self.progress.console.print(grid)
         elif (text := message(event)) is not None:
             if isinstance(event, PhaseEnd):

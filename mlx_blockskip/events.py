@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,12 @@ Event = Phase | Step | PhaseEnd | Image | Saved | Note | Warning | Table
 
 
 def as_record(event: Event) -> dict[str, Any]:
-    """The event as JSON values: its type under `event`, then its fields that are set."""
+    """The event as JSON values: its type under `event`, then its fields that are set. A number that is not finite has
+    no place in JSON, and counts as not set.
+    """
     fields = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(event).items()}
-    return {"event": type(event).__name__.lower()} | {k: v for k, v in fields.items() if v is not None}
+    named = {"event": type(event).__name__.lower()}
+    return named | {k: v for k, v in fields.items() if v is not None and not (isinstance(v, float) and not isfinite(v))}
 
 
 Listener = Callable[[Event], None]

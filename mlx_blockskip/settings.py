@@ -1,14 +1,16 @@
 """One dataclass a task. Its fields carry type, default and help; command line options, YAML keys, adapter_config.json
-and the Python API are all made from them. None means: the model's own default, then its family's.
+and the Python API are all made from them. None means: the model's own default, then its family's. A number's type has
+its range, which is checked when settings are made.
 """
 
 from dataclasses import dataclass
 
-from mlx_blockskip.options import option
+from mlx_blockskip.models import ranges
+from mlx_blockskip.options import Settings, option
 
 
 @dataclass
-class ConvertSettings:
+class ConvertSettings(Settings):
     """Convert a Hugging Face checkpoint to an MLX model directory, or back."""
 
     hf_path: str = option(
@@ -39,31 +41,31 @@ MODEL = "MLX model directory, Hugging Face directory, repo id, or tiny-flux, tin
 
 
 @dataclass
-class ModelChoice:
+class ModelChoice(Settings):
     model: str = option("tiny-flux", MODEL)
 
 
 @dataclass
-class TextLength:
-    max_sequence_length: int | None = option(None, "Text tokens, padding included.")
+class TextLength(Settings):
+    max_sequence_length: ranges.TextTokens | None = option(None, "Text tokens, padding included.")
 
 
 @dataclass
 class DrawingOptions(TextLength):
     """How images are drawn; what is left open is the model's own."""
 
-    steps: int | None = option(None, "Denoising steps.", group=DRAWING)
-    cfg_scale: float | None = option(None, "Classifier-free guidance; 1 is none.", group=DRAWING)
-    guidance: float | None = option(None, "Embedded guidance of a distilled model.", group=DRAWING)
-    width: int | None = option(None, "Pixels.", group=DRAWING)
-    height: int | None = option(None, "Pixels.", group=DRAWING)
+    steps: ranges.DrawingSteps | None = option(None, "Denoising steps.", group=DRAWING)
+    cfg_scale: ranges.CfgScale | None = option(None, "Classifier-free guidance; 1 is none.", group=DRAWING)
+    guidance: ranges.Guidance | None = option(None, "Embedded guidance of a distilled model.", group=DRAWING)
+    width: ranges.Side | None = option(None, "Pixels.", group=DRAWING)
+    height: ranges.Side | None = option(None, "Pixels.", group=DRAWING)
 
 
 @dataclass
-class MemoryOptions:
+class MemoryOptions(Settings):
     """What a command may take of the memory, and a record of what it took."""
 
-    memory_budget: str | None = option(
+    memory_budget: ranges.MemoryBudget | None = option(
         "auto",
         "MLX memory to stay within, e.g. 2GB; auto: what this machine has; 0: the least that is possible.",
         group=MEMORY,
@@ -74,7 +76,7 @@ class MemoryOptions:
 
 
 @dataclass
-class EncoderOptions:
+class EncoderOptions(Settings):
     """What images are compared by."""
 
     vision_model: str | None = option(None, "DINO or DINOv2 to compare images with.")
@@ -85,14 +87,14 @@ class EncoderOptions:
 class TrainSize(TextLength):
     """What decides how much a training run takes."""
 
-    resolution: int | None = option(
-        None, "Shorter side of a resized image, and largest crop (s_max), in pixels.", group=METHOD
+    resolution: ranges.Side | None = option(
+        None, "Shorter side of an image, and largest crop (s_max), in pixels.", group=METHOD
     )
-    train_resolution: int | None = option(None, "Side of a training patch (s_min), in pixels.", group=METHOD)
-    rank: int | None = option(None, "Rank of the LoRA factors.", group=LORA)
-    iters: int | None = option(None, "Optimizer steps.", group=RUN)
-    batch_size: int | None = option(None, "Training samples per micro-batch.", group=RUN)
-    cache_limit: str = option("8GB", "Largest residual cache on disk.", group=RUN)
+    train_resolution: ranges.Side | None = option(None, "Side of a training patch (s_min), in pixels.", group=METHOD)
+    rank: ranges.Rank | None = option(None, "Rank of the LoRA factors.", group=LORA)
+    iters: ranges.Steps | None = option(None, "Optimizer steps.", group=RUN)
+    batch_size: ranges.Batch | None = option(None, "Training samples per micro-batch.", group=RUN)
+    cache_limit: ranges.DiskBytes = option("8GB", "Largest residual cache on disk.", group=RUN)
 
 
 @dataclass
@@ -104,17 +106,17 @@ class TrainSettings(MemoryOptions, TrainSize, ModelChoice):
     class_prompt: list[str] = option(
         [], "What the model should go on drawing as it does; repeatable. Turns prior preservation on.", group=PRIOR
     )
-    class_images: int | None = option(
-        None, "Images of the class prompts the base model makes; 0 for none.", group=PRIOR
+    class_images: ranges.ImagesOrNone | None = option(
+        None, "Images of the class prompts to make; 0 for none.", group=PRIOR
     )
     class_data: str | None = option(None, "Directory of class images to use instead, with captions.", group=PRIOR)
-    prior_weight: float | None = option(
+    prior_weight: ranges.PriorWeight | None = option(
         None, "Weight of a class image in the loss, where a subject's image has 1 (1 by default).", group=PRIOR
     )
     adapter_path: str = option("adapters", "Adapter directory to write.", group=RUN)
-    skip_ratio: float | None = option(None, "Share of blocks to skip; 0 is plain LoRA.", group=METHOD)
-    skip_first: int | None = option(None, "Blocks to skip at the start (n).", group=METHOD)
-    skip_last: int | None = option(None, "Blocks to skip at the end (m).", group=METHOD)
+    skip_ratio: ranges.Share | None = option(None, "Share of blocks to skip; 0 is plain LoRA.", group=METHOD)
+    skip_first: ranges.BlocksOrNone | None = option(None, "Blocks to skip at the start (n).", group=METHOD)
+    skip_last: ranges.BlocksOrNone | None = option(None, "Blocks to skip at the end (m).", group=METHOD)
     plan: str | None = option(
         None,
         "JSON file with a skip plan or a block selection; auto: probe the subject's images first; even: as many at "
@@ -122,29 +124,29 @@ class TrainSettings(MemoryOptions, TrainSize, ModelChoice):
         group=METHOD,
     )
     residuals: str = option("base", "Features of skipped blocks.", choices=("base", "fresh", "none"), group=METHOD)
-    refresh: int = option(50, "Steps after which fresh residuals are made anew.", group=METHOD)
+    refresh: ranges.Steps = option(50, "Steps after which fresh residuals are made anew.", group=METHOD)
     patch_mode: str | None = option(
         None, "How patches are cut.", choices=("dynamic", "high-to-low", "random", "resize", "none"), group=METHOD
     )
-    guidance: float | None = option(None, "Embedded guidance that a distilled model trains with.", group=METHOD)
-    timestep_mean: float = option(0.0, "Mean of the logit-normal noise level.", group=METHOD)
-    timestep_std: float = option(1.0, "Deviation of the logit-normal noise level.", group=METHOD)
-    scale: float = option(1.0, "alpha / rank.", group=LORA)
+    guidance: ranges.Guidance | None = option(None, "Guidance that a distilled model trains with.", group=METHOD)
+    timestep_mean: ranges.LogitMean = option(0.0, "Mean of the logit-normal noise level.", group=METHOD)
+    timestep_std: ranges.LogitDeviation = option(1.0, "Deviation of the logit-normal noise level.", group=METHOD)
+    scale: ranges.Scale = option(1.0, "alpha / rank.", group=LORA)
     lora_targets: str = option("all", "Layers of the retained blocks.", choices=("attention", "all"), group=LORA)
     init_adapter: str | None = option(
         None, "Adapter to begin with: a directory, a LoRA file, or owner/name on the Hub.", group=LORA
     )
-    learning_rate: float | None = option(None, "Learning rate.", group=OPTIMIZER)
+    learning_rate: ranges.LearningRate | None = option(None, "Learning rate.", group=OPTIMIZER)
     lr_schedule: str = option(
         "constant", "Learning rate over the run.", choices=("constant", "linear", "cosine"), group=OPTIMIZER
     )
-    warmup: int = option(0, "Steps over which the learning rate rises.", group=OPTIMIZER)
-    weight_decay: float = option(0.01, "AdamW's weight decay.", group=OPTIMIZER)
-    clip: float = option(1.0, "Largest global norm of the gradients; 0 for none.", group=OPTIMIZER)
-    grad_accumulation: int = option(1, "Micro-batches per optimizer step; all wait in one sweep.", group=RUN)
-    seed: int = option(0, "Seed of every random draw: images, crops, noise levels, noise, LoRA factors.", group=RUN)
-    steps_per_save: int = option(100, "Steps between checkpoints; 0 for none.", group=RUN)
-    steps_per_sample: int = option(0, "Steps between sample images; 0 for none.", group=RUN)
+    warmup: ranges.StepsOrNone = option(0, "Steps over which the learning rate rises.", group=OPTIMIZER)
+    weight_decay: ranges.WeightDecay = option(0.01, "AdamW's weight decay.", group=OPTIMIZER)
+    clip: ranges.Norm = option(1.0, "Largest global norm of the gradients; 0 for none.", group=OPTIMIZER)
+    grad_accumulation: ranges.Batch = option(1, "Micro-batches per optimizer step; all wait in one sweep.", group=RUN)
+    seed: ranges.Seed = option(0, "Seed of all draws: images, crops, noise levels, noise, LoRA factors.", group=RUN)
+    steps_per_save: ranges.StepsOrNone = option(100, "Steps between checkpoints; 0 for none.", group=RUN)
+    steps_per_sample: ranges.StepsOrNone = option(0, "Steps between sample images; 0 for none.", group=RUN)
     sample_prompt: list[str] = option([], "Prompt of sample images; repeatable.", group=RUN)
     resume: bool = option(False, "Go on from the last checkpoint in the adapter directory.", group=RUN)
 
@@ -157,9 +159,9 @@ class GenerateSettings(MemoryOptions, DrawingOptions, ModelChoice):
     prompt_file: str | None = option(None, "Text file with one prompt per line.")
     negative_prompt: str = option("", "What not to show (where cfg-scale is above 1).")
     adapter_path: list[str] = option([], "Adapter directory, or LoRA file; repeatable.", group=LORA)
-    lora_scale: list[float] = option([], "Strength of each adapter; 1 by default.", group=LORA)
-    seed: int = option(0, "Seed of the first image; the others follow.")
-    n_images: int = option(1, "Images per prompt.")
+    lora_scale: list[ranges.Strength] = option([], "Strength of each adapter; 1 by default.", group=LORA)
+    seed: ranges.Seed = option(0, "Seed of the first image; the others follow.")
+    n_images: ranges.Images = option(1, "Images per prompt.")
     noise: str | None = option(None, "safetensors file with `noise` (B x C x h x w) to start from, instead of a seed.")
     from_image: str | None = option(None, "PNG made by this tool, whose settings are taken.")
     output: str = option("out.png", "File to write; numbered where there are several images.")
@@ -182,17 +184,17 @@ class SelectSettings(MemoryOptions, EncoderOptions, DrawingOptions, ModelChoice)
         "What to show, repeatable (by default the adapter's captions); caption of images that have none.",
         group=DATA,
     )
-    skip_ratio: float = option(0.5, "Largest share of blocks that plans are wanted for.", group=METHOD)
-    stride: int = option(1, "probe: measure every so many-th n and m; what lies between is interpolated.", group=METHOD)
-    noise_levels: int = option(4, "probe: noise levels per image.", group=METHOD)
-    probe_images: int = option(4, "probe: images of the subject.", group=METHOD)
-    resolution: int | None = option(
-        None, "probe: side of the images (by default the side of a training patch).", group=METHOD
+    skip_ratio: ranges.ShareOfSome = option(0.5, "Largest share of blocks that plans are wanted for.", group=METHOD)
+    stride: ranges.Few = option(1, "probe: measure every so many-th n and m; the rest is interpolated.", group=METHOD)
+    noise_levels: ranges.Few = option(4, "probe: noise levels per image.", group=METHOD)
+    probe_images: ranges.Few = option(4, "probe: images of the subject.", group=METHOD)
+    resolution: ranges.Side | None = option(
+        None, "probe: side of the images (by default a training patch's).", group=METHOD
     )
-    window: int = option(1, "sliding: consecutive blocks that are masked.", group=METHOD)
+    window: ranges.Few = option(1, "sliding: consecutive blocks that are masked.", group=METHOD)
     distance: str = option("dino", "What images are compared by.", choices=("dino", "clip"), group=METHOD)
-    n_images: int = option(1, "Seeds per prompt.")
-    seed: int = option(0, "Seed of the first image; the others follow.")
+    n_images: ranges.Images = option(1, "Seeds per prompt.")
+    seed: ranges.Seed = option(0, "Seed of the first image; the others follow.")
     output: str = option("selection.json", "File to write; a picture and the images go beside it.", group=RUN)
 
 
@@ -203,7 +205,7 @@ class EstimateSettings(TrainSize, DrawingOptions):
     model: str = option(
         "tiny-flux", "Directory of either layout, a preset such as flux1-dev or sana-1.6b, or tiny-flux, tiny-sana."
     )
-    memory: str = option("auto", "MLX memory there is, e.g. 8GB; auto: what this machine has.")
+    memory: ranges.Memory = option("auto", "MLX memory there is, e.g. 8GB; auto: what this machine has.")
 
 
 @dataclass
@@ -229,18 +231,18 @@ class EvaluateSettings(MemoryOptions, EncoderOptions, DrawingOptions):
     )
     prompts: str | None = option(None, "Text file with one prompt per line, {} where the subject goes.", group=DATA)
     drift_prompts: str | None = option(None, "Text file of prompts without the subject.", group=DATA)
-    n_images: int = option(4, "Images per prompt.")
+    n_images: ranges.Images = option(4, "Images per prompt.")
     baseline: bool = option(False, "Also make and measure the base model's images of the subject's prompts.")
-    drift_images: int = option(
+    drift_images: ranges.ImagesOrNone = option(
         1, "Images per prompt without the subject, by the base model and the adapted; 0 for none."
     )
-    seed: int = option(0, "Seed of the first image of every prompt; the others follow.")
-    lora_scale: float = option(1.0, "Strength of the adapter.")
+    seed: ranges.Seed = option(0, "Seed of the first image of every prompt; the others follow.")
+    lora_scale: ranges.Strength = option(1.0, "Strength of the adapter.")
     output: str | None = option(None, "Directory to write (by default `evaluation` in the adapter directory).")
 
 
 @dataclass
-class ExportSettings:
+class ExportSettings(Settings):
     """Write an adapter in the format of another tool."""
 
     adapter_path: str = option("adapters", "Adapter directory.")
@@ -256,7 +258,7 @@ class ExportSettings:
 
 
 @dataclass
-class FuseSettings:
+class FuseSettings(Settings):
     """Add adapters to the weights of their model, and write a model of its own."""
 
     adapter_path: list[str] = option([], "Adapter directory (adapters), or LoRA file; repeatable.")
@@ -264,18 +266,18 @@ class FuseSettings:
     save_path: str = option("fused_model", "Directory to write.")
     to: str = option("mlx", "Layout to write: an MLX model, or a diffusers folder.", choices=("mlx", "hf"))
     dequantize: bool = option(False, "Write quantized layers whole.", short="-d")
-    lora_scale: list[float] = option([], "Strength of each adapter; 1 by default.")
+    lora_scale: list[ranges.Strength] = option([], "Strength of each adapter; 1 by default.")
 
 
 @dataclass
-class VerifySettings:
+class VerifySettings(Settings):
     """Hold a model, an adapter or a residual cache against what was written; the status is 1 where it differs."""
 
     path: str = option("", "Directory of a converted model, an adapter or a cache.", positional=True)
 
 
 @dataclass
-class UploadSettings:
+class UploadSettings(Settings):
     """Put an adapter or a converted model on the Hub, with a model card."""
 
     path: str = option("adapters", "Adapter directory, or MLX model directory.")
@@ -285,19 +287,17 @@ class UploadSettings:
 
 
 @dataclass
-class CacheSettings:
+class CacheSettings(Settings):
     """List the models that were converted because they were given by a name, or clear them until they are needed."""
 
     action: str = option("list", "What to do.", choices=("list", "clear"), positional=True)
     names: list[str] = option([], "Conversions, as `list` names them; all where none is named.", positional=True)
-    older_than: float | None = option(None, "Only what was not used for so many days.")
+    older_than: ranges.Days | None = option(None, "Only what was not used for so many days.")
 
 
 @dataclass
-class DoctorSettings:
+class DoctorSettings(Settings):
     """Say what this machine is and what fits it, and test here that results are right. Run it first."""
 
     quick: bool = option(False, "Only the tests that take a few seconds together.")
-    bench: bool = option(
-        False, "Also measure speeds, and predict the seconds of a training step of every known model (two minutes)."
-    )
+    bench: bool = option(False, "Also measure speeds, and predict a training step of every model (two minutes).")

@@ -108,11 +108,11 @@ def test_an_error_is_one_sentence_and_exit_code_one(monkeypatch):
     ("mapping", "match"),
     [
         ({"learning_rat": 1}, "did you mean learning_rate"),
-        ({"iters": "many"}, "iters: 'many' is not a number"),
+        ({"iters": "many"}, "iters: 'many' is not a whole number"),
         ({"iters": True}, "iters"),
         ({"resume": 1}, "resume"),
         ({"patch_mode": "spiral"}, "not one of dynamic"),
-        ({"learning_rate": "fast"}, "learning_rate"),
+        ({"learning_rate": "fast"}, "--learning-rate: 'fast' is not a number"),
     ],
 )
 def test_settings_name_what_is_wrong(mapping, match):

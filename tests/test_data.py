@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import settings as how
+from hypothesis import strategies as st
 from PIL import Image
 
-from mlx_blockskip import data
+from mlx_blockskip import captioned, data, photos
 from mlx_blockskip.data import load_dataset, load_image, to_image, to_pixels
 from mlx_blockskip.engine.errors import UserError
 from support import icc
@@ -149,7 +152,7 @@ def test_modes_that_only_arise_in_memory_are_laid_on_white(mode):
     image = Image.new("LA", (2, 1))
     image.putdata([(40, 255), (40, 0)])
     image = image if mode == "La" else image.convert("RGBA")
-    result, applied = data._to_srgb(image.convert(mode))
+    result, applied = photos._to_srgb(image.convert(mode))
     assert applied
     assert difference(result, [[[40] * 3, [255] * 3]]) <= 1
 
@@ -352,7 +355,7 @@ def test_hidden_files_directories_and_other_files_are_passed_over(tmp_path):
     assert listing(tmp_path) == [("a.png", "p")]
 
 
-@pytest.mark.parametrize(("name", "image", "text"), data.LISTS)
+@pytest.mark.parametrize(("name", "image", "text"), captioned.LISTS[:2])
 def test_a_list_names_the_images_and_their_captions(tmp_path, name, image, text):
     for path in ("b.png", "a.png", "more/a.png", "unlisted.png"):
         saved(tmp_path / path)
@@ -410,12 +413,12 @@ def test_what_is_still_in_icloud_is_named_and_how_to_get_it(tmp_path, away):
     saved(place / "a.png")
     (place / f".{away}.icloud").touch()
     (place / ".notes.pdf.icloud").touch()
-    with pytest.raises(UserError, match=f"{away}: is in iCloud and not on this Mac; choose") as caught:
+    with pytest.raises(UserError, match=f"{away}: is in iCloud and not downloaded to this Mac; choose") as caught:
         load_dataset(place, "p")
     assert str(caught.value).endswith(f"choose Download Now in Finder, or run: brctl download '{place}'")
     (place / ".c.heic.icloud").touch()
     if not away.endswith("jsonl"):
-        with pytest.raises(UserError, match="not on this Mac, and 1 more like it; choose"):
+        with pytest.raises(UserError, match="not downloaded to this Mac, and 1 more like it; choose"):
             load_dataset(place, "p")
 
 
@@ -456,7 +459,6 @@ def test_a_listed_image_may_be_a_link_to_elsewhere(tmp_path):
         ('{"file_name": "", "text": "x"}', "does not exist"),
         ('{"file_name": "more", "text": "x"}', "does not exist"),
         ('{"file_name": "a.png", "text": " "}', '"text" is empty'),
-        ('{"file_name": "a.png", "caption": "x"}', "should be"),
         ('{"image": "a.png", "prompt": "x"}', "should be"),
         ('{"file_name": "a.png", "text": null}', "should be"),
         ('{"file_name": 3, "text": "x"}', "should be"),
@@ -476,6 +478,24 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):
     with pytest.raises(UserError, match=message) as caught:
         load_dataset(tmp_path / "set")
     assert str(caught.value).startswith(f"{path}:3: ")
+
+
+@how(max_examples=60)
+@given(
+    st.sampled_from([name for name, _, _ in captioned.LISTS]),
+    st.one_of(st.binary(max_size=40), st.text('{}[]":,;\n\0 \\afile_nmtx.pg', max_size=40).map(str.encode)),
+)
+def test_whatever_a_list_holds_is_captions_or_one_sentence(tmp_path_factory, name, content):
+    place = tmp_path_factory.getbasetemp() / f"of {name}"
+    place.mkdir(exist_ok=True)
+    if not (place / "a.png").exists():
+        saved(place / "a.png")
+    (place / name).write_bytes(content)
+    try:
+        assert load_dataset(place).examples
+    except UserError as error:
+        assert str(error).startswith(str(place / name))
+        assert "\n" not in str(error) or b"\n" in content
 
 
 def test_lists_and_captions_that_are_no_text_are_named(tmp_path):
@@ -553,6 +573,177 @@ def test_the_bundled_subjects_are_whole():
         assert [e.path.name for e in dataset.examples] == [f"0{i}.png" for i in range(1, 6)]
         assert all(e.caption == (place / f"{e.path.stem}.txt").read_text().strip() for e in dataset.examples)
         assert not dataset.warnings
+
+
+# what people hand in
+
+
+def test_jpegs_are_read_by_any_name(tmp_path):
+    for name in ("a.jfif", "b.jpe", "c.jif", "d.JPG", "e", "f.photo"):
+        saved(tmp_path / name, Image.new("RGB", (8, 8), (ord(name[0]) % 8 * 30, 9, 200)), format="JPEG", quality=100)
+    assert [name for name, _ in listing(tmp_path)] == ["a.jfif", "b.jpe", "c.jif", "d.JPG", "e", "f.photo"]
+    assert not load_dataset(tmp_path, "p").warnings
+
+
+def test_of_a_picture_in_two_views_the_first_is_read(tmp_path):
+    path = saved(
+        tmp_path / "a.mpo", format="MPO", save_all=True, append_images=[Image.new("RGB", (24, 16))], quality=100
+    )
+    assert Image.open(path).format == "MPO"
+    assert load_image(path).size == picture().size
+    assert difference(squares(load_image(path)), COLOURS) <= 20
+    assert [name for name, _ in listing(tmp_path)] == ["a.mpo"]
+
+
+def test_what_is_passed_over_is_counted_and_named(tmp_path):
+    saved(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
+    for name in ("c.DNG", "d.jxl", "orphan.txt", "clip.mov", "z.pdf"):
+        (tmp_path / name).write_bytes(b"II*\0")
+    saved(tmp_path / "more" / "e.png")
+    for name in ("Thumbs.db", ".DS_Store"):
+        (tmp_path / name).write_bytes(b"")
+    (warning,) = load_dataset(tmp_path, "p").warnings
+    assert warning == (f"{tmp_path}: 7 files are passed over: b.png (a broken link), c.DNG, clip.mov, d.jxl and 3 more")
+    for name in ("c.DNG", "d.jxl", "clip.mov", "z.pdf", "b.png", "a.png"):
+        (tmp_path / name).unlink()
+    with pytest.raises(
+        UserError, match=r"holds no images \(.*\); 2 files are passed over: more \(a directory\), orphan"
+    ):
+        load_dataset(tmp_path, "p")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.caption", "a.png.txt", "a.png.caption", "A.CAPTION", "A.PNG.TXT"])
+def test_captions_stand_beside_under_all_names_that_trainers_give_them(tmp_path, name):
+    saved(tmp_path / "a.png")
+    (tmp_path / name).write_text("a cat")
+    assert listing(tmp_path) == [("a.png", "a cat")]
+    assert not load_dataset(tmp_path, "p").warnings
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_captions_are_read_in_the_encodings_that_editors_write(tmp_path, encoding):
+    saved(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes("ein W\u00fcrfel\r\n".encode(encoding))
+    assert listing(tmp_path) == [("a.png", "ein W\u00fcrfel")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{\\rtf1\\ansi a dog}", "is rich text; save it again as plain text"),
+        ("ein Hund".encode("utf-16-le"), "not UTF-8 text"),
+        (b"caf\xe9", "not UTF-8 text"),
+        (b"a" * 100_000, "is larger than 64 KB"),
+    ],
+)
+def test_a_caption_that_is_no_text_is_named(tmp_path, content, message):
+    saved(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.txt: {message}"):
+        load_dataset(tmp_path, "p")
+
+
+@pytest.mark.parametrize("key", ["text", "caption"])
+@pytest.mark.parametrize("delimiter", [",", ";"])
+def test_metadata_may_be_a_table(tmp_path, key, delimiter):
+    saved(tmp_path / "a.png")
+    rows = [["file_name", key], ["a.png", '"a dog, ""sks"""']]
+    (tmp_path / "metadata.csv").write_text(
+        "\ufeff" + "\r\n".join(delimiter.join(row) for row in rows), encoding="utf-8"
+    )
+    assert listing(tmp_path) == [("a.png", 'a dog, "sks"')]
+    (tmp_path / "metadata.csv").write_text("a.png,a dog\nb.png,another\n")
+    with pytest.raises(UserError, match=r"metadata\.csv:2: should have the columns file_name and text"):
+        load_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "train.jsonl"])
+def test_a_list_may_call_the_text_a_caption(tmp_path, name):
+    saved(tmp_path / "a.png")
+    (tmp_path / name).write_text(json.dumps({"file_name": "a.png", "image": "a.png", "caption": "a dog"}))
+    assert listing(tmp_path) == [("a.png", "a dog")]
+
+
+def test_a_listed_path_may_be_absolute_within_the_directory(tmp_path, monkeypatch):
+    saved(tmp_path / "set" / "a.png")
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "metadata.jsonl").write_text(data.metadata_line(str(tmp_path / "set" / "a.png"), "x"))
+    for place in (tmp_path / "set", tmp_path / "link"):
+        assert listing(place) == [("a.png", "x")]
+    (tmp_path / "set" / "metadata.jsonl").write_text(data.metadata_line(str(tmp_path / "link" / "a.png"), "x"))
+    assert listing(tmp_path / "link") == [("a.png", "x")]
+    (tmp_path / "set" / "metadata.jsonl").write_text(data.metadata_line(str(tmp_path / "set" / "a.png"), "x"))
+    monkeypatch.chdir(tmp_path)
+    assert len(load_dataset(Path("set")).examples) == 1
+
+
+def test_folders_of_sd_scripts_are_read_and_called_by_their_names(tmp_path):
+    for name in ("10_sks dog/a.png", "10_sks dog/b.png", "1_a_dog/c.png"):
+        saved(tmp_path / name, Image.new("RGB", (8, 8), (ord(name[-5]), 0, 0)))
+    (tmp_path / "10_sks dog" / "b.caption").write_text("a sks dog at night")
+    dataset = load_dataset(tmp_path)
+    assert [(e.path.name, e.caption) for e in dataset.examples] == [
+        ("a.png", "sks dog"), ("b.png", "a sks dog at night"), ("c.png", "a dog"),
+    ]  # fmt: skip
+    assert dataset.warnings == (f"{tmp_path}: its folders are to be used 10, 1 times; here every image counts once",)
+    assert load_dataset(tmp_path, "p").examples[0].caption == "p", "which was given"
+    saved(tmp_path / "own.png")
+    (warning,) = load_dataset(tmp_path, "p").warnings
+    assert "2 files are passed over: 10_sks dog (a directory), 1_a_dog (a directory)" in warning
+
+
+def test_the_same_picture_twice_is_said(tmp_path):
+    for name in ("IMG_1.JPG", "IMG_1.webp"):
+        saved(tmp_path / name, quality=95)
+    for name in ("b.png", "copy of b.png"):
+        saved(tmp_path / name, Image.new("RGB", (8, 8), "red"))
+    saved(tmp_path / "c.png", Image.new("RGB", (8, 8), "white"))
+    saved(tmp_path / "c.jpg", Image.new("RGB", (8, 8), "black"))
+    assert load_dataset(tmp_path, "p").warnings == (
+        f"{tmp_path}: the same picture is there twice, and counts twice: "
+        "IMG_1.JPG and IMG_1.webp, b.png and copy of b.png; remove one",
+    )
+
+
+def test_both_unicode_forms_of_a_name_are_one_name(tmp_path):
+    saved(tmp_path / "Caf\u00e9.jpg")
+    saved(tmp_path / "Cafe\u0301.webp")
+    (tmp_path / "cafe\u0301.caption").write_text("coffee")
+    assert {caption for _, caption in listing(tmp_path)} == {"coffee"}
+    (warning,) = load_dataset(tmp_path, "p").warnings
+    assert "the same picture is there twice" in warning
+
+
+def test_a_photo_of_200_megapixels_is_made_smaller_while_it_is_decoded(tmp_path, monkeypatch):
+    seen = []
+    apply = photos._to_srgb
+    monkeypatch.setattr(photos, "_to_srgb", lambda image: (seen.append(image.size), apply(image))[1])
+    whole = Image.new("L", (16320, 12240), 40)
+    whole.paste(200, (0, 0, 16320, 6120))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    loaded = load_image(saved(tmp_path / "a.jpg", whole, quality=30, exif=exif.tobytes()))
+    assert seen == [(6120, 8160)] == [loaded.size]
+    assert [loaded.getpixel((x, 4000))[0] for x in (1000, 5000)] == pytest.approx([40, 200], abs=3), "turned upright"
+    assert Image.MAX_IMAGE_PIXELS is not None
+
+
+def test_another_large_photo_is_made_smaller_when_it_is_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(photos, "LARGE", 24 * 16 - 1)
+    assert load_image(saved(tmp_path / "a.png")).size == (12, 8)
+    assert difference(squares(load_image(tmp_path / "a.png"), 4), COLOURS) <= 1
+
+
+def test_a_heic_is_turned_upright(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = stored_as(6, picture(16))
+    pillow_heif.from_pillow(stored).save(tmp_path / "a.heic", quality=100, chroma=444, exif=exif.tobytes())
+    loaded = load_image(tmp_path / "a.heic")
+    assert loaded.size == picture(16).size
+    assert difference(squares(loaded, 16), COLOURS) <= 6
 
 
 # pixels

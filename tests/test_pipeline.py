@@ -120,6 +120,9 @@ def test_a_png_makes_itself_again(tmp_path):
     assert np.array_equal(np.asarray(Image.open(again)), np.asarray(Image.open(first[2])))
     record = json.loads(Image.open(first[2]).text["mlx-blockskip"])
     assert (record["prompt"], record["seed"]) == (["a cat"], 7)
+    (other,) = generate(from_image=str(first[2]), seed=0, output=str(tmp_path / "c.png"))
+    record = json.loads(Image.open(other).text["mlx-blockskip"])
+    assert (record["prompt"], record["seed"]) == (["a cat"], 0), "which was given, though it is the default"
 
 
 def test_an_image_does_not_depend_on_the_others_or_on_the_budget(tmp_path):

@@ -111,9 +111,17 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: {foreign.absence(path) or 'no such file'}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = foreign.kind(path) if isinstance(error, ValueError) else None
         raise UserError(f"{path}: {reason or f'not readable as JSON ({error})'}") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object. Raises UserError where it is missing, broken, or holds anything else."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: should hold a JSON object; get the file again, or remove it to have it made again")
+    return value
 
 
 def sha256(path: Path) -> str:

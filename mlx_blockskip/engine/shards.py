@@ -84,8 +84,8 @@ class Shards:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        index = files.read_json(self.path / INDEX)
-        self.config: dict[str, Any] = files.read_json(self.path / "config.json")
+        index = files.read_object(self.path / INDEX)
+        self.config: dict[str, Any] = files.read_object(self.path / "config.json")
         self.weight_map: dict[str, str] = index["weight_map"]
         metadata = index.get("metadata", {})
         self.checksums: dict[str, str] = metadata.get("sha256", {})

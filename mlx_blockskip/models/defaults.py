@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.ranges import range_in
+from mlx_blockskip.models import ranges
 
 
 @dataclass(frozen=True)
@@ -15,34 +17,38 @@ class ModelDefaults:
     only this family reads.
     """
 
-    resolution: int
-    train_resolution: int
-    width: int
-    height: int
-    max_sequence_length: int
-    steps: int
-    cfg_scale: float = 1.0
-    guidance: float = 1.0
-    train_guidance: float = 1.0
-    skip_ratio: float = 0.5
+    resolution: ranges.Side
+    train_resolution: ranges.Side
+    width: ranges.Side
+    height: ranges.Side
+    max_sequence_length: ranges.TextTokens
+    steps: ranges.DrawingSteps
+    cfg_scale: ranges.CfgScale = 1.0
+    guidance: ranges.Guidance = 1.0
+    train_guidance: ranges.Guidance = 1.0
+    skip_ratio: ranges.Share = 0.5
     plans: Mapping[str, Any] = field(default_factory=dict)
     patch_mode: str = "dynamic"
-    rank: int = 16
-    learning_rate: float = 1e-4
-    iters: int = 1000
-    batch_size: int = 1
+    rank: ranges.Rank = 16
+    learning_rate: ranges.LearningRate = 1e-4
+    iters: ranges.Steps = 1000
+    batch_size: ranges.Batch = 1
     class_prompt: tuple[str, ...] = ()
-    class_images: int = 100
-    prior_weight: float = 1.0
+    class_images: ranges.ImagesOrNone = 100
+    prior_weight: ranges.PriorWeight = 1.0
     own: Mapping[str, Any] = field(default_factory=dict)
 
 
-def model_defaults(values: Mapping[str, Any], source: Any) -> ModelDefaults:
-    """The defaults that `values` holds. source: what errors call the place they are from.
+def model_defaults(*layers: Any, source: Any) -> ModelDefaults:
+    """The defaults that these mappings hold, of which a later one wins. source: what errors call the place they are
+    from.
 
-    Raises UserError for a value of another type, and for one that has to be there and is not.
+    Raises UserError for a value of another type or out of its range, and for one that has to be there and is not.
     """
-    hints = get_type_hints(ModelDefaults)
+    if not all(isinstance(layer, Mapping) for layer in layers):
+        raise UserError(f"{source}: its defaults are no object; correct the file, or get it again")
+    values = {str(name): value for layer in layers for name, value in layer.items()}
+    hints = get_type_hints(ModelDefaults, include_extras=True)
     known = {f.name for f in fields(ModelDefaults)} - {"own"}
     found: dict[str, Any] = {}
     for name in known & values.keys():
@@ -54,11 +60,16 @@ def model_defaults(values: Mapping[str, Any], source: Any) -> ModelDefaults:
 
 
 def _typed(name: str, value: Any, hint: Any, source: Any) -> Any:
+    allowed = range_in(hint)
+    hint = get_args(hint)[0] if allowed else hint
     wanted = get_origin(hint) or hint
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if allowed and number and value not in allowed:
+        raise UserError(f"{source}: its default {name} is {str(value)[:80]}, and must be {allowed}")
+    if wanted is float and number:
         return float(value)
     if wanted is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
         return tuple(value)
     if not isinstance(value, wanted) or isinstance(value, bool):
-        raise UserError(f"{source}: its default {name} is {value!r}, and should be a {wanted.__name__}")
+        raise UserError(f"{source}: its default {name} is {repr(value)[:80]}, and should be a {wanted.__name__}")
     return value

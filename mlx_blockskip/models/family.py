@@ -34,10 +34,15 @@ class Tokens(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Encoded prompts (each with a batch axis of 1), and for each whether the encoder cut it off."""
+    """Encoded prompts (each with a batch axis of 1), and for each whether it was cut off.
+
+    partial: for each the room of an encoder that had less and saw its beginning only, such as "CLIP's 77 tokens"; ""
+    for the others. Empty where there is no such encoder.
+    """
 
     prompts: list[Prompt]
     truncated: list[bool]
+    partial: Sequence[str] = ()
 
 
 Posterior = tuple[mx.array, ...]

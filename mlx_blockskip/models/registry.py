@@ -53,8 +53,8 @@ def own_defaults(checkpoint: Path, family: Family) -> dict[str, Any]:
     that a `defaults.json` beside it.
     """
     index, own = checkpoint / "model_index.json", checkpoint / "defaults.json"
-    found = family.variant(files.read_json(index)) if index.is_file() else {}
-    return {**found, **(files.read_json(own) if own.is_file() else {})}
+    found = family.variant(files.read_object(index)) if index.is_file() else {}
+    return {**found, **(files.read_object(own) if own.is_file() else {})}
 
 
 def read_config(path: Path) -> dict[str, Any]:

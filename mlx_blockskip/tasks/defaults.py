@@ -2,7 +2,6 @@
 fields.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -11,6 +10,7 @@ from mlx_blockskip.blockskip.patches import PatchSettings
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.defaults import ModelDefaults
 from mlx_blockskip.models.family import DiffusionModel
+from mlx_blockskip.models.ranges import SEEDS
 from mlx_blockskip.options import parse_size
 from mlx_blockskip.settings import DrawingOptions, TrainSettings
 
@@ -107,12 +107,6 @@ class TrainConfig:
         }
 
 
-LEAST = {
-    "iters": 1, "batch_size": 1, "grad_accumulation": 1, "rank": 1, "refresh": 1, "warmup": 0, "steps_per_save": 0,
-    "steps_per_sample": 0, "seed": 0, "class_images": 0, "prior_weight": 0,
-}  # fmt: skip
-
-
 def train_config(settings: TrainSettings, model: DiffusionModel, captions: Sequence[str] = ()) -> TrainConfig:
     """What was left open is the model's, then its family's. captions: of the subject's images, the first of which
     sample images show where no prompt is given. Raises UserError for wrong values.
@@ -128,11 +122,7 @@ def train_config(settings: TrainSettings, model: DiffusionModel, captions: Seque
     values = {**known, **given, "size_multiple": model.size_multiple}
     values |= {name: tuple(values[name]) for name in ("class_prompt", "sample_prompt")}
     config = TrainConfig(**{one.name: values[one.name] for one in fields(TrainConfig)})
-    for name, least in LEAST.items():
-        if not least <= getattr(config, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
     config.patch  # noqa: B018  (raises)
-    config.cache_bytes  # noqa: B018
     return _prior(settings, config)
 
 
@@ -158,9 +148,6 @@ def draw_config(settings: DrawingOptions, model: DiffusionModel) -> DrawConfig:
     names = [one.name for one in fields(DrawConfig) if one.name in values and one.name != "n_images"]
     config = DrawConfig(**{name: values[name] for name in names})
     check_size(model, config.width, config.height)
-    for name in ("steps", "max_sequence_length"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
     return config
 
 
@@ -176,6 +163,12 @@ def model_draws(model: DiffusionModel, width: int = 0, height: int = 0, memory_b
 def known_defaults(defaults: ModelDefaults) -> dict[str, Any]:
     """By the names of the settings."""
     return {one.name: getattr(defaults, one.name) for one in fields(defaults)}
+
+
+def check_seeds(seed: int, count: int) -> None:
+    """Raise UserError where so many images have no seeds of their own from this one on."""
+    if seed + count > SEEDS:
+        raise UserError(f"--seed {seed}: {count} images have seeds from it on, and {SEEDS - 1} is the last one")
 
 
 def check_size(model: DiffusionModel, width: int, height: int) -> None:

@@ -160,7 +160,7 @@ def _subject(name: str, family: Family, path: Path, beside: Path, given: dict[st
 
 def complete(settings: EstimateSettings, subject: Subject) -> EstimateSettings:
     """Fill what was left open as training and generation would."""
-    known = known_defaults(model_defaults(subject.defaults, subject.name))
+    known = known_defaults(model_defaults(subject.defaults, source=subject.name))
     names = ("resolution", "train_resolution", "max_sequence_length", "batch_size", "rank", "iters", "width", "height")
     return replace(settings, **{n: known[n] for n in (*names, "steps") if getattr(settings, n) is None})
 

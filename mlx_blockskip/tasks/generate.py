@@ -1,28 +1,28 @@
 """`generate`: prompts become images."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from PIL import Image as PillowImage
 
 from mlx_blockskip import lora
 from mlx_blockskip.engine import files, limits
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, emit
 from mlx_blockskip.models.family import DiffusionModel
-from mlx_blockskip.options import defaults_of, from_mapping, to_mapping
+from mlx_blockskip.options import to_mapping
 from mlx_blockskip.settings import GenerateSettings
 from mlx_blockskip.tasks.checkpoint.adapters import load_adapters
 from mlx_blockskip.tasks.checkpoint.resolve import open_named
-from mlx_blockskip.tasks.defaults import DrawConfig, draw_config
+from mlx_blockskip.tasks.defaults import DrawConfig, check_seeds, draw_config
 from mlx_blockskip.tasks.memory.check import budget_of, check_generation
 from mlx_blockskip.tasks.memory.limit import described
 from mlx_blockskip.tasks.memory.trace import traced
+from mlx_blockskip.tasks.prompts import check_negative, read_lines
 from mlx_blockskip.tasks.sampling.denoise import noise_shape, seeded_noise
-from mlx_blockskip.tasks.sampling.pictures import PNG_KEY, Shot, draw
+from mlx_blockskip.tasks.sampling.pictures import Shot, draw
+from mlx_blockskip.tasks.sampling.recall import recall
 
 
 @traced
@@ -32,9 +32,11 @@ def generate(settings: GenerateSettings) -> list[Path]:
         settings = recall(settings)
     prompts = read_prompts(settings)
     targets = output_paths(Path(settings.output).expanduser(), len(prompts) * settings.n_images)
+    check_seeds(settings.seed, len(targets))
     model = open_named(settings.model, budget_of(settings.memory_budget))
     emit(Note(described(limits.in_force())))
     config = replace(draw_config(settings, model), n_images=settings.n_images)
+    check_negative(config)
     adapter = load_adapters(model, settings.adapter_path, settings.lora_scale)
     noises = read_noise(settings, config, model, len(targets))
     shots = []
@@ -51,17 +53,9 @@ def read_prompts(settings: GenerateSettings) -> list[str]:
     """The prompts of the command line and of the prompt file. Raises UserError where there is none."""
     prompts = list(settings.prompt)
     if settings.prompt_file:
-        try:
-            lines = Path(settings.prompt_file).expanduser().read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{settings.prompt_file}: not readable as text ({error})") from None
-        prompts += [line.strip() for line in lines if line.strip()]
+        prompts += read_lines(settings.prompt_file, "--prompt-file")
     if not prompts:
         raise UserError("--prompt: say what to show")
-    if settings.n_images < 1:
-        raise UserError(f"--n-images {settings.n_images}: at least one image is needed")
-    if settings.seed < 0:
-        raise UserError(f"--seed {settings.seed}: must be at least 0")
     return prompts
 
 
@@ -77,6 +71,8 @@ def read_noise(settings: GenerateSettings, config: DrawConfig, model: DiffusionM
         found = "no tensor `noise`" if entry is None else f"noise {list(entry.shape)}"
         raise UserError(f"{path}: has {found}, and {[count, c, h, w]} is needed for {count} images of this size")
     noise = files.load_lazily(path)["noise"].astype(mx.float32).transpose(0, 2, 3, 1)
+    if not mx.all(mx.isfinite(noise)):
+        raise UserError(f"{path}: its noise holds numbers that are not finite; make it again")
     return [noise[i : i + 1] for i in range(count)]
 
 
@@ -94,18 +90,3 @@ def record(settings: GenerateSettings, config: DrawConfig, prompt: str, seed: in
     kept = to_mapping(replace(settings, prompt=[prompt], seed=seed, n_images=1)) | config.recorded()
     left_out = ("output", "memory_budget", "trace_memory", "from_image", "prompt_file")
     return {k: v for k, v in kept.items() if k not in left_out}
-
-
-def recall(settings: GenerateSettings) -> GenerateSettings:
-    """The settings in a PNG, with those that were given on top. Raises UserError where it holds none."""
-    path = Path(settings.from_image or "").expanduser()
-    try:
-        with PillowImage.open(path) as image:
-            text = getattr(image, "text", {}).get(PNG_KEY)
-    except OSError as error:
-        raise UserError(f"{path}: not an image that Pillow can read ({error})") from None
-    if text is None:
-        raise UserError(f"{path}: holds no settings; only PNG files made by mlx-blockskip do")
-    defaults = defaults_of(GenerateSettings)
-    given = {k: v for k, v in to_mapping(settings).items() if v != defaults[k]}
-    return from_mapping(GenerateSettings, {**json.loads(text), **given, "from_image": None})

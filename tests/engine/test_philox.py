@@ -29,7 +29,7 @@ def test_numpys_global_state_is_neither_read_nor_moved():
 def test_keys_of_any_length_and_seeds_of_any_size_are_streams_of_their_own():
     numbers = (0, 1, 2, 2**31, 2**32 - 1)
     places = [place for length in range(4) for place in itertools.product(numbers, repeat=length)]
-    seeds = (0, 1, 2**32 - 1, 2**32, 2**32 + 1, 2**63 - 1)
+    seeds = (0, 1, 2**32 - 1, 2**32, 2**32 + 1, 2**63 - 1, 2**64 - 1)
     drawn = {philox.generator(seed, *place).bytes(16) for seed in seeds for place in places}
     assert len(drawn) == len(seeds) * len(places)
 
@@ -49,7 +49,7 @@ def test_normal_is_standard_and_float32():
     assert abs(drawn.std() - 1) < 0.02
 
 
-@pytest.mark.parametrize("seed", [-1, 2**63, 2**200])
+@pytest.mark.parametrize("seed", [-1, 2**64, 2**200])
 def test_a_seed_out_of_range_is_a_users_error(seed):
     with pytest.raises(UserError, match=rf"seed {seed}: must be at least 0"):
         philox.generator(seed, 1)

@@ -93,7 +93,7 @@ def test_siblings_open_and_have_defaults_of_their_own(name, tmp_path):
 @pytest.mark.parametrize("name", ["flux1-dev", "flux2-klein-4b", "sana1.5-1.6b"])
 def test_a_layer_of_every_text_encoder_runs(name, tmp_path):
     model = hollow(name, tmp_path / "m")
-    (prompt,), _ = model.encode_prompts(["red"], TEXT)
+    (prompt,) = model.encode_prompts(["red"], TEXT).prompts
     blank = model.blank_prompt(TEXT)
     assert {key: value.shape for key, value in prompt.items()} == {key: value.shape for key, value in blank.items()}
 

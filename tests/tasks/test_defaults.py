@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.models.defaults import ModelDefaults
+from mlx_blockskip.models.defaults import ModelDefaults, model_defaults
 from mlx_blockskip.settings import GenerateSettings, TrainSettings
-from mlx_blockskip.tasks.defaults import FROM_MODEL, LEAST, check_size, draw_config, model_draws, train_config
+from mlx_blockskip.tasks.defaults import FROM_MODEL, check_seeds, check_size, draw_config, model_draws, train_config
 
 DEFAULTS = ModelDefaults(96, 48, 80, 64, 8, 4, cfg_scale=2.0, guidance=3.5, train_guidance=1.5, class_prompt=("a dog",))
 
@@ -26,20 +26,23 @@ def drawn(**given):
     return draw_config(GenerateSettings(**given), model())
 
 
-@pytest.mark.parametrize("name", LEAST)
-def test_a_number_may_be_its_least_and_not_less(name):
-    own = {"class_data": None, "class_prompt": ["a dog"]} if name == "class_images" else {}
-    assert getattr(trained(**own, **{name: LEAST[name]}), name) == LEAST[name]
-    for wrong in (LEAST[name] - 1, float("inf")):
-        with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {wrong}: must be at least {LEAST[name]}"):
-            trained(**own, **{name: wrong})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rank", 0), ("iters", 10**9), ("learning_rate", float("nan")), ("width", 0), ("steps", 10**6), ("rank", "4")],
+)
+def test_a_models_own_defaults_are_held_to_the_ranges_of_the_settings(name, value):
+    own = {**vars(DEFAULTS), "class_prompt": ["a dog"]}
+    assert model_defaults(own, source="here").rank == DEFAULTS.rank
+    with pytest.raises(UserError, match=f"here: its default {name} is .*, and (must|should) be"):
+        model_defaults(own, {name: value}, source="here")
+    with pytest.raises(UserError, match="here: its defaults are no object"):
+        model_defaults(own, [name], source="here")
 
 
-@pytest.mark.parametrize("name", ["steps", "max_sequence_length"])
-def test_an_image_is_drawn_in_one_step_or_more_and_from_one_token_or_more(name):
-    assert getattr(drawn(**{name: 1}), name) == 1
-    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} 0: must be at least 1"):
-        drawn(**{name: 0})
+def test_images_have_seeds_of_their_own_as_far_as_seeds_go():
+    check_seeds(2**64 - 2, 2)
+    with pytest.raises(UserError, match="--seed 18446744073709551614: 3 images"):
+        check_seeds(2**64 - 2, 3)
 
 
 def test_what_is_not_given_is_the_models():

@@ -137,9 +137,11 @@ def test_scores_are_those_of_the_images_on_disk(asked):
 def test_an_image_is_what_generate_draws(asked, tmp_path):
     _, _, images = made(asked)
     picture = next(path for path in images if "adapted-small-sks-toy" in path.name and "-1-" in path.name)
-    (again,) = generate(from_image=str(picture), output=str(tmp_path / "again.png"))
+    record = json.loads(Image.open(picture).text["mlx-blockskip"])
+    files = {name: record[name] for name in ("model", "adapter_path")}
+    (again,) = generate(from_image=str(picture), output=str(tmp_path / "again.png"), **files)
     assert np.array_equal(np.asarray(Image.open(again)), np.asarray(Image.open(picture)))
-    record = from_mapping(GenerateSettings, json.loads(Image.open(picture).text["mlx-blockskip"]))
+    record = from_mapping(GenerateSettings, record)
     assert (record.prompt, record.seed) == (["small sks toy, brown background"], 1)
 
 
@@ -296,7 +298,7 @@ def test_images_need_no_captions(asked, tmp_path):
         ({"n_images": 0}, "--n-images 0: must be at least 1"),
         ({"drift_images": -1}, "--drift-images -1: must be at least 0"),
         ({"seed": -1}, "--seed -1: must be at least 0"),
-        ({"prompts": "missing.txt"}, "missing.txt: not readable"),
+        ({"prompts": "missing.txt"}, "missing.txt: no such file"),
         ({"subject": ""}, "--subject: is empty"),
         ({"subject_kind": "living"}, "--prompts and --subject-kind: .*give one of them"),
         ({"width": 70}, "the nearest is 64 x 64"),

@@ -113,15 +113,34 @@ def test_ten_losses_in_a_row_that_are_not_finite_stop_a_run_and_nine_do_not(scri
     assert loop.run(job, State(tree(0))) == 3.0, "the mean of those that are"
     job, _ = scripted([1.0, *[nan] * 10, 2.0], learning_rate=0.25)
     state = State(tree(0))
-    with pytest.raises(UserError, match=r"10 steps in a row; lower --learning-rate \(now 0.25\)"):
+    with pytest.raises(UserError, match=r"10 steps in a row; nothing .*; lower --learning-rate \(now 0.25\)"):
         loop.run(job, state)
     assert state.step == 11
+
+
+@pytest.mark.parametrize("wrong", [math.nan, 2000.0])
+def test_a_run_that_diverges_keeps_what_was_good_and_ends_as_a_failure(scripted, wrong):
+    """Also where it ends before it is out of patience. The state that the first bad step began with is no better."""
+    job, done = scripted([1.0, 1.0, 1.0, *[wrong] * 4], steps_per_save=1)
+    for step in (2, 3):
+        (job.directory / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+        (job.directory / "checkpoints" / f"step-{step:06d}" / "state.json").touch()
+    with pytest.raises(UserError, match=r"4 steps in a row; \S+step-000002 is the last good state"):
+        loop.run(job, State(tree(0)))
+    assert done.saved == [1, 2, 3], "and nothing of what came after"
+
+
+def test_one_loss_at_the_end_of_a_long_run_may_be_anything(scripted):
+    assert loop.run(scripted([*[1.0] * 7, math.nan])[0], State(tree(0))) == 1.0
+    loss = scripted([*[1.0] * 3, *[3000.0] * 4], prior_weight=5.0, class_data="theirs")[0]
+    assert loop.run(loss, State(tree(0))) > 1000, "of class images that count five times as much"
 
 
 def test_the_loss_of_a_run_is_the_mean_of_its_last_fifty(scripted):
     assert loop.run(scripted([1000.0, *range(50)])[0], State(tree(0))) == pytest.approx(24.5)
     assert loop.run(scripted([2.0, 3.0])[0], State(tree(0))) == 2.5
-    assert loop.run(scripted([math.nan])[0], State(tree(0))) == 0.0
+    with pytest.raises(UserError, match="lower --learning-rate"):
+        loop.run(scripted([math.nan])[0], State(tree(0)))
 
 
 def test_each_step_is_told_with_its_loss_and_its_own_learning_rate(scripted):

@@ -184,7 +184,7 @@ def test_a_recorded_plan_needs_no_probe(tiny_flux, tmp_path):
 @pytest.mark.parametrize(
     ("method", "options", "match"),
     [
-        ("probe", {"data": ""}, "--data: give a directory"),
+        ("probe", {"data": ""}, "--data: is empty"),
         ("generate", {"prompt": []}, "--prompt: say what to show"),
         ("probe", {"skip_ratio": 1.0}, "--skip-ratio 1"),
         ("probe", {"skip_ratio": 0.01}, "--skip-ratio 0.01: skips none"),

@@ -324,8 +324,19 @@ def test_memory_does_not_grow_with_the_cache_file(tiny_flux, tmp_path):
 def test_a_loss_that_is_not_finite_skips_the_step_and_ten_in_a_row_stop(quick):
     events = []
     with pytest.raises(UserError, match="lower --learning-rate"):
-        train(quick(learning_rate=1e30, clip=0.0, iters=30), on_event=events.append)
+        train(quick(learning_rate=1e6, clip=0.0, iters=30), on_event=events.append)
     assert sum(isinstance(e, Step) and e.phase == "train" for e in events) < 30
+
+
+@pytest.mark.parametrize("family_model", ["toy"], indirect=True)
+def test_a_short_run_that_diverges_is_a_failure_and_writes_no_adapter(quick):
+    settings = quick("short", learning_rate=1e6, iters=12, steps_per_save=100)
+    with pytest.raises(UserError, match="steps in a row; nothing worth keeping was learned; lower --learning-rate"):
+        train(settings)
+    directory = Path(settings.adapter_path)
+    assert not (directory / "adapters.safetensors").exists()
+    lines = (directory / "log.jsonl").read_text().splitlines()
+    assert all(json.loads(line, parse_constant=pytest.fail) for line in lines), "and its log is JSON"
 
 
 def test_learning_to_reduce_the_loss(tiny_flux, tmp_path):

@@ -38,14 +38,15 @@ class Flux1(Opened):
         The token length is part of the model: FLUX.1 attends to padding.
         """
         prompts = [*prompts, *negatives]
-        clip_ids, _ = tokenize.clip_ids(self.path / "tokenizer", prompts, CLIP_LENGTH)
+        clip_ids, over = tokenize.clip_ids(self.path / "tokenizer", prompts, CLIP_LENGTH)
         t5_ids, truncated = tokenize.t5_ids(self.path / "tokenizer_2", prompts, max_length)
         pooled = self._sweep_text(clip.pooled, "text_encoder", clip_ids)
         embeds = self._sweep_text(t5.hidden, "text_encoder_2", t5_ids)
         found: list[Prompt] = [
             {"prompt_embeds": e.astype(self.dtype), "pooled": p.astype(self.dtype)} for e, p in zip(embeds, pooled)
         ]
-        return Encoded(found, list(truncated))
+        room = f"CLIP's {CLIP_LENGTH} tokens"
+        return Encoded(found, list(truncated), [room if one else "" for one in over])
 
     def blank_prompt(self, max_length: int) -> Prompt:
         return {

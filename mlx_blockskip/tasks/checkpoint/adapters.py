@@ -1,5 +1,6 @@
 """Adapters on disk: our directory, and the LoRA files of other tools; one adapter that adds them up."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,8 +21,15 @@ from mlx_blockskip.engine.shards import Added
 from mlx_blockskip.events import Warning, emit
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import family_named, read_config
+from mlx_blockskip.options import from_mapping, options_of, shown
+from mlx_blockskip.settings import TrainSettings
 from mlx_blockskip.tasks.checkpoint import adapter_hub
 from mlx_blockskip.tasks.checkpoint.adapter_names import CONFIG, PEFT_FILE, PEFT_TENSORS, PEFT_TYPE, SUFFIXES, TENSORS
+
+KINDS: dict[str, type | tuple[type, ...]] = {
+    "base_model": str, "family": str, "captions": list, "settings": dict, "plan": dict,
+}  # fmt: skip
+"""What our adapter_config.json says of an adapter, as far as commands go by it."""
 
 ALL_LAYERS = -1
 """As mlx-lm counts the blocks that have a LoRA, from the last on."""
@@ -157,9 +165,33 @@ def located(path: Path) -> tuple[Path, dict[str, Any] | None]:
 def scale_of(config: Mapping[str, Any], file: Path) -> float:
     """The scale that our adapter_config.json records. Raises UserError where it is no number."""
     try:
-        return float(config.get("scale", 1.0))
-    except (TypeError, ValueError):
-        raise UserError(f"{file.parent / CONFIG}: scale is {config['scale']!r} and has to be a number") from None
+        scale = float(config.get("scale", 1.0))
+    except (TypeError, ValueError, OverflowError):
+        scale = math.nan
+    if not math.isfinite(scale):
+        said = shown(repr(config["scale"]))
+        raise UserError(f"{file.parent / CONFIG}: scale is {said} and has to be a number that is finite")
+    return scale
+
+
+def recorded(directory: Path) -> dict[str, Any]:
+    """What an adapter directory of ours says of itself; nothing where it says nothing. Raises UserError for what is of
+    another kind, and for settings out of their ranges.
+    """
+    path = directory / CONFIG
+    found = files.read_object(path) if path.is_file() else {}
+    for name, kind in KINDS.items():
+        if name in found and not isinstance(found[name], kind):
+            raise UserError(f"{path}: its {name} is {shown(repr(found[name]))}; get the directory again")
+    if not all(isinstance(caption, str) for caption in found.get("captions", [])):
+        raise UserError(f"{path}: its captions are not all text; get the directory again")
+    known = {field.name for field in options_of(TrainSettings)}
+    settings = found.get("settings", {})
+    try:
+        from_mapping(TrainSettings, {k: v for k, v in settings.items() if k in known and v not in ("", None)})
+    except UserError as error:
+        raise UserError(f"{path}: its settings: {error}; get the directory again") from None
+    return found
 
 
 def read_tensors(file: Path) -> dict[str, mx.array]:

@@ -87,8 +87,6 @@ def wanted(found: Sequence[Kept], settings: CacheSettings) -> list[Kept]:
             raise UserError(
                 f"{name}: is no conversion in {cache_directory()}; `mlx-blockskip cache list` has their names"
             )
-    if settings.older_than is not None and settings.older_than < 0:
-        raise UserError(f"--older-than {settings.older_than:g}: must be at least 0 days")
     least = (settings.older_than or 0) * DAY
     return [one for one in found if one.age >= least and (not settings.names or one.name in settings.names)]
 

@@ -17,7 +17,7 @@ from mlx_blockskip.events import Saved, emit
 from mlx_blockskip.settings import ExportSettings
 from mlx_blockskip.tasks.captions import common_words
 from mlx_blockskip.tasks.checkpoint.adapter_names import CONFIG, PEFT_FILE, TENSORS
-from mlx_blockskip.tasks.checkpoint.adapters import read_tensors, write_adapter
+from mlx_blockskip.tasks.checkpoint.adapters import read_tensors, recorded, scale_of, write_adapter
 from mlx_blockskip.tasks.checkpoint.base import base_model
 
 SAID = {"diffusers": "LoRA for diffusers", "comfyui": "LoRA for ComfyUI", "kohya": "LoRA in kohya's format"}
@@ -34,8 +34,8 @@ def export(settings: ExportSettings) -> Path:
     target = Path(settings.output or (FOLDER if as_directory else PEFT_FILE)).expanduser()
     if target.exists():
         raise UserError(f"{target}: already exists; choose another --output or remove it")
-    config = files.read_json(source / CONFIG)
-    tensors, scale = read_tensors(source / TENSORS), float(config.get("scale", 1.0))
+    config = recorded(source) or files.read_object(source / CONFIG)
+    tensors, scale = read_tensors(source / TENSORS), scale_of(config, source / TENSORS)
     dtype: mx.Dtype = getattr(mx, settings.dtype)
     if as_directory:
         with files.atomic_directory(target) as temporary:

@@ -15,8 +15,7 @@ from mlx_blockskip.events import Saved, emit
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import open_model, read_config
 from mlx_blockskip.settings import FuseSettings
-from mlx_blockskip.tasks.checkpoint.adapter_names import CONFIG
-from mlx_blockskip.tasks.checkpoint.adapters import check_strengths, here, load_adapter
+from mlx_blockskip.tasks.checkpoint.adapters import check_strengths, here, load_adapter, recorded
 from mlx_blockskip.tasks.checkpoint.hf import check_room, write_hugging_face
 from mlx_blockskip.tasks.checkpoint.resolve import resolve
 from mlx_blockskip.tasks.phases import phase
@@ -29,7 +28,7 @@ def fuse(settings: FuseSettings) -> Path:
         raise UserError(f"{target}: already exists; choose another --save-path or remove it")
     paths = [here(path) for path in settings.adapter_path or ["adapters"]]
     check_strengths(paths, settings.lora_scale)
-    name = settings.model or _recorded(paths[0]).get("base_model")
+    name = settings.model or recorded(paths[0]).get("base_model")
     if not name:
         raise UserError(f"{paths[0]}: does not say which model it is for; give --model")
     model = open_model(resolve(str(name)))
@@ -46,24 +45,18 @@ def fuse(settings: FuseSettings) -> Path:
     return target
 
 
-def _recorded(adapter: Path) -> dict[str, Any]:
-    """What an adapter directory of ours says of itself; nothing of a file."""
-    found = files.read_json(adapter / CONFIG) if (adapter / CONFIG).is_file() else {}
-    return found if isinstance(found, dict) else {}
-
-
 def _load(
     model: DiffusionModel, paths: Sequence[Path], strengths: Sequence[float]
 ) -> tuple[lora.Adapter, list[dict[str, Any]]]:
     """One adapter of all, and what is recorded of each."""
     adapters, scales, fused = [], [], []
     for number, path in enumerate(paths):
-        recorded = _recorded(path)
+        about = recorded(path)
         adapter, scale = load_adapter(model, path)
         strength = strengths[number] if number < len(strengths) else 1.0
         adapters.append(adapter)
         scales.append(scale * strength)
-        said: dict[str, Any] = {key: recorded[key] for key in ("base_model_identity", "captions") if key in recorded}
+        said: dict[str, Any] = {key: about[key] for key in ("base_model_identity", "captions") if key in about}
         fused.append({"adapter": str(path), "scale": scale * strength, "factors": adapter.checksum(), **said})
     return lora.together(adapters, scales), fused
 

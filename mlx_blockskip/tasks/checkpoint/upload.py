@@ -17,6 +17,7 @@ from mlx_blockskip.options import PATHS
 from mlx_blockskip.settings import ExportSettings, UploadSettings
 from mlx_blockskip.tasks.checkpoint import card
 from mlx_blockskip.tasks.checkpoint.adapter_names import CONFIG, PEFT_FILE, TENSORS
+from mlx_blockskip.tasks.checkpoint.adapters import recorded
 from mlx_blockskip.tasks.checkpoint.address import repo_named
 from mlx_blockskip.tasks.checkpoint.base import README, base_model
 from mlx_blockskip.tasks.checkpoint.export import export
@@ -62,7 +63,7 @@ def contents(path: Path, repo: str, scratch: Path) -> dict[str, Content]:
 
 
 def _of_adapter(path: Path, repo: str, scratch: Path) -> dict[str, Content]:
-    config = files.read_json(path / CONFIG)
+    config = recorded(path)
     base = base_model(str(config.get("base_model") or ""))
     with unheard():
         lora = export(ExportSettings(adapter_path=str(path), output=str(scratch / PEFT_FILE)))
@@ -79,7 +80,7 @@ def _of_adapter(path: Path, repo: str, scratch: Path) -> dict[str, Content]:
 
 
 def _of_model(path: Path, repo: str) -> dict[str, Content]:
-    config = files.read_json(path / "config.json")
+    config = files.read_object(path / "config.json")
     base = card.base_of(str(config.get("source") or path.name), path)
     base = card.Base(base.name, base.repo, card.metadata_of(path / README))
     found: dict[str, Content] = {

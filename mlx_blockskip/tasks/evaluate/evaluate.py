@@ -24,10 +24,9 @@ from mlx_blockskip.options import to_mapping
 from mlx_blockskip.settings import EvaluateSettings
 from mlx_blockskip.tasks.alone import alone
 from mlx_blockskip.tasks.checkpoint import encoders
-from mlx_blockskip.tasks.checkpoint.adapter_names import CONFIG
-from mlx_blockskip.tasks.checkpoint.adapters import here, load_adapters
+from mlx_blockskip.tasks.checkpoint.adapters import here, load_adapters, recorded
 from mlx_blockskip.tasks.checkpoint.resolve import open_named
-from mlx_blockskip.tasks.defaults import DrawConfig, draw_config
+from mlx_blockskip.tasks.defaults import DrawConfig, check_seeds, draw_config
 from mlx_blockskip.tasks.evaluate.scores import Picture, Rows, drift, similarity, tables, write_sheet
 from mlx_blockskip.tasks.evaluate.subject import PLACE, Prompts, Subject, complete_prompts, given_prompts, subject_of
 from mlx_blockskip.tasks.memory.check import budget_of, check_generation, images_at_once
@@ -62,12 +61,12 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     """Generate images with an adapter, compare them, and write what is found beside them. See `EvaluateSettings`."""
     place = here(settings.adapter_path)
     check(settings, place)
-    recorded = files.read_json(place / CONFIG) if (place / CONFIG).is_file() else {}
-    settings = from_adapter(settings, recorded)
+    said = recorded(place)
+    settings = from_adapter(settings, said)
     dataset = load_dataset(Path(settings.data or "").expanduser(), "")
     for text in dataset.warnings:
         emit(Warning(text))
-    captions = recorded.get("captions") or [example.caption for example in dataset.examples]
+    captions = said.get("captions") or [example.caption for example in dataset.examples]
     subject = subject_of(captions, settings.subject, settings.class_noun)
     given = given_prompts(settings)
 
@@ -107,9 +106,7 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
 
 def check(settings: EvaluateSettings, adapter: Path) -> None:
     """Raise UserError for what is wrong whatever the model is."""
-    for name, least in (("n_images", 1), ("drift_images", 0), ("seed", 0)):
-        if getattr(settings, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least {least}")
+    check_seeds(settings.seed, max(settings.n_images, settings.drift_images))
     if not adapter.exists():
         raise UserError(f"{adapter}: no such adapter; --adapter-path takes an adapter directory or a LoRA file")
     if settings.output and Path(settings.output).expanduser().is_file():

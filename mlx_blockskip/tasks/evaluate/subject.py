@@ -4,13 +4,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
-from pathlib import Path
 
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.settings import EvaluateSettings
 from mlx_blockskip.tasks.captions import common_words
 from mlx_blockskip.tasks.checkpoint import encoders
+from mlx_blockskip.tasks.prompts import read_lines
 
 PLACE = "{}"
 SUBJECT_KINDS = {"object": "objects", "living": "living", "plain": "plain"}
@@ -63,11 +63,7 @@ def shipped(name: str) -> list[str]:
 
 def read_list(file: str, *, names_subject: bool, option: str) -> list[str]:
     """A prompt a line; empty lines are passed over. Raises UserError where a line names the subject, or does not."""
-    try:
-        lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not readable as text ({error}); {option} takes a prompt a line") from None
-    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    prompts = list(dict.fromkeys(read_lines(file, option)))
     if not prompts:
         raise UserError(f"{file}: holds no prompts; {option} takes a prompt a line")
     for prompt in prompts:

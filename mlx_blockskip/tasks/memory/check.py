@@ -21,6 +21,7 @@ def check_training(settings: TrainConfig, model: DiffusionModel, plan: SkipPlan)
     budget = budget_of(settings.memory_budget)
     if budget is None or budget == LEAST:
         return budget is None
+    check_blocks(settings.memory_budget, budget, model)
     phases = training_phases(settings, model, plan)
     _check(settings.memory_budget, budget, phases, _smaller_training(settings, model, plan, budget))
     return fits(next(phase for phase in phases if phase.name == "train").ample, budget)
@@ -31,8 +32,21 @@ def check_generation(settings: DrawConfig, model: DiffusionModel, images: int) -
     budget = budget_of(settings.memory_budget)
     if budget is None or budget == LEAST:
         return
+    check_blocks(settings.memory_budget, budget, model)
     phases = generation_phases(settings, model, images)
     _check(settings.memory_budget, budget, phases, _smaller_generation(settings, model, budget))
+
+
+def check_blocks(text: str, budget: int, model: DiffusionModel) -> None:
+    """Raise UserError where the largest block alone is over the budget, which is known without tracing anything: then
+    no other setting helps.
+    """
+    largest = max(model.reader.nbytes(index, "body") for index in model.stack.path)
+    if largest > budget:
+        raise UserError(
+            f"--memory-budget {text}: too small, the largest block alone takes {_megabytes(largest)}; give more, "
+            "or 0 for the least that is possible"
+        )
 
 
 def images_at_once(settings: DrawConfig, model: DiffusionModel, most: int) -> int:
@@ -107,12 +121,16 @@ def _check(text: str, budget: int, phases: Sequence[Phase], smaller: Iterator[st
     worst = max(phases, key=lambda phase: phase.peak)
     if worst.peak <= budget:
         return
-    least, enough = (f"{share * worst.peak / 2**20 + 1:.0f}MB" for share in (1, MARGIN))
+    least, enough = (_megabytes(share * worst.peak) for share in (1, MARGIN))
     nearest = next(smaller, None)
     raise UserError(
         f"--memory-budget {text}: too small, {worst.name!r} takes {least} at least; give --memory-budget {enough}"
         + (f"; the nearest that fits: {nearest}" if nearest else "")
     )
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 2**20 + 1:.0f}MB"
 
 
 def _fit(phases: Sequence[Phase], budget: int) -> bool:

@@ -13,10 +13,11 @@ from PIL import PngImagePlugin
 from mlx_blockskip import lora
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.stack import Mask
-from mlx_blockskip.events import Image, Warning, emit
+from mlx_blockskip.events import Image, emit
 from mlx_blockskip.models.family import DiffusionModel, Prompt
 from mlx_blockskip.tasks.defaults import DrawConfig
 from mlx_blockskip.tasks.phases import phase
+from mlx_blockskip.tasks.prompts import warn_of_length, warn_of_syntax
 from mlx_blockskip.tasks.sampling.denoise import Request, sample, to_image
 
 PNG_KEY = "mlx-blockskip"
@@ -64,12 +65,11 @@ def encode(
     """All prompts by their text, in one sweep, and the negative one where there is guidance."""
     negatives = [config.negative_prompt] if config.guided else []
     texts = [*prompts, *negatives]
+    warn_of_syntax(texts)
     with phase("encode prompts", len(texts), "prompt") as track:
         encoded = model.encode_prompts(prompts, config.max_sequence_length, negatives)
         track.step(len(texts))
-    for text, cut in zip(texts, encoded.truncated, strict=True):
-        if cut:
-            emit(Warning(f"the prompt is longer than {config.max_sequence_length} tokens and was cut: {text}"))
+    warn_of_length(texts, encoded, config.max_sequence_length)
     return dict(zip(prompts, encoded.prompts, strict=False)), encoded.prompts[-1] if config.guided else None
 
 

@@ -12,16 +12,15 @@ from mlx_blockskip.blockskip.selection import FULL, Distances
 from mlx_blockskip.data import Dataset, load_dataset
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.events import Note, Saved, Table, emit
+from mlx_blockskip.events import Note, Saved, Table, Warning, emit
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.vision.encoder import Encoder
 from mlx_blockskip.options import to_mapping
 from mlx_blockskip.settings import SelectSettings
-from mlx_blockskip.tasks.checkpoint.adapter_names import CONFIG
-from mlx_blockskip.tasks.checkpoint.adapters import here, load_adapters
+from mlx_blockskip.tasks.checkpoint.adapters import here, load_adapters, recorded
 from mlx_blockskip.tasks.checkpoint.encoders import clip_encoder, vision_encoder
 from mlx_blockskip.tasks.checkpoint.resolve import open_named
-from mlx_blockskip.tasks.defaults import check_size, draw_config
+from mlx_blockskip.tasks.defaults import check_seeds, check_size, draw_config
 from mlx_blockskip.tasks.memory.check import budget_of, check_generation
 from mlx_blockskip.tasks.memory.trace import trace_paths, traced
 from mlx_blockskip.tasks.select import plot
@@ -63,6 +62,8 @@ def select(settings: SelectSettings) -> Selection:
     dataset = load_dataset(Path(settings.data).expanduser(), _only(settings.prompt)) if settings.data else None
     if dataset is None and settings.method == "probe":
         raise UserError("--data: give a directory of the subject's images to probe with, or another --method")
+    for text in dataset.warnings if dataset else ():
+        emit(Warning(text))
     model = open_named(settings.model, budget_of(settings.memory_budget))
     depth = model.stack.depth
     k = largest(settings.skip_ratio, depth)
@@ -139,11 +140,7 @@ def output_paths(settings: SelectSettings) -> tuple[Path, Path]:
     target = Path(settings.output).expanduser()
     if target.suffix != ".json":
         raise UserError(f"{target}: the selection is written as JSON; let --output end in .json")
-    for name in ("n_images", "stride", "noise_levels", "probe_images", "window"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least 1")
-    if settings.seed < 0:
-        raise UserError(f"--seed {settings.seed}: must be at least 0")
+    check_seeds(settings.seed, settings.n_images)
     picture = target.with_suffix(".png")
     if picture in trace_paths(settings.trace_memory) or target in trace_paths(settings.trace_memory):
         raise UserError(f"--trace-memory {settings.trace_memory}: is what this run writes; choose another name")
@@ -152,8 +149,6 @@ def output_paths(settings: SelectSettings) -> tuple[Path, Path]:
 
 def largest(ratio: float, depth: int) -> int:
     """k of the largest ratio that plans are wanted for. Raises UserError."""
-    if not 0 < ratio < 1:
-        raise UserError(f"--skip-ratio {ratio:g}: must be above 0 and below 1")
     k = budget(ratio, depth)
     if k < 1:
         raise UserError(f"--skip-ratio {ratio:g}: skips none of {depth} blocks; {1 / depth:.2f} is the least")
@@ -206,8 +201,7 @@ def prompts_of(settings: SelectSettings, number: int, dataset: Dataset | None) -
     """What is given; else the captions that an adapter was trained on; else those of the images. Raises UserError."""
     prompts = list(settings.prompt)
     if not prompts and settings.adapter_path:
-        config = here(settings.adapter_path[number]) / CONFIG
-        prompts = list(files.read_json(config).get("captions", [])) if config.is_file() else []
+        prompts = list(recorded(here(settings.adapter_path[number])).get("captions", []))
     if not prompts and dataset is not None:
         prompts = list(dict.fromkeys(example.caption for example in dataset.examples))
     if not prompts:

@@ -56,7 +56,7 @@ def probed_plan(
     )  # fmt: skip
     made_from = {"model_identity": model.identity, "data": dataset.identity, "probe": asdict(probe)}
     path = directory / FILE
-    found = files.read_json(path) if path.is_file() else {}
+    found = files.read_object(path) if path.is_file() else {}
     if any(found.get(key) != value for key, value in made_from.items()):
         emit(Note(f"Probing which blocks to skip at a ratio of {ratio:g}; --plan even takes both ends alike instead"))
         (table,), _ = probe_subject(model, dataset, probe, [lora.Adapter()])

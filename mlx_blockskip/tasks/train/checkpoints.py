@@ -108,6 +108,11 @@ def found(directory: Path) -> list[Path]:
     return sorted(p for p in (directory / "checkpoints").glob("step-*") if (p / "state.json").is_file())
 
 
+def step_of(path: Path) -> int:
+    """The steps that were done in a checkpoint, by its name."""
+    return int(path.name.rpartition("-")[2])
+
+
 def load(path: Path, stack: Stack, settings: dict[str, Any], moments: Moments) -> State:
     """Read a checkpoint, its moments into `moments`.
 

@@ -29,7 +29,10 @@ from mlx_blockskip.tasks.train.job import Job
 from mlx_blockskip.tasks.train.precompute import compute_chunk
 
 PATIENCE = 10
-"""Steps in a row without a finite loss before the run stops."""
+"""Steps in a row without a usable loss before the run stops."""
+
+LARGEST_LOSS = 1000.0
+"""A model that predicts nothing has a loss of about 2 for an image that counts 1; what is above this has diverged."""
 
 
 def run(job: Job, state: State) -> float:
@@ -46,16 +49,13 @@ def run(job: Job, state: State) -> float:
             with phase("train", config.iters, "step", release=job.model.release) as track:
                 while state.step < last:
                     loss = train_step(job, chunk, state)
-                    finite = math.isfinite(loss)
-                    failures = 0 if finite else failures + 1
-                    losses = [*losses[-49:], loss] if finite else losses
-                    if failures == PATIENCE:
-                        raise UserError(
-                            f"the loss was not finite {PATIENCE} steps in a row; "
-                            f"lower --learning-rate (now {config.learning_rate:g})"
-                        )
+                    usable = loss <= LARGEST_LOSS * max(1.0, config.prior_weight)
+                    failures = 0 if usable else failures + 1
+                    losses = [*losses[-49:], loss] if math.isfinite(loss) else losses
+                    if failures == PATIENCE or (state.step == config.iters and failures >= late(config.iters)):
+                        raise UserError(diverged(job, state.step, failures))
                     track.step(state.step, loss, optimizer.learning_rate(config, state.step - 1))
-                    after_step(job, state)
+                    after_step(job, state, whole=failures == 0)
     except KeyboardInterrupt:
         if state.step:
             path = checkpoints.save(job.directory, state, job.model.stack, job.identity)
@@ -66,6 +66,24 @@ def run(job: Job, state: State) -> float:
             raise
         raise UserError(f"{device.described(error)}; {rescued(job, state)}") from error
     return sum(losses) / max(1, len(losses))
+
+
+def late(iters: int) -> int:
+    """How many steps without a usable loss at the end of a run mean that what it has learned is lost."""
+    return max(1, min(PATIENCE, iters // 4))
+
+
+def diverged(job: Job, step: int, steps: int) -> str:
+    """What a run says that stops because it learns no more. What was saved before stays; of that, what the first of
+    these steps began with is no better.
+    """
+    good = [path for path in checkpoints.found(job.directory) if checkpoints.step_of(path) < step - steps]
+    saved = good[-1] if good else None
+    kept = f"{saved} is the last good state" if saved else "nothing worth keeping was learned"
+    return (
+        f"the loss was not finite, or beyond all bounds, {steps} steps in a row; {kept}; lower --learning-rate "
+        f"(now {job.config.learning_rate:g}) and begin again with another --adapter-path"
+    )
 
 
 def rescued(job: Job, state: State) -> str:
@@ -154,10 +172,10 @@ def train_step(job: Job, chunk: Chunk, state: State) -> float:
     return value
 
 
-def after_step(job: Job, state: State) -> None:
-    """Checkpoint and sample images, where it is time."""
+def after_step(job: Job, state: State, whole: bool = True) -> None:
+    """Checkpoint and sample images, where it is time. whole: whether the loss was usable; else nothing is kept."""
     config = job.config
-    if config.steps_per_save and state.step % config.steps_per_save == 0 and state.step < config.iters:
+    if whole and config.steps_per_save and state.step % config.steps_per_save == 0 and state.step < config.iters:
         checkpoints.save(job.directory, state, job.model.stack, job.identity)
     if config.steps_per_sample and state.step % config.steps_per_sample == 0:
         adapter = lora.combine([state.tree], [config.scale])

@@ -17,6 +17,7 @@ from mlx_blockskip.events import Warning, emit
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.tasks.defaults import TrainConfig
 from mlx_blockskip.tasks.phases import phase
+from mlx_blockskip.tasks.prompts import warn_of_length
 from mlx_blockskip.tasks.sampling.previews import class_images
 from mlx_blockskip.tasks.train.begin import Given
 from mlx_blockskip.tasks.train.job import CACHE, Job
@@ -68,9 +69,7 @@ def encode_captions(config: TrainConfig, model: DiffusionModel, captions: Sequen
         named = {f"{i}.{key}": v for i, prompt in enumerate(encoded.prompts) for key, v in prompt.items()}
         files.save_tensors(store, named, durable=False)
         track.step(len(captions))
-    for caption, cut in zip(captions, encoded.truncated, strict=True):
-        if cut:
-            emit(Warning(f"the caption is longer than {config.max_sequence_length} tokens and was cut: {caption}"))
+    warn_of_length(captions, encoded, config.max_sequence_length, "caption")
     shapes = {tuple((key, value.shape) for key, value in prompt.items()) for prompt in encoded.prompts}
     if len(shapes) > 1 and config.batch_size > 1:
         raise UserError(

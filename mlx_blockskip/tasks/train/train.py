@@ -25,6 +25,7 @@ from mlx_blockskip.tasks.defaults import train_config
 from mlx_blockskip.tasks.memory.check import budget_of, check_training
 from mlx_blockskip.tasks.memory.limit import described
 from mlx_blockskip.tasks.memory.trace import traced
+from mlx_blockskip.tasks.prompts import warn_of_syntax
 from mlx_blockskip.tasks.skipping.choice import even_plan, known_plan, probed_plan
 from mlx_blockskip.tasks.train import checkpoints
 from mlx_blockskip.tasks.train.begin import begin, given_adapter, new_factors, whole, with_rank
@@ -56,6 +57,8 @@ def train(settings: TrainSettings) -> TrainResult:
     dataset = load_dataset(Path(settings.data).expanduser(), settings.prompt)
     for text in dataset.warnings:
         emit(Warning(text))
+    captions = dict.fromkeys(example.caption for example in dataset.examples)
+    warn_of_syntax([*captions, *settings.sample_prompt, *settings.class_prompt])
     model = open_named(settings.model, budget_of(settings.memory_budget))
     adapter = given_adapter(settings, model)
     config = train_config(with_rank(settings, adapter), model, [example.caption for example in dataset.examples])
