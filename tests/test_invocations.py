@@ -92,7 +92,7 @@ WRONG = [
     (f"{DRAW} --noise nan.safetensors --width 64 --height 64", "its noise holds numbers that are not finite"),
     (f"{DRAW} --adapter-path gone", "gone: no such adapter"),
     (f"{DRAW} --adapter-path ''", "--adapter-path: is empty"),
-    (f"{DRAW} --adapter-path empty", "no such adapter; give an adapter directory or a LoRA"),
+    (f"{DRAW} --adapter-path empty", "no such adapter; give an adapter directory, a LoRA"),
     (f"{DRAW} --adapter-path plain.txt", "plain.txt: not a whole safetensors file"),
     (f"{DRAW} --adapter-path adapter-array", "describes no adapter"),
     # models

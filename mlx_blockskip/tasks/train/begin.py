@@ -1,7 +1,7 @@
 """Where a run begins: with new factors, or with those of an adapter that is trained further."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
@@ -12,6 +12,7 @@ from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.shards import Added
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import family_named, read_config
+from mlx_blockskip.options import changed
 from mlx_blockskip.settings import TrainSettings
 from mlx_blockskip.tasks.checkpoint.adapters import load_adapters
 from mlx_blockskip.tasks.defaults import TrainConfig
@@ -46,7 +47,7 @@ def with_rank(settings: TrainSettings, adapter: lora.Adapter | None) -> TrainSet
     """The settings with the rank of the adapter's factors, where none is given."""
     if adapter is None or settings.rank is not None or not (ranks := ranks_of(adapter.tree)):
         return settings
-    return replace(settings, rank=max(ranks))
+    return changed(settings, rank=max(ranks))
 
 
 def ranks_of(tree: lora.Tree) -> set[int]:
