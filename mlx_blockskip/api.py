@@ -111,8 +111,10 @@ def load(model: str = "tiny-flux", memory_budget: int | None = None) -> "Diffusi
     """Open a model for use from Python; what has to be converted first is converted silently."""
     system.require()
     from mlx_blockskip.tasks.checkpoint import resolve
+    from mlx_blockskip.tasks.running import running
 
-    return resolve.open_named(model, memory_budget)
+    with running("load"):
+        return resolve.open_named(model, memory_budget)
 
 
 def _run(name: str, given: Any, options: dict[str, Any], on_event: Listener | None) -> Any:

@@ -3,18 +3,16 @@
 import hashlib
 import itertools
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_blockskip.engine import disk, foreign
+from mlx_blockskip.engine import disk, foreign, leftovers, oserrors
 from mlx_blockskip.engine.dtypes import dtype_name, mlx_dtype, raw_bytes
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.hashing import WrittenHash
@@ -27,22 +25,18 @@ def atomic_file(path: Path, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes `path`'s place when the block ends well, else it is removed.
 
     durable: it is on the disk before it has its name, and its name when this returns, so that a power loss leaves all
-    of it or none. Scratch that no later run reads can do without.
+    of it or none. Scratch that no later run reads can do without. An OSError names `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)
-        if durable:
-            disk.flush_file(temporary)
-        temporary.replace(path)
-        if durable:
-            disk.flush_directory(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with oserrors.about(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with leftovers.temporary_file(path) as temporary:
+            yield temporary
+            temporary.chmod(0o644)
+            if durable:
+                disk.flush_file(temporary)
+            temporary.replace(path)
+            if durable:
+                disk.flush_directory(path.parent)
 
 
 @contextmanager
@@ -53,38 +47,17 @@ def atomic_directory(path: Path, replace: bool = False, durable: bool = True) ->
     """
     if path.exists() and not replace:
         raise UserError(f"{path}: already exists; choose another path or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if durable:
-            disk.flush_tree(temporary)
-        old = None
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            path.replace(old)
-        temporary.replace(path)
-        if durable:
-            disk.flush_directory(path.parent)
-        if old:
-            remove_tree(old)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def remove_tree(path: Path) -> None:
-    """Remove a directory and what is in it, also where some of that goes by itself: on disks without extended
-    attributes (exFAT, shares) macOS removes a file's companion `._name` with the file. There shutil.rmtree fails before
-    Python 3.13.
-    """
-    for folder, folders, names in os.walk(path, topdown=False):
-        for name in names:
-            Path(folder, name).unlink(missing_ok=True)
-        for name in folders:
-            below = Path(folder, name)
-            below.unlink() if below.is_symlink() else below.rmdir()
-    path.rmdir()
+    with oserrors.about(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with leftovers.temporary_directory(path) as temporary:
+            yield temporary
+            temporary.chmod(0o755)
+            if durable:
+                disk.flush_tree(temporary)
+            with leftovers.set_aside(path) if path.exists() else nullcontext():
+                temporary.replace(path)
+                if durable:
+                    disk.flush_directory(path.parent)
 
 
 def free_space(path: Path) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_blockskip.engine import files, listing
+from mlx_blockskip.engine import files, leftovers, listing
 from mlx_blockskip.engine.errors import UserError
 
 MARKER = "made_from.json"
@@ -40,9 +40,20 @@ def clear(path: Path, names: Sequence[str]) -> None:
     if not _marked(path):
         return
     _clear(path, names)
+    remove_empty(path)
+
+
+def remove(path: Path, names: Sequence[str]) -> None:
+    """Remove what has these names from a directory that is known to be ours, and itself where nothing else is left."""
+    _clear(path, names)
+    remove_empty(path)
+
+
+def remove_empty(path: Path) -> None:
+    """Remove a directory where there is nothing in it, or the marker alone."""
     marker = path / MARKER
-    if set(path.iterdir()) <= {marker, listing.companion(marker)}:
-        marker.unlink()
+    if path.is_dir() and set(path.iterdir()) <= {marker, listing.companion(marker)}:
+        marker.unlink(missing_ok=True)
         listing.companion(marker).unlink(missing_ok=True)
         path.rmdir()
 
@@ -52,7 +63,7 @@ def _clear(path: Path, names: Sequence[str]) -> None:
         if not _ours(found, names):
             continue
         if found.is_dir() and not found.is_symlink():
-            files.remove_tree(found)
+            leftovers.remove_tree(found)
         else:
             found.unlink()
     for left in list(path.glob("._*")):  # macOS takes a companion away with its file, other systems do not

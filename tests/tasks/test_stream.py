@@ -123,7 +123,7 @@ def test_a_killed_process_is_gone_on_from(repo, usual, tmp_path):
         time.sleep(0.02)
     run.send_signal(signal.SIGKILL)
     run.wait()
-    (tmp_path / "mlx.streaming" / "model" / "transformer" / ".x.1.tmp").touch()
+    (tmp_path / "mlx.streaming" / "model" / "transformer" / ".x.12345678.blockskip-tmp").touch()
     repo.delay = 0.0
     assert content(streamed(tmp_path / "mlx")) == usual
 

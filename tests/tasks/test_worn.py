@@ -47,7 +47,7 @@ def lora_file(path, model_path, modules, seed=0, size=0.5):
 def image(tmp_path, model, adapters=(), **options):
     paths = generate(
         model=str(model), prompt=["a cat"], adapter_path=list(adapters), width=64, height=64, steps=2,
-        output=str(tmp_path / "o.png"), **options,
+        output=str(tmp_path / "o.png"), overwrite=True, **options,
     )  # fmt: skip
     return np.asarray(Image.open(paths[0]), int)
 

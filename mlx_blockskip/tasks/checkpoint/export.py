@@ -18,6 +18,7 @@ from mlx_blockskip.settings import ExportSettings
 from mlx_blockskip.tasks.captions import common_words
 from mlx_blockskip.tasks.checkpoint.adapters import CONFIG, PEFT_FILE, TENSORS, read_tensors, write_adapter
 from mlx_blockskip.tasks.checkpoint.base import base_model
+from mlx_blockskip.tasks.targets import check
 
 SAID = {"diffusers": "LoRA for diffusers", "comfyui": "LoRA for ComfyUI", "kohya": "LoRA in kohya's format"}
 FOLDER = "mlx_adapter"
@@ -31,8 +32,7 @@ def export(settings: ExportSettings) -> Path:
     source = Path(settings.adapter_path).expanduser()
     as_directory = settings.format == "mlx"
     target = Path(settings.output or (FOLDER if as_directory else PEFT_FILE)).expanduser()
-    if target.exists():
-        raise UserError(f"{target}: already exists; choose another --output or remove it")
+    check(target, "--output", settings.overwrite and not as_directory)
     config = files.read_json(source / CONFIG)
     tensors, scale = read_tensors(source / TENSORS), float(config.get("scale", 1.0))
     dtype: mx.Dtype = getattr(mx, settings.dtype)

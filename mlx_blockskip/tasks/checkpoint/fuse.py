@@ -16,9 +16,10 @@ from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import open_model, read_config
 from mlx_blockskip.settings import FuseSettings
 from mlx_blockskip.tasks.checkpoint.adapters import CONFIG, check_strengths, load_adapter
-from mlx_blockskip.tasks.checkpoint.hf import check_room, write_hugging_face
+from mlx_blockskip.tasks.checkpoint.hf import write_hugging_face
 from mlx_blockskip.tasks.checkpoint.resolve import resolve
 from mlx_blockskip.tasks.phases import phase
+from mlx_blockskip.tasks.targets import check_room, check_writable
 
 
 def fuse(settings: FuseSettings) -> Path:
@@ -26,6 +27,7 @@ def fuse(settings: FuseSettings) -> Path:
     target = Path(settings.save_path).expanduser()
     if target.exists():
         raise UserError(f"{target}: already exists; choose another --save-path or remove it")
+    check_writable(target, "--save-path")
     paths = [Path(path).expanduser() for path in settings.adapter_path or ["adapters"]]
     check_strengths(paths, settings.lora_scale)
     name = settings.model or _recorded(paths[0]).get("base_model")

@@ -93,8 +93,6 @@ def convert_streaming(repo: Repo, target: Path, precision: Precision, origin: st
             raise UserError(f"{target}: {hub.gib(need)} are needed and {free} are free; choose another disk")
         emit(Note(f"Streaming {repo.name} ({hub.gib(through)} in all), which takes {hub.gib(need)} of disk"))
         made.mkdir(exist_ok=True)
-        for half in made.rglob(".*.tmp"):  # of a process that was killed
-            half.unlink()
         with phase("convert", len(shards), "shards") as track:
             done = 0
 
@@ -114,7 +112,6 @@ def convert_streaming(repo: Repo, target: Path, precision: Precision, origin: st
         made.replace(target)
         disk.flush_directory(target.parent)
         owned.clear(work, OURS)
-    target.with_name(f"{work.name}.lock").unlink(missing_ok=True)
 
 
 def _converted(source: Path, made: Path, precision: Precision, origin: str) -> Iterator[tuple[str, str]]:

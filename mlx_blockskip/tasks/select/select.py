@@ -25,7 +25,9 @@ from mlx_blockskip.tasks.memory.check import budget_of, check_generation
 from mlx_blockskip.tasks.memory.trace import trace_paths, traced
 from mlx_blockskip.tasks.select import plot
 from mlx_blockskip.tasks.select.masked import Masks, Series, distances, make
+from mlx_blockskip.tasks.skipping.choice import FILE
 from mlx_blockskip.tasks.skipping.probe import ProbeSettings, probe_subject
+from mlx_blockskip.tasks.targets import chosen
 
 SHOWN_RATIOS = (0.3, 0.4, 0.5)
 """The paper's skip ratios."""
@@ -129,20 +131,25 @@ def _curves(table: Distances, where: dict[str, Any]) -> dict[str, Any]:
     return {**where, "first": list(table.first), "last": list(table.last)}
 
 
-LEFT_OUT = ("output", "memory_budget", "trace_memory", "model", "adapter_path", "data")
+LEFT_OUT = ("output", "overwrite", "memory_budget", "trace_memory", "model", "adapter_path", "data")
 """Settings that do not change what is measured, or that are recorded by what they mean."""
+
+
+def with_picture(path: Path) -> list[Path]:
+    """The JSON file and the picture beside it."""
+    return [path, path.with_suffix(".png")]
 
 
 def output_paths(settings: SelectSettings) -> tuple[Path, Path]:
     """The JSON file and the picture beside it. Raises UserError for settings that are wrong by themselves."""
-    target = Path(settings.output).expanduser()
-    if target.suffix != ".json":
-        raise UserError(f"{target}: the selection is written as JSON; let --output end in .json")
+    if settings.output is not None and Path(settings.output).suffix != ".json":
+        raise UserError(f"{settings.output}: the selection is written as JSON; let --output end in .json")
     for name in ("n_images", "stride", "noise_levels", "probe_images", "window"):
         if getattr(settings, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least 1")
     if settings.seed < 0:
         raise UserError(f"--seed {settings.seed}: must be at least 0")
+    target = chosen(settings.output, FILE, "--output", settings.overwrite, with_picture)
     picture = target.with_suffix(".png")
     if picture in trace_paths(settings.trace_memory) or target in trace_paths(settings.trace_memory):
         raise UserError(f"--trace-memory {settings.trace_memory}: is what this run writes; choose another name")

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_blockskip import lora
-from mlx_blockskip.engine import files
+from mlx_blockskip.engine import files, owned
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.interrupt import deferred
 from mlx_blockskip.engine.stack import Stack
@@ -17,6 +17,8 @@ from mlx_blockskip.tasks.checkpoint.adapters import read_tensors
 from mlx_blockskip.tasks.train.moments import BlockMoments, Moments
 
 KEPT = 2
+FILES = ("adapters.safetensors", "chunk_adapters.safetensors", "moments.safetensors", "state.json")
+"""What a checkpoint holds."""
 
 
 @dataclass
@@ -72,8 +74,14 @@ def save(directory: Path, state: State, stack: Stack, settings: dict[str, Any]) 
         counts = {"step": state.step, "updates": state.updates, "skipped": state.skipped}
         files.write_json(temporary / "state.json", {**counts, "settings": settings})
     for old in found(directory)[:-KEPT]:
-        files.remove_tree(old)
+        remove(old)
     return target
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint; the directory stays where a user has put something into it."""
+    (path / FILES[-1]).unlink()  # what is left of it after a kill is no checkpoint
+    owned.remove(path, FILES)
 
 
 def _save_moments(path: Path, state: State) -> None:

@@ -17,6 +17,7 @@ from mlx_blockskip.events import Event, Note, Saved, Warning, as_record, emit, l
 from mlx_blockskip.models.registry import family_named, read_config
 from mlx_blockskip.options import to_mapping
 from mlx_blockskip.settings import TrainSettings
+from mlx_blockskip.tasks import targets
 from mlx_blockskip.tasks.alone import alone
 from mlx_blockskip.tasks.checkpoint.adapters import TENSORS, save_adapter
 from mlx_blockskip.tasks.checkpoint.resolve import open_named
@@ -25,7 +26,7 @@ from mlx_blockskip.tasks.memory.check import budget_of, check_training
 from mlx_blockskip.tasks.memory.limit import described
 from mlx_blockskip.tasks.memory.trace import traced
 from mlx_blockskip.tasks.skipping.choice import even_plan, known_plan, probed_plan
-from mlx_blockskip.tasks.train import checkpoints
+from mlx_blockskip.tasks.train import checkpoints, place
 from mlx_blockskip.tasks.train.checkpoints import State
 from mlx_blockskip.tasks.train.job import CACHE, CACHE_FILES, Job
 from mlx_blockskip.tasks.train.loop import run
@@ -49,8 +50,13 @@ def train(settings: TrainSettings) -> TrainResult:
     if not settings.data:
         raise UserError("--data: give a directory of images")
     directory = Path(settings.adapter_path).expanduser()
-    if not settings.resume and (directory / TENSORS).exists():
-        raise UserError(f"{directory}: already holds an adapter; choose another --adapter-path, or go on with --resume")
+    targets.check_writable(directory / TENSORS, "--adapter-path")
+    with alone(directory / ".lock"):
+        place.claim(directory, settings.resume, settings.overwrite)
+        return _train(settings, directory)
+
+
+def _train(settings: TrainSettings, directory: Path) -> TrainResult:
     dataset = load_dataset(Path(settings.data).expanduser(), settings.prompt)
     for text in dataset.warnings:
         emit(Warning(text))
@@ -59,19 +65,17 @@ def train(settings: TrainSettings) -> TrainResult:
     emit(Note(described(limits.in_force())))
     plan = known_plan(settings, model)
     ample = check_training(config, model, plan or even_plan(settings, model))
-    with alone(directory / ".lock"):
-        owned.begin(directory / CACHE, CACHE_FILES)
-        if plan is None:
-            plan = probed_plan(settings, config, model, dataset, directory)
-            ample = check_training(config, model, plan)
-        job = prepare(config, directory, model, dataset, plan, ample)
-        state = first_state(job)
-        describe(job)
-        with logged(directory / "log.jsonl"):
-            loss = run(job, state)
-            finish(job, state, settings)
-        owned.clear(directory / CACHE, CACHE_FILES)
-    (directory / ".lock").unlink(missing_ok=True)
+    owned.begin(directory / CACHE, CACHE_FILES)
+    if plan is None:
+        plan = probed_plan(settings, config, model, dataset, directory)
+        ample = check_training(config, model, plan)
+    job = prepare(config, directory, model, dataset, plan, ample)
+    state = first_state(job)
+    describe(job)
+    with logged(directory / "log.jsonl"):
+        loss = run(job, state)
+        finish(job, state, settings)
+    owned.clear(directory / CACHE, CACHE_FILES)
     return TrainResult(directory, state.step, state.skipped, loss)
 
 
@@ -119,12 +123,23 @@ def describe(job: Job) -> None:
         emit(Note(f"every other sample is one of {len(samples.prior.examples)} class images"))
 
 
+PLACES = ("data", "class_data")
+"""Settings that later commands read where the adapter records them."""
+
+
+def findable(path: str) -> str:
+    """A directory by a path that means the same everywhere; what names no directory as it is."""
+    place = Path(path).expanduser()
+    return str(place.absolute()) if place.is_dir() else path
+
+
 def finish(job: Job, state: State, given: TrainSettings) -> None:
     """Write the adapter, and say what went wrong on the way. given: the settings before they were filled."""
+    settings = to_mapping(given) | job.config.recorded()
     description = {
         "format": 1,
         "family": read_config(job.model.path)["family"],
-        "base_model": job.config.model,
+        "base_model": findable(job.config.model),
         "base_model_identity": job.model.identity,
         "rank": job.config.rank,
         "scale": job.config.scale,
@@ -133,7 +148,7 @@ def finish(job: Job, state: State, given: TrainSettings) -> None:
         "plan": job.plan.to_json(),
         "steps": state.step,
         "skipped_steps": state.skipped,
-        "settings": to_mapping(given) | job.config.recorded(),
+        "settings": settings | {name: findable(settings[name]) for name in PLACES if settings.get(name)},
     }
     checkpoints.save(job.directory, state, job.model.stack, job.identity)
     save_adapter(job.directory, state.tree, job.model, description)
