@@ -21,7 +21,7 @@ def begin(path: Path, names: Sequence[str], made_from: Mapping[str, Any] | None 
     record = json.loads(json.dumps({**MADE_BY, **(made_from or {})}))
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file, and a directory of this name is needed; move it elsewhere")
-    before = _marked(path)
+    before = recorded(path)
     foreign = sorted(p.name for p in listing.visible(path) if p != marker and not (before and _ours(p, names)))
     if foreign or (marker.exists() and not before):
         raise UserError(
@@ -37,7 +37,7 @@ def clear(path: Path, names: Sequence[str]) -> None:
     """Remove from a directory that carries the marker what has these names, and the directory where nothing else is
     left. A directory without the marker is left alone.
     """
-    if not _marked(path):
+    if not recorded(path):
         return
     _clear(path, names)
     remove_empty(path)
@@ -75,8 +75,8 @@ def _ours(path: Path, names: Sequence[str]) -> bool:
     return any(path.match(name) for name in names)
 
 
-def _marked(path: Path) -> dict[str, Any] | None:
-    """What the marker records; None where there is none of ours."""
+def recorded(path: Path) -> dict[str, Any] | None:
+    """What the marker of a directory records; None where there is none of ours."""
     try:
         record = json.loads((path / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):

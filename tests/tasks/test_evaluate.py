@@ -154,7 +154,7 @@ def test_only_what_is_not_there_is_made(asked, tmp_path):
     assert digests(images) == before
     assert json.loads(second.report.read_text()) == json.loads(first.report.read_text())
     (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS[::-1], "a {} on a white background"]))
-    with pytest.raises(UserError, match=r"evaluation.json: is of other settings; give another --output, or --overwrite"):
+    with pytest.raises(UserError, match=r"evaluation.json: is of other settings; give another --output"):
         made({**asked, "n_images": 1, "overwrite": False})
     _, _, more = made({**asked, "n_images": 1})
     assert [path.name.rsplit("-", 1)[0] for path in more] == ["adapted-a-sks-toy-on-a-white-background-0"]

@@ -18,7 +18,7 @@ from mlx_blockskip.tasks.checkpoint.hf import write_hugging_face
 from mlx_blockskip.tasks.checkpoint.hub import ENCODER, PIPELINE, download
 from mlx_blockskip.tasks.checkpoint.recognise import family_of, is_converted, is_encoder
 from mlx_blockskip.tasks.checkpoint.single import Writing
-from mlx_blockskip.tasks.checkpoint.stream import convert_streaming
+from mlx_blockskip.tasks.checkpoint.stream import convert_streaming, finish
 from mlx_blockskip.tasks.phases import phase
 from mlx_blockskip.tasks.targets import check_room, check_writable
 
@@ -33,6 +33,10 @@ def convert(settings: ConvertSettings) -> Path:
     target = Path(settings.mlx_path).expanduser()
     if not settings.hf_path:
         raise UserError("--hf-path: give a Hugging Face directory, a safetensors file or a repo id")
+    named = repo_named(settings.hf_path) if settings.stream else None
+    if named is not None and target.exists() and finish(named, target, wanted(settings)):
+        emit(Saved(target, "model"))
+        return target
     if target.exists():
         raise UserError(f"{target}: already exists; choose another --mlx-path or remove it")
     check_writable(target, "--mlx-path")

@@ -114,6 +114,18 @@ def convert_streaming(repo: Repo, target: Path, precision: Precision, origin: st
         owned.clear(work, OURS)
 
 
+def finish(repo: Repo, target: Path, precision: Precision) -> bool:
+    """Whether `target` is this conversion, which was killed when it had its name; what is left beside it goes."""
+    work = target.with_name(f"{target.name}.streaming")
+    made_from = owned.recorded(work)
+    same = made_from is not None and (work / "model").exists() is False and made_from["repo"] == repo.name
+    if not same or made_from["precision"] != asdict(hub.in_full(precision, hub.PIPELINE)):
+        return False
+    with alone(target.with_name(f"{work.name}.lock")):
+        owned.clear(work, OURS)
+    return True
+
+
 def _converted(source: Path, made: Path, precision: Precision, origin: str) -> Iterator[tuple[str, str]]:
     family = hub.family_of(source)
     return write.write_model(source, made, family, precision, run.open_checkpoint(source, family), origin)

@@ -23,6 +23,10 @@ CLASS_NOISE = 0xC1A
 CLASS_FILES = ("[0-9][0-9][0-9][0-9].png", "metadata.jsonl")
 """What the directory of class images holds."""
 
+SAMPLES = "samples"
+SAMPLE_FILES = "step-[0-9][0-9][0-9][0-9][0-9][0-9]-*.png"
+"""The directory of sample images in that of a run, and what they are called."""
+
 WAITING = 8
 """Class images that wait in one sweep."""
 
@@ -64,6 +68,15 @@ def render(
     model.release()
 
 
+def missing_samples(prompts: Sequence[str], directory: Path, step: int) -> bool:
+    """Whether not all sample images of a step are there."""
+    return not all(path.is_file() for path in _sample_paths(prompts, directory, step))
+
+
+def _sample_paths(prompts: Sequence[str], directory: Path, step: int) -> list[Path]:
+    return [directory / f"step-{step:06d}-{i}.png" for i in range(1, len(prompts) + 1)]
+
+
 def write_samples(
     model: DiffusionModel, prompts: Sequence[str], tree: lora.Tree, directory: Path, step: int, seed: int
 ) -> None:
@@ -71,8 +84,7 @@ def write_samples(
     size = model.defaults.width, model.defaults.height
     noise = seeded_noise(model, seed, *size)
     images = render(model, encode(model, prompts), prompts, [noise] * len(prompts), size, tree)
-    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True), 1):
-        path = directory / f"step-{step:06d}-{i}.png"
+    for path, image, prompt in zip(_sample_paths(prompts, directory, step), images, prompts, strict=True):
         write_png(path, image)
         emit(Image(path, prompt))
 

@@ -22,7 +22,7 @@ from mlx_blockskip.events import Note, emit
 from mlx_blockskip.models.family import Tokens
 from mlx_blockskip.tasks.memory.waiting import adapter_waits
 from mlx_blockskip.tasks.phases import phase
-from mlx_blockskip.tasks.sampling.previews import write_samples
+from mlx_blockskip.tasks.sampling.previews import SAMPLES, missing_samples, write_samples
 from mlx_blockskip.tasks.train import checkpoints, optimizer
 from mlx_blockskip.tasks.train.checkpoints import State
 from mlx_blockskip.tasks.train.job import Job
@@ -40,6 +40,7 @@ def run(job: Job, state: State) -> float:
     losses: list[float] = []
     failures = 0
     try:
+        sample(job, state)  # where the run was stopped between a checkpoint and these
         while state.step < config.iters:
             batches, chunk = next_chunk(job, state)
             last = min(config.iters, batches.stop // config.grad_accumulation)
@@ -159,7 +160,14 @@ def after_step(job: Job, state: State) -> None:
     config = job.config
     if config.steps_per_save and state.step % config.steps_per_save == 0 and state.step < config.iters:
         checkpoints.save(job.directory, state, job.model.stack, job.identity)
-    if config.steps_per_sample and state.step % config.steps_per_sample == 0:
+    sample(job, state)
+
+
+def sample(job: Job, state: State) -> None:
+    """Sample images, where it is time and they are not there yet."""
+    config, directory = job.config, job.directory / SAMPLES
+    due = config.steps_per_sample and state.step and state.step % config.steps_per_sample == 0
+    if due and missing_samples(config.sample_prompt, directory, state.step):
         adapter = lora.combine([state.tree], [config.scale])
         job.model.release()
-        write_samples(job.model, config.sample_prompt, adapter, job.directory / "samples", state.step, config.seed)
+        write_samples(job.model, config.sample_prompt, adapter, directory, state.step, config.seed)

@@ -5,10 +5,8 @@ from pathlib import Path
 from mlx_blockskip.engine import listing, owned
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.tasks.checkpoint.adapters import TENSORS
+from mlx_blockskip.tasks.sampling.previews import SAMPLE_FILES, SAMPLES
 from mlx_blockskip.tasks.train import checkpoints
-
-SAMPLES = "samples"
-SAMPLE_FILES = "step-[0-9][0-9][0-9][0-9][0-9][0-9]-*.png"
 
 
 def claim(directory: Path, resume: bool, overwrite: bool) -> None:
