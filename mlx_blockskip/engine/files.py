@@ -5,7 +5,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +120,15 @@ class SafetensorsWriter:
         self._missing = {entry.name: entry.nbytes for entry in entries}  # bytes
 
     def __enter__(self) -> "SafetensorsWriter":
-        self._atomic = atomic_file(self.path, self.durable)
-        temporary = self._atomic.__enter__()
-        self._file = temporary.open("r+b")
-        self._hash = WrittenHash(temporary, self._file) if self.hashed else None
-        self._file.truncate(self._size)
-        self._put(0, self._header)
+        with ExitStack() as opened:
+            temporary = opened.enter_context(atomic_file(self.path, self.durable))
+            self._file = opened.enter_context(temporary.open("r+b"))
+            self._hash = WrittenHash(temporary, self._file) if self.hashed else None
+            if self._hash is not None:
+                opened.callback(self._hash.close)
+            self._file.truncate(self._size)
+            self._put(0, self._header)
+            self._opened = opened.pop_all()
         return self
 
     def write(self, name: str, array: mx.array | np.ndarray, start: int = 0) -> None:
@@ -154,16 +157,13 @@ class SafetensorsWriter:
             self._hash.wrote(place, data)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if self._hash is not None:
-            self.checksum = self._hash.hexdigest(self._size) if kind is None else ""
-            self._hash.close()
-        self._file.close()
-        names = sorted(name for name, left in self._missing.items() if left)
-        if kind is None and names:
-            missing = ValueError(f"{self.path}: not written: {', '.join(names)}")
-            self._atomic.__exit__(ValueError, missing, None)
-            raise missing
-        self._atomic.__exit__(kind, error, trace)
+        with self._opened:
+            if error is not None:
+                raise error
+            if names := sorted(name for name, left in self._missing.items() if left):
+                raise ValueError(f"{self.path}: not written: {', '.join(names)}")
+            if self._hash is not None:
+                self.checksum = self._hash.hexdigest(self._size)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Metadata = None, durable: bool = True) -> None:

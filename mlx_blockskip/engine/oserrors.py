@@ -46,10 +46,7 @@ def is_unread(error: RuntimeError) -> bool:
 def _named(given: object) -> str:
     """A path as the user knows it: that of a temporary is its target's."""
     path = Path(given.decode(errors="replace") if isinstance(given, bytes) else str(given))
-    for part in (path, *path.parents):
-        if part.name.startswith(".") and part.name.endswith(TEMPORARY):
-            return str(part.with_name(part.name[1:].rsplit(".", 2)[0]) / path.relative_to(part))
-    return str(path)
+    return str(Path(*(part[1:].rsplit(".", 2)[0] if part.endswith(TEMPORARY) else part for part in path.parts)))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_blockskip import lora
 from mlx_blockskip.blockskip import records, residuals
 from mlx_blockskip.blockskip.records import Chunk
-from mlx_blockskip.engine import device, kept, sweep
+from mlx_blockskip.engine import device, kept, oserrors, sweep
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.spill import Trees, hold_in
 from mlx_blockskip.engine.stack import arrays
@@ -62,6 +62,10 @@ def run(job: Job, state: State) -> float:
             path = checkpoints.save(job.directory, state, job.model.stack, job.identity)
             emit(Note(f"Stopped; {path} is saved. Go on with the same command and --resume"))
         raise
+    except OSError as error:
+        last = next(reversed(checkpoints.found(job.directory)), None)
+        saved = f"; {last} is the last checkpoint, from which --resume goes on" if last else ""
+        raise UserError(f"{oserrors.sentence(error)}{saved}") from error
     except RuntimeError as error:
         if not device.is_device_error(error):
             raise

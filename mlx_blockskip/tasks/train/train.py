@@ -11,7 +11,7 @@ from pathlib import Path
 from mlx_blockskip import lora
 from mlx_blockskip.blockskip.patches import coverage
 from mlx_blockskip.data import load_dataset
-from mlx_blockskip.engine import limits, owned
+from mlx_blockskip.engine import limits, oserrors, owned
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Event, Note, Saved, Warning, as_record, emit, listening
 from mlx_blockskip.models.registry import family_named, read_config
@@ -85,8 +85,9 @@ def logged(path: Path) -> Iterator[None]:
     with path.open("a", encoding="utf-8") as log:
 
         def write(event: Event) -> None:
-            log.write(json.dumps({"time": round(time.time(), 3), **as_record(event)}) + "\n")
-            log.flush()
+            with oserrors.about(path):
+                log.write(json.dumps({"time": round(time.time(), 3), **as_record(event)}) + "\n")
+                log.flush()
 
         with listening(write):
             yield
