@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_blockskip.engine import disk, foreign, leftovers, oserrors
+from mlx_blockskip.engine import disk, foreign, leftovers, oserrors, parsed
 from mlx_blockskip.engine.dtypes import dtype_name, mlx_dtype, raw_bytes
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.hashing import WrittenHash
@@ -78,15 +78,25 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises UserError where it is missing or broken."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object. Raises UserError where it is missing, broken, or too large to be one."""
+    value = read_any_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds {parsed.kind_of(value)}, and an object is needed; get it again")
+    return value
+
+
+def read_any_json(path: Path, most_parts: int = parsed.MAX_PARTS) -> Any:
+    """Read a JSON file that holds anything. Raises UserError likewise."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            return parsed.parse(file.read(parsed.MAX_BYTES + 1), most_parts)
     except FileNotFoundError:
         raise UserError(f"{path}: {foreign.absence(path) or 'no such file'}") from None
-    except (OSError, ValueError) as error:
-        reason = foreign.kind(path) if isinstance(error, ValueError) else None
-        raise UserError(f"{path}: {reason or f'not readable as JSON ({error})'}") from None
+    except OSError as error:
+        raise UserError(oserrors.sentence(error)) from None
+    except ValueError as error:
+        raise UserError(f"{path}: {foreign.kind(path) or f'not readable as JSON ({error})'}") from None
 
 
 def sha256(path: Path) -> str:
@@ -166,12 +176,21 @@ class SafetensorsWriter:
                 self.checksum = self._hash.hexdigest(self._size)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Metadata = None, durable: bool = True) -> None:
-    """Write a whole dictionary of tensors as one safetensors file, atomically, one tensor in memory at a time."""
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, mx.array],
+    metadata: Metadata = None,
+    durable: bool = True,
+    hashed: bool = False,
+) -> str:
+    """Write a whole dictionary of tensors as one safetensors file, atomically, one tensor in memory at a time. Returns
+    its checksum where it is `hashed`.
+    """
     entries = [TensorEntry(name, tuple(t.shape), dtype_name(t.dtype)) for name, t in tensors.items()]
-    with SafetensorsWriter(path, entries, metadata, durable) as writer:
+    with SafetensorsWriter(path, entries, metadata, durable, hashed) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
+    return writer.checksum
 
 
 def load_lazily(path: Path) -> dict[str, mx.array]:
@@ -194,7 +213,7 @@ class MappedTensors:
 
     def __init__(self, path: Path):
         self.path = path
-        self.header: Header = read_header(path)
+        self.header: Header = read_header(path, ours=True)
         self._names = Names(self.header.entries)
         self._bytes = np.memmap(path, mode="r", dtype=np.uint8)
 

@@ -435,7 +435,7 @@ def test_resume_where_there_is_no_checkpoint_yet_starts_the_run(quick, tmp_path)
     again = train(settings, on_event=events.append).adapter_path
     phases = {e.phase for e in events if isinstance(e, PhaseEnd)}
     assert not phases & {"class images", "encode images", "precompute"}
-    assert any(isinstance(e, Note) and "no checkpoint yet" in e.message for e in events)
+    assert any(isinstance(e, Note) and "no checkpoint that is whole" in e.message for e in events)
     assert_same_adapter(whole, again)
 
 

@@ -1,5 +1,6 @@
 """Adapters on disk: our directory, and the LoRA files of other tools; one adapter that adds them up."""
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from mlx_blockskip import lora
 from mlx_blockskip.converters import lora_files, lora_scales
 from mlx_blockskip.converters.lora_layers import Layers
 from mlx_blockskip.converters.run import load_table
-from mlx_blockskip.engine import files, listing
+from mlx_blockskip.engine import files, listing, sealed
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Warning, emit
 from mlx_blockskip.models.family import DiffusionModel
@@ -51,6 +52,7 @@ def load_adapter(model: DiffusionModel, path: Path) -> tuple[lora.Adapter, float
     family = family_named(read_config(model.path)["family"])
     file, config = located(path)
     if config is not None and PEFT_TYPE not in config:
+        check_sums(file, config)
         tree = lora.unflatten(read_tensors(file), model.stack, file)
         lora.check(tree, model.reader, file)
         return lora.divided(lora.layers(tree, model.stack), model.stack, family.lora_targets), scale_of(config, file)
@@ -119,7 +121,25 @@ def write_adapter(directory: Path, tensors: Mapping[str, mx.array], config: dict
     """Write factors by their full names, and their description: as mlx-lm has it, and beside that as we do."""
     files.save_tensors(directory / TENSORS, tensors, {"format": "mlx"})
     theirs = mlx_lm_config(tensors, float(config.get("scale", 1.0)))
-    files.write_json(directory / CONFIG, {**config, **theirs, "sha256": {TENSORS: files.sha256(directory / TENSORS)}})
+    sums = {TENSORS: files.sha256(directory / TENSORS), "scale": _sum_of(config.get("scale", 1.0))}
+    files.write_json(directory / CONFIG, {**config, **theirs, "sha256": sums})
+
+
+def check_sums(file: Path, config: Mapping[str, Any]) -> None:
+    """Raise UserError where the factors or their scale are not what was written."""
+    sums = config.get("sha256")
+    sums = sums if isinstance(sums, dict) else {}
+    if sums.get(file.name):
+        sealed.check(file, sums[file.name], "take it from a copy, or train again")
+    if sums.get("scale", _sum_of(config.get("scale", 1.0))) != _sum_of(config.get("scale", 1.0)):
+        raise UserError(
+            f"{file.parent / CONFIG}: scale is not what was written; if you have changed it yourself, take out the "
+            "'scale' under 'sha256'"
+        )
+
+
+def _sum_of(scale: Any) -> str:
+    return hashlib.sha256(repr(scale).encode()).hexdigest()
 
 
 def mlx_lm_config(tensors: Mapping[str, mx.array], scale: float) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from mlx_blockskip import lora
 from mlx_blockskip.converters.rewrite import Rewriting
 from mlx_blockskip.converters.whole import Whole
-from mlx_blockskip.engine import files, listing
+from mlx_blockskip.engine import files, listing, manifest
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.shards import INDEX, Shards
 from mlx_blockskip.events import Saved, Warning, emit
@@ -89,6 +89,7 @@ def write_fused(source: Path, target: Path, whole: Whole, config: dict[str, Any]
         for done, _ in enumerate(_fill(temporary, found, changed), 1):
             track.step(done)
         files.write_json(temporary / "config.json", {**config, **({"quantization": None} if dequantize else {})})
+        manifest.write(temporary)
 
 
 def _fill(target: Path, found: Sequence[Path], changed: Mapping[str, Rewriting]) -> Iterator[str]:

@@ -34,7 +34,7 @@ from mlx_blockskip.tasks.memory.check import budget_of, check_generation, images
 from mlx_blockskip.tasks.memory.trace import traced
 from mlx_blockskip.tasks.phases import phase
 from mlx_blockskip.tasks.sampling.denoise import seeded_noise
-from mlx_blockskip.tasks.sampling.pictures import Shot, draw
+from mlx_blockskip.tasks.sampling.pictures import Shot, draw, whole
 from mlx_blockskip.tasks.targets import check_writable
 
 REPORT, SHEET = "evaluation.json", "evaluation.png"
@@ -242,7 +242,7 @@ def make(
     """Make the images that are not there yet, as many in one sweep as the memory budget takes. settings: to keep in the
     files, beside how each is drawn.
     """
-    missing = [picture for picture in pictures if not picture.path.is_file()]
+    missing = [picture for picture in pictures if not whole(picture.path)]
     if len(missing) < len(pictures):
         emit(Note(f"{len(pictures) - len(missing)} of {len(pictures)} images are there already"))
     size = images_at_once(how, model, min(WAITING, len(missing))) if missing else 1

@@ -73,6 +73,20 @@ def encode(
     return dict(zip(prompts, encoded.prompts, strict=False)), encoded.prompts[-1] if config.guided else None
 
 
+def whole(path: Path) -> bool:
+    """Whether an image is there, with the checksum of each of its parts; one that is damaged is removed, and said."""
+    if not path.is_file():
+        return False
+    try:
+        with PillowImage.open(path, formats=("PNG",)) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError):
+        emit(Warning(f"{path}: is damaged; it is made again"))
+        path.unlink()
+        return False
+    return True
+
+
 def write_png(path: Path, image: PillowImage.Image, settings: Mapping[str, Any] | None = None) -> None:
     """Write a PNG atomically, whose text chunk holds the settings, where there are any."""
     info = PngImagePlugin.PngInfo()

@@ -15,7 +15,7 @@ from mlx_blockskip.models.family import DiffusionModel, Prompt
 from mlx_blockskip.tasks.defaults import check_size, model_draws
 from mlx_blockskip.tasks.phases import phase
 from mlx_blockskip.tasks.sampling.denoise import Request, noise_shape, sample, seeded_noise, to_image
-from mlx_blockskip.tasks.sampling.pictures import write_png
+from mlx_blockskip.tasks.sampling.pictures import whole, write_png
 
 CLASS_NOISE = 0xC1A
 """Keeps the noise of class images apart from other random streams of the same seed."""
@@ -106,7 +106,7 @@ def class_images(
     for surplus in {path.name for path in directory.glob(CLASS_FILES[0])} - set(names):
         (directory / surplus).unlink()
     texts = [prompts[i % len(prompts)] for i in range(count)]
-    missing = [i for i, name in enumerate(names) if not (directory / name).is_file()]
+    missing = [i for i, name in enumerate(names) if not whole(directory / name)]
     if missing:
         _write_class_images(model, texts, missing, side, [directory / name for name in names], seed)
     files.write_text(directory / "metadata.jsonl", "".join(map(data.metadata_line, names, texts)))

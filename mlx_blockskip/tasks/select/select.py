@@ -10,7 +10,7 @@ from mlx_blockskip.blockskip import masking, selection
 from mlx_blockskip.blockskip.plan import budget
 from mlx_blockskip.blockskip.selection import FULL, Distances
 from mlx_blockskip.data import Dataset, load_dataset
-from mlx_blockskip.engine import files
+from mlx_blockskip.engine import files, sealed
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, Saved, Table, emit
 from mlx_blockskip.models.family import DiffusionModel
@@ -83,7 +83,7 @@ def select(settings: SelectSettings) -> Selection:
         **(selection.as_json(table, depth) if table else {}),
         **measured,
     }
-    files.write_json(target, record)
+    files.write_json(target, sealed.seal(record))
     emit(summary(record, table, depth))
     emit(Saved(target, "block selection"))
     drawn = plot.write(picture, record, model.stack.kinds)

@@ -11,8 +11,8 @@ from mlx_blockskip.blockskip import plan as plans
 from mlx_blockskip.blockskip import selection
 from mlx_blockskip.blockskip.plan import SkipPlan
 from mlx_blockskip.data import Dataset
-from mlx_blockskip.engine import files, listing
-from mlx_blockskip.engine.verify import json_of
+from mlx_blockskip.engine import files, listing, sealed
+from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, emit
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.settings import TrainSettings
@@ -66,14 +66,17 @@ def probed_plan(
         (table,), _ = probe_subject(model, dataset, probe, [lora.Adapter()])
         found = {"format": 1, "method": "probe", **made_from, **selection.as_json(table, depth)}
         path = free(path)
-        files.write_json(path, found)
+        files.write_json(path, sealed.seal(found))
     return plans.from_selection(found, ratio, depth, path)
 
 
 def _probed_before(directory: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
     """What an earlier run has found by the same probe, whatever its file is called; another's is left alone."""
     for path in listing.visible(directory, f"{Path(FILE).stem}*.json"):
-        found = json_of(path)[0]
+        try:
+            found = sealed.opened(path, files.read_json(path), "it is passed over")
+        except UserError:  # another's, or damaged
+            continue
         if all(found.get(key) == value for key, value in made_from.items()):
             return found
     return None

@@ -105,8 +105,8 @@ def next_chunk(job: Job, state: State) -> tuple[range, Chunk]:
     adapter = state.at_chunk if fresh else {}
     parts = {**job.identity, "chunk": [start, batches.stop], "adapter": lora.checksum(adapter)}
     path = job.cache / f"chunk-{index:04d}.safetensors"
-    for old in path.parent.glob("chunk-*.safetensors"):
-        if old != path:
+    for old in path.parent.glob("chunk-*.*"):
+        if old.stem != path.stem:
             old.unlink()
     aside = adapter_waits(job.model, job.config.residuals)
     with checkpoints.set_aside(state, job.cache / "adapter.safetensors") if aside else nullcontext():

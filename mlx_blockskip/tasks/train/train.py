@@ -12,7 +12,7 @@ from mlx_blockskip import lora
 from mlx_blockskip.blockskip.patches import coverage
 from mlx_blockskip.data import load_dataset
 from mlx_blockskip.engine import limits, oserrors, owned
-from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.errors import DamagedError, UserError
 from mlx_blockskip.events import Event, Note, Saved, Warning, as_record, emit, listening
 from mlx_blockskip.models.registry import family_named, read_config
 from mlx_blockskip.options import to_mapping
@@ -100,10 +100,16 @@ def first_state(job: Job) -> State:
     config, model = job.config, job.model
     moments = Moments(None if job.ample else job.cache / "moments")
     if config.resume:
-        if saved := checkpoints.found(job.directory):
-            emit(Note(f"Going on from {saved[-1].name}"))
-            return checkpoints.load(saved[-1], model.stack, job.identity, moments)
-        emit(Note(f"{job.directory} has no checkpoint yet; the run starts at its first step"))
+        for saved in reversed(checkpoints.found(job.directory)):
+            try:
+                state = checkpoints.load(saved, model.stack, job.identity, moments)
+            except DamagedError as error:
+                emit(Warning(str(error)))
+                checkpoints.remove(saved)
+                continue
+            emit(Note(f"Going on from {saved.name}"))
+            return state
+        emit(Note(f"{job.directory} has no checkpoint that is whole; the run starts at its first step"))
     modules = lora.targets(family_named(read_config(model.path)["family"]).lora_targets, config.lora_targets)
     return State(lora.init(model.reader, job.plan.retained, modules, config.rank, config.seed), moments)
 
