@@ -14,7 +14,7 @@ import typer
 
 from mlx_blockskip import __version__
 from mlx_blockskip.commands import COMMANDS, function_of
-from mlx_blockskip.display import Json, Plain, Silent, drawn_by
+from mlx_blockskip.display import Json, Plain, Silent, drawn_by, printable
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.options import merge, options_of
 
@@ -114,7 +114,7 @@ def run(name: str, cls: type, given: dict[str, Any], config: str | None, as_json
     except UserError as error:
         if debug:
             raise
-        typer.echo(f"mlx-blockskip: {error}", err=True)
+        typer.echo(f"mlx-blockskip: {printable(error)}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt as stop:
         raise typer.Exit(128 + getattr(stop, "number", signal.SIGINT)) from None

@@ -104,8 +104,18 @@ def speed(rate: float, unit: str) -> str:
     return f"{amount(rate, unit)}/s" if unit == "B" else f"{rate:.2f} {unit}/s"
 
 
+def printable(text: object) -> str:
+    """Text as a terminal may have it: codes that it would obey, from a tensor's or a file's name, are spelled out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in str(text))
+
+
 def message(event: Event) -> str | None:
     """The line for an event that is not progress."""
+    found = _message(event)
+    return None if found is None else printable(found)
+
+
+def _message(event: Event) -> str | None:
     match event:
         case Image(path, caption):
             return f"{path}: {caption}"

@@ -17,7 +17,7 @@ def sentences(ended) -> list[str]:
 
 @pytest.mark.parametrize("kind", faults.REFUSED)
 def test_a_change_that_is_refused_is_a_sentence_and_the_same_command_goes_on(world, long, kind):
-    rng, tried, names = random.Random(kind), 0, rng_names(kind, long, 4)
+    rng, tried, names = random.Random(kind), 0, rng_names(kind, long, 3)
     for name in names:
         scene = world.scenes[name]
         whole, places = world.whole(scene)
@@ -43,7 +43,7 @@ def test_a_change_that_is_refused_is_a_sentence_and_the_same_command_goes_on(wor
 def test_a_file_that_cannot_be_read_or_is_another_meanwhile_is_a_sentence(world, long, kind):
     """Where the file is the tool's own and not damaged for good, the same command then ends in the same bytes."""
     rng, tried = random.Random(kind), 0
-    for name in rng_names(kind, long, 2, READING):
+    for name in rng_names(kind, long, 1, READING):
         scene = world.scenes[name]
         directory = world.begin(scene)
         places = world.play(scene, directory, kind="unread", at=0).places

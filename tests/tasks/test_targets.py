@@ -8,7 +8,7 @@ from conftest import on_toy
 from PIL import Image
 
 from mlx_blockskip import export, generate, select, train
-from mlx_blockskip.display import Silent, Stopped, drawn_by
+from mlx_blockskip.display import Silent, Stopped, drawn_by, message, printable
 from mlx_blockskip.engine import oserrors
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, PhaseEnd, emit
@@ -86,6 +86,18 @@ def test_a_place_without_permission_or_room_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(targets.files, "free_space", lambda path: 1 << 30)
     with pytest.raises(UserError, match="2.00 GiB are needed and 1.00 GiB are free"):
         targets.check_room(tmp_path, 2 << 30)
+
+
+@on_toy
+def test_the_room_of_the_residual_cache_is_asked_for(quick, monkeypatch):
+    monkeypatch.setattr(targets.files, "free_space", lambda path: 1000)
+    with pytest.raises(UserError, match=r"the residual cache takes .* lower --cache-limit \(now 8GB\)"):
+        train(quick(iters=9))
+
+
+def test_codes_that_a_terminal_obeys_are_spelled_out():
+    assert printable("a\x1b[31mb\ud800 ü 猫\n") == "a\\x1b[31mb\\ud800 ü 猫\n"
+    assert message(Note("\x07")) == "\\x07"
 
 
 @pytest.mark.parametrize("number", [*oserrors.SENTENCES, 99999])

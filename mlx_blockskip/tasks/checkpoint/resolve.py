@@ -24,6 +24,7 @@ from mlx_blockskip.tasks.checkpoint import hub
 from mlx_blockskip.tasks.checkpoint.address import Repo, repo_named
 from mlx_blockskip.tasks.checkpoint.convert import ENCODER_DTYPE, convert_directory
 from mlx_blockskip.tasks.checkpoint.recognise import is_converted, is_encoder
+from mlx_blockskip.tasks.targets import check_writable
 
 BUNDLED = ("tiny-flux", "tiny-sana")
 
@@ -168,6 +169,7 @@ def _converted(source: Callable[[Path], Path], name: Repo | Path | str, kind: Ki
         with suppress(OSError):  # a disk that is read only
             os.utime(target)  # when it was last used, for `cache`
         return target
+    check_writable(target, "the cache of converted models (MLX_BLOCKSKIP_CACHE):")
     with alone(target.with_name(f"{target.name}.lock"), kept=True):
         if is_converted(target):
             return target

@@ -260,4 +260,4 @@ def cache(path: Path) -> Found:
     problems: list[Problem] = []
     for file in listing.visible(path, "**/*.safetensors"):
         problems += value_problems(file) or (records.problems(file) if file.name.startswith("chunk-") else [])
-    return problems, [f"{path}: scratch files have no checksums; records, shapes and finite values were looked at"]
+    return problems, [f"{path}: scratch files beside the chunks have no checksums; their values were looked at"]
