@@ -100,7 +100,7 @@ def test_probing_several_adapters_is_probing_each(tmp_path, tiny_flux):
     def probe(*adapters):
         found = select(
             model=str(tiny_flux), data=str(HEDGEHOG), resolution=32, probe_images=1, noise_levels=1,
-            adapter_path=[a for a in adapters if a], output=str(tmp_path / "s.json"),
+            adapter_path=[a for a in adapters if a], output=str(tmp_path / "s.json"), overwrite=True,
         )  # fmt: skip
         return [(one["first"], one["last"]) for one in files.read_json(found.path)["measurements"]]
 
