@@ -13,10 +13,17 @@ TOKENIZERS = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model"}
 """The forms that a tokenizer comes in: the files of one of them have to be there."""
 
 
+MAX_PARTS = 10_000_000
+"""Of a JSON file that is copied: a vocabulary has millions."""
+
+
 def check(folder: Path) -> None:
     """Raise UserError where a folder is missing, holds something in the place of its files, or no whole tokenizer."""
     if not folder.is_dir():
         raise UserError(f"{folder}: this part of the checkpoint is missing; download it again")
+    for path in folder.rglob("*"):
+        if path.is_dir() and path.is_symlink():
+            raise UserError(f"{path}: is a link to another folder, which is not copied; do not use this checkpoint")
     for path in listing.awaited(folder) + [path for path in listing.visible(folder) if path.is_file()]:
         if reason := foreign.absence(path) or foreign.kind(path):
             raise UserError(f"{path}: {reason}")
@@ -38,7 +45,7 @@ def copy_file(source: str | Path, target: str | Path) -> None:
     that is what its class takes where nothing is said.
     """
     if Path(source).suffix == ".json":
-        value = files.read_json(Path(source))
+        value = files.read_any_json(Path(source), MAX_PARTS)
         if finite(value) != value:
             Path(target).write_text(json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             return

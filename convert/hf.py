@@ -57,7 +57,7 @@ def open_parts(
     dtype: in place of the stored one (bfloat16 in place of float16 where that overflows). added: what adapters add, by
     folder and module. Raises UserError.
     """
-    index = files.read_object(source / "model_index.json")
+    index = files.read_json(source / "model_index.json")
     found = []
     for component in read_components(source, family):
         folder = source / component.folder

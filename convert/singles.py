@@ -187,4 +187,4 @@ def _said(source: Source, base: Path, given: Mapping[str, Any]) -> list[str]:
 
 
 def _family(path: Path) -> str:
-    return find_family(files.read_object(path / "model_index.json")).name
+    return find_family(files.read_json(path / "model_index.json")).name

@@ -12,6 +12,7 @@ from mlx_blockskip.converters import copied, quantized
 from mlx_blockskip.converters.views import Stored, View
 from mlx_blockskip.engine import files, foreign, listing
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.indexes import read_index
 
 PICKLED = foreign.PICKLED
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.safetensors.index.*.json")
@@ -141,16 +142,11 @@ def _without_safetensors(folder: Path) -> str:
 
 
 def _indexed(folder: Path, index: Path) -> dict[str, Stored]:
-    content = files.read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise UserError(f"{index}: has no weight_map of names to files; download it again")
+    weight_map, _ = read_index(index, "download it again")
     shards: dict[str, dict[str, Stored]] = {}
     tensors = {}
     for name, shard in weight_map.items():
         path = folder / shard
-        if Path(shard).name != shard or shard == "..":
-            raise UserError(f"{index}: the shard name {shard!r} leaves the folder; do not use this checkpoint")
         if shard not in shards:
             shards[shard] = stored_in(path)
         if name not in shards[shard]:

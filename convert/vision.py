@@ -17,7 +17,7 @@ from mlx_blockskip.converters.encoders import block_of, clip_layers, clip_text
 from mlx_blockskip.converters.source import Source, open_source
 from mlx_blockskip.converters.table import Component, Row, conv, linear, norm
 from mlx_blockskip.converters.write import Precision
-from mlx_blockskip.engine import files
+from mlx_blockskip.engine import files, manifest
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.config import Config
 from mlx_blockskip.models.text.clip import CLIPTextConfig
@@ -260,3 +260,4 @@ def write_encoder(
         "source": origin,
     }
     files.write_json(target / "config.json", config)
+    manifest.write(target)

@@ -16,7 +16,7 @@ from mlx_blockskip.converters.quantization import of_model, record_of, with_reco
 from mlx_blockskip.converters.run import load_table, their_name
 from mlx_blockskip.converters.source import Source
 from mlx_blockskip.converters.table import Component, Row
-from mlx_blockskip.engine import disk, dtypes, files
+from mlx_blockskip.engine import disk, dtypes, files, manifest
 from mlx_blockskip.engine.shards import INDEX
 from mlx_blockskip.models.registry import family_named, own_defaults
 
@@ -216,6 +216,7 @@ def write_model(
         if path.is_file() and (path.name == "model_index.json" or path.name.upper().startswith(("LICENSE", "README"))):
             shutil.copyfile(path, target / path.name)
     files.write_json(target / "config.json", model_config(source, family, precision, opened, origin))
+    manifest.write(target)
 
 
 def model_config(

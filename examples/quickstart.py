@@ -21,6 +21,7 @@ def images(out: Path, name: str, prompts: list[str], adapter: Path | None) -> li
         prompt=prompts,
         adapter_path=[str(adapter)] if adapter else [],
         output=str(out / f"{name}.png"),
+        overwrite=True,
         on_event=Plain().draw,
     )
     return [Image.open(path) for path in paths]

@@ -113,9 +113,11 @@ def load(model: str = "tiny-flux", memory_budget: int | None = None) -> "Diffusi
     """Open a model for use from Python; what has to be converted first is converted silently. memory_budget: bytes."""
     system.require()
     from mlx_blockskip.tasks.checkpoint import resolve
+    from mlx_blockskip.tasks.running import running
 
     budget = None if memory_budget is None else size_of(memory_budget, "memory_budget", ANY_SIZE)
-    return resolve.open_named(model, budget)
+    with running("load"):
+        return resolve.open_named(model, budget)
 
 
 def _run(name: str, given: Any, options: dict[str, Any], on_event: Listener | None) -> Any:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import signal
 import sys
 import types
 import typing
@@ -21,8 +22,6 @@ from mlx_blockskip.printable import one_line
 
 REPORTS = ("verify", "doctor")
 """Commands whose --json is one document, that of their result; their status is 1 where the result is not healthy."""
-
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="mlx-blockskip",
@@ -122,8 +121,8 @@ def run(name: str, cls: type, given: dict[str, Any], config: str | None, as_json
             raise
         typer.echo(f"mlx-blockskip: {one_line(str(error))}", err=True)
         raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None
+    except KeyboardInterrupt as stop:
+        raise typer.Exit(128 + getattr(stop, "number", signal.SIGINT)) from None
 
 
 def _drawer() -> Any:

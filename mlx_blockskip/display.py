@@ -1,14 +1,14 @@
 """Draw a task's events as plain lines or as JSON. Bars for terminals are in display_rich."""
 
 import json
-import signal
+import os
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
+from mlx_blockskip.engine import interrupt
 from mlx_blockskip.events import Event, Image, Note, Phase, PhaseEnd, Saved, Step, Table, Warning, as_record, listening
 from mlx_blockskip.printable import one_line, printable
 
@@ -24,51 +24,65 @@ class Drawer(Protocol):
     def close(self) -> None: ...
 
 
+class Stopped(KeyboardInterrupt):
+    """A run that a signal stopped. number: the signal's."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
 @contextmanager
 def drawn_by(drawer: Drawer) -> Iterator[None]:
     """Inside, events are drawn, a warning once.
 
-    A first Ctrl-C waits for the next event, and is raised where the task emits it, so that a training step is whole; a
-    second stops at once. (Python can lose an exception that a signal raises inside a callback; a flag is not lost.)
+    A first Ctrl-C (or SIGTERM, or SIGHUP) waits for the next event, and is raised where the task emits it, so that a
+    training step is whole; a second stops at once. (Python can lose an exception that a signal raises inside a
+    callback; a flag is not lost.) Where nobody is left to read, the run goes on unseen.
     """
-    with _interruptible() as pressed:
-        said: set[Event] = set()
+    pressed: list[int] = []
 
-        def draw(event: Event) -> None:
-            if event not in said:
-                drawer.draw(event)
-            if isinstance(event, Warning):
-                said.add(event)
-            if pressed:
-                pressed.clear()
-                raise KeyboardInterrupt
+    def press(number: int, frame: Any) -> None:
+        if pressed:
+            raise Stopped(number)
+        pressed.append(number)
+        with suppress(OSError):
+            print("stopping after the step under way; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
+    shown = [drawer]
+    said: set[Event] = set()
+
+    def draw(event: Event) -> None:
+        again = event in said
+        if isinstance(event, Warning):
+            said.add(event)
+        try:
+            for one in shown if not again else ():
+                one.draw(event)
+        except OSError:  # the terminal is closed, or `| head` has seen enough
+            shown.clear()
+            unseen()
+        if pressed and not raised:
+            raised.append(True)
+            raise Stopped(pressed[0])
+
+    raised: list[bool] = []
+    with interrupt.handled(press):
         try:
             with listening(draw):
                 yield
         finally:
-            drawer.close()
+            with suppress(OSError):
+                drawer.close()
 
 
-@contextmanager
-def _interruptible() -> Iterator[list[bool]]:
-    """A list that a first Ctrl-C makes non-empty; the one after it raises KeyboardInterrupt as usual."""
-    pressed: list[bool] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def press(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        pressed.append(True)
-        print("stopping after the step under way; Ctrl-C again stops at once", file=sys.stderr, flush=True)
-
-    signal.signal(signal.SIGINT, press)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
+def unseen() -> None:
+    """From now on what is printed goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def memory(count: int) -> str:

@@ -37,6 +37,8 @@ class ConvertSettings(Settings):
 DATA, PRIOR, METHOD = "Data", "Prior preservation", "Block skipping"
 LORA, OPTIMIZER, RUN, DRAWING, MEMORY = "LoRA", "Optimizer", "Run", "Drawing", "Memory"
 
+OVERWRITE = "Replace what is there."
+
 MODEL = "MLX model directory, Hugging Face directory, repo id, or tiny-flux, tiny-sana."
 
 
@@ -149,6 +151,7 @@ class TrainSettings(MemoryOptions, TrainSize, ModelChoice):
     steps_per_sample: ranges.StepsOrNone = option(0, "Steps between sample images; 0 for none.", group=RUN)
     sample_prompt: list[str] = option([], "Prompt of sample images; repeatable.", group=RUN)
     resume: bool = option(False, "Go on from the last checkpoint in the adapter directory.", group=RUN)
+    overwrite: bool = option(False, "Begin again in a directory that holds another run.", group=RUN)
 
 
 @dataclass
@@ -164,7 +167,10 @@ class GenerateSettings(MemoryOptions, DrawingOptions, ModelChoice):
     n_images: ranges.Images = option(1, "Images per prompt.")
     noise: str | None = option(None, "safetensors file with `noise` (B x C x h x w) to start from, instead of a seed.")
     from_image: str | None = option(None, "PNG made by this tool, whose settings are taken.")
-    output: str = option("out.png", "File to write; numbered where there are several images.")
+    output: str | None = option(
+        None, "File to write (by default out.png, out-2.png, ...); numbered where there are several images."
+    )
+    overwrite: bool = option(False, OVERWRITE)
 
 
 @dataclass
@@ -195,7 +201,12 @@ class SelectSettings(MemoryOptions, EncoderOptions, DrawingOptions, ModelChoice)
     distance: str = option("dino", "What images are compared by.", choices=("dino", "clip"), group=METHOD)
     n_images: ranges.Images = option(1, "Seeds per prompt.")
     seed: ranges.Seed = option(0, "Seed of the first image; the others follow.")
-    output: str = option("selection.json", "File to write; a picture and the images go beside it.", group=RUN)
+    output: str | None = option(
+        None,
+        "File to write (by default selection.json, selection-2.json, ...); a picture and the images go beside it.",
+        group=RUN,
+    )
+    overwrite: bool = option(False, OVERWRITE, group=RUN)
 
 
 @dataclass
@@ -239,6 +250,7 @@ class EvaluateSettings(MemoryOptions, EncoderOptions, DrawingOptions):
     seed: ranges.Seed = option(0, "Seed of the first image of every prompt; the others follow.")
     lora_scale: ranges.Strength = option(1.0, "Strength of the adapter.")
     output: str | None = option(None, "Directory to write (by default `evaluation` in the adapter directory).")
+    overwrite: bool = option(False, "Replace the evaluation of other settings that is there.")
 
 
 @dataclass
@@ -255,6 +267,7 @@ class ExportSettings(Settings):
     output: str | None = option(
         None, "File to write (pytorch_lora_weights.safetensors); with mlx a directory (mlx_adapter)."
     )
+    overwrite: bool = option(False, "Replace the file that is there.")
 
 
 @dataclass

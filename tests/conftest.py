@@ -20,6 +20,13 @@ QUICK = {
     "memory_budget": "any",  # nothing has to be traced first
 }  # fmt: skip
 
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--long", nargs="?", const=16, default=1, type=int, help="so many times as many trials of faults and fuzzing"
+    )
+
+
 hypothesis.settings.register_profile("suite", database=None, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
 

@@ -120,7 +120,7 @@ def images(
     given = [str(adapter)] if adapter else []
     paths = generate(
         model=model, prompt=list(prompts), n_images=seeds, adapter_path=given, width=side, height=side,
-        output=str(out / "image.png"),
+        output=str(out / "image.png"), overwrite=True,
     )  # fmt: skip
     found = [Image.open(path).copy() for path in paths]
     for path in paths:

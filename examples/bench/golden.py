@@ -107,13 +107,13 @@ def of_model(model: str, out: Path, report: Callable[[str, str], None]) -> None:
         ("least memory", {"memory_budget": "0", "n_images": 2}),
     ):
         target = out / f"{name.replace(' ', '-')}.png"
-        images = generate(model=model, prompt=prompts, output=str(target), **DRAWN, **options)
+        images = generate(model=model, prompt=prompts, output=str(target), overwrite=True, **DRAWN, **options)
         report(f"{model}: generate, {name}", of_images(images))
     for method, options in (("probe", {"data": str(HEDGEHOG), "resolution": 64}), ("generate", DRAWN)):
         target = out / f"{method}.json"
         select(
-            model=model, method=method, adapter_path=[str(adapter)], output=str(target), memory_budget="0",
-            **{"prompt": [] if method == "probe" else prompts[:1], **options},
+            model=model, method=method, adapter_path=[str(adapter)], output=str(target), overwrite=True,
+            memory_budget="0", **{"prompt": [] if method == "probe" else prompts[:1], **options},
         )  # fmt: skip
         report(f"{model}: select, {method}", of_table(target))
     found = evaluate(adapter_path=str(adapter), n_images=1, subject_kind="plain", **DRAWN)

@@ -82,7 +82,7 @@ def counted(budget: str) -> None:
         print(f"train, before the loop: {before}")
         print(f"train, one step: {step}")
         entered.begin()
-        generate(prompt=["a penguin"], steps=2, output=f"{directory}/a.png", memory_budget=budget)
+        generate(prompt=["a penguin"], steps=2, output=f"{directory}/a.png", overwrite=True, memory_budget=budget)
         sys.setprofile(None)
         print(f"generate: {entered}")
 

@@ -25,6 +25,7 @@ def peaks(budget: str | None, out: Path) -> dict[str, int]:
         adapter_path=[str(out / "a")],
         memory_budget=budget,
         output=str(out / "o.png"),
+        overwrite=True,
         on_event=keep,
     )
     return found

@@ -39,7 +39,14 @@ OTHERS = (
 def images(out: Path, model: str, prompts: list[str], adapter: Path | None) -> list[Image.Image]:
     """SEEDS images a prompt."""
     adapters = [str(adapter)] if adapter else []
-    paths = generate(model=model, prompt=prompts, n_images=SEEDS, adapter_path=adapters, output=str(out / "image.png"))
+    paths = generate(
+        model=model,
+        prompt=prompts,
+        n_images=SEEDS,
+        adapter_path=adapters,
+        output=str(out / "image.png"),
+        overwrite=True,
+    )
     return [Image.open(path).copy() for path in paths]
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_blockskip.engine import files
+from mlx_blockskip.engine import files, sealed
 from mlx_blockskip.engine.errors import UserError
 
 DEFAULT_RATIO = 0.5
@@ -174,8 +174,8 @@ def choose(
     if len(given) > 1 and given != ["--skip-ratio", "--plan"]:
         raise UserError(f"{' and '.join(given)}: give only one of them")
     if file is not None:
-        value = files.read_json(Path(file).expanduser())
-        if isinstance(value, dict) and "plans" in value:
+        value = sealed.opened(Path(file), files.read_json(Path(file).expanduser()), EDITED)
+        if "plans" in value:
             return from_selection(value, DEFAULT_RATIO if ratio is None else ratio, depth, file)
         if ratio is not None:
             raise UserError(f"--skip-ratio and --plan: {file} holds a single plan; give only one of them")
@@ -187,6 +187,9 @@ def choose(
     return (
         SkipPlan.from_ratio(ratio, depth) if plan is None else from_json(plan, depth, f"the model's plan for {ratio:g}")
     )
+
+
+EDITED = f"if you have changed it yourself, take out its {sealed.KEY!r}"
 
 
 def _named(ratio: float | None, first: int | None, last: int | None, file: str | None) -> Iterable[tuple[str, bool]]:

@@ -24,7 +24,8 @@ import mlx.core as mx
 
 from mlx_blockskip.blockskip import residuals
 from mlx_blockskip.blockskip.plan import SkipPlan
-from mlx_blockskip.engine import dtypes, files
+from mlx_blockskip.engine import dtypes, files, sealed
+from mlx_blockskip.engine.errors import DamagedError, UserError
 from mlx_blockskip.engine.files import TensorEntry
 from mlx_blockskip.engine.stack import Modulation
 from mlx_blockskip.engine.verify import Problem
@@ -33,6 +34,8 @@ from mlx_blockskip.models.family import Tokens
 FINGERPRINT = "fingerprint"
 FORMAT = 3
 """Of the tensors above: a chunk of another format is made again."""
+
+WAY_OUT = "it is made again"
 
 Tensors = dict[str, mx.array]
 
@@ -133,7 +136,7 @@ def writing(path: Path, layouts: Mapping[int, Layout], prompts: Tensors, expecte
     when all are there. expected: its fingerprint.
     """
     entries = _entries(layouts, entries_of(prompts))
-    with files.SafetensorsWriter(path, entries, {FINGERPRINT: expected}) as writer:
+    with files.SafetensorsWriter(path, entries, {FINGERPRINT: expected}, hashed=True) as writer:
         while prompts:
             writer.write(*prompts.popitem())
 
@@ -142,18 +145,50 @@ def writing(path: Path, layouts: Mapping[int, Layout], prompts: Tensors, expecte
                 writer.write(f"{number}.{name}", value)
 
         yield write
+    files.write_json(seal_of(path), sealed.seal({FINGERPRINT: expected, "sha256": writer.checksum}))
+
+
+def seal_of(path: Path) -> Path:
+    """The file with the checksum of a chunk, beside it."""
+    return path.with_suffix(".json")
 
 
 def valid(path: Path, expected: str) -> bool:
-    """Whether the file is a whole chunk with this fingerprint."""
-    return path.is_file() and files.read_header(path).metadata.get(FINGERPRINT) == expected
+    """Whether the file is a whole chunk with this fingerprint. Raises DamagedError where it was one."""
+    if not (path.is_file() and seal_of(path).is_file()):
+        return False
+    seal = _seal(path)
+    if seal.get(FINGERPRINT) != expected:
+        return False
+    sealed.check(path, seal["sha256"], WAY_OUT)
+    return True
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    try:
+        return sealed.opened(seal_of(path), files.read_json(seal_of(path)), WAY_OUT, required=True)
+    except UserError as error:
+        raise DamagedError(str(error)) from None
 
 
 def problems(path: Path) -> list[Problem]:
     """What is wrong with a chunk whose header is whole: no fingerprint, records that lack what others have, samples
     whose numbers differ from tensor to tensor, prompts that are not there.
     """
-    header = files.read_header(path)
+    return _content_problems(path) or _seal_problems(path)
+
+
+def _seal_problems(path: Path) -> list[Problem]:
+    """A chunk whose bytes are not those that were written."""
+    try:
+        sealed.check(path, _seal(path)["sha256"], WAY_OUT)
+    except DamagedError as error:
+        return [Problem(path, None, "the bytes that were written", str(error).removeprefix(f"{path}: "))]
+    return []
+
+
+def _content_problems(path: Path) -> list[Problem]:
+    header = files.read_header(path, ours=True)
     if FINGERPRINT not in header.metadata:
         return [Problem(path, None, f"a {FINGERPRINT} in its metadata", "none")]
     found: list[Problem] = []

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mlx_blockskip.engine.leftovers import temporary_file
+
 SAMPLE_BYTES = 256 << 20
 PIECE = 8 << 20
 THREADS = 4
@@ -20,16 +22,13 @@ def read_speed(directory: Path, nbytes: int = SAMPLE_BYTES) -> float:
 
     Writes a sample of so many bytes there, and removes it.
     """
-    path = directory / f".read-speed-{os.getpid()}"
-    try:
+    with temporary_file(directory / "read-speed") as path:
         _write(path, nbytes)
         with path.open("rb", buffering=0) as file, ThreadPoolExecutor(THREADS) as pool:
             past_memory(file.fileno())
             started = time.perf_counter()
             read = sum(pool.map(lambda start: len(os.pread(file.fileno(), PIECE, start)), range(0, nbytes, PIECE)))
             return read / (time.perf_counter() - started)
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def _write(path: Path, nbytes: int) -> None:

@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints the sentence and exits 1, without a traceback.
     """
+
+
+class DamagedError(UserError):
+    """A file that this tool wrote is not as it was: another one like it may be whole."""

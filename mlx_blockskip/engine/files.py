@@ -3,18 +3,16 @@
 import hashlib
 import itertools
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_blockskip.engine import disk, foreign
+from mlx_blockskip.engine import disk, foreign, leftovers, oserrors, parsed
 from mlx_blockskip.engine.dtypes import dtype_name, mlx_dtype, raw_bytes
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.hashing import WrittenHash
@@ -27,22 +25,18 @@ def atomic_file(path: Path, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes `path`'s place when the block ends well, else it is removed.
 
     durable: it is on the disk before it has its name, and its name when this returns, so that a power loss leaves all
-    of it or none. Scratch that no later run reads can do without.
+    of it or none. Scratch that no later run reads can do without. An OSError names `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)
-        if durable:
-            disk.flush_file(temporary)
-        temporary.replace(path)
-        if durable:
-            disk.flush_directory(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with oserrors.about(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with leftovers.temporary_file(path) as temporary:
+            yield temporary
+            temporary.chmod(0o644)
+            if durable:
+                disk.flush_file(temporary)
+            temporary.replace(path)
+            if durable:
+                disk.flush_directory(path.parent)
 
 
 @contextmanager
@@ -53,38 +47,17 @@ def atomic_directory(path: Path, replace: bool = False, durable: bool = True) ->
     """
     if path.exists() and not replace:
         raise UserError(f"{path}: already exists; choose another path or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if durable:
-            disk.flush_tree(temporary)
-        old = None
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            path.replace(old)
-        temporary.replace(path)
-        if durable:
-            disk.flush_directory(path.parent)
-        if old:
-            remove_tree(old)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def remove_tree(path: Path) -> None:
-    """Remove a directory and what is in it, also where some of that goes by itself: on disks without extended
-    attributes (exFAT, shares) macOS removes a file's companion `._name` with the file. There shutil.rmtree fails before
-    Python 3.13.
-    """
-    for folder, folders, names in os.walk(path, topdown=False):
-        for name in names:
-            Path(folder, name).unlink(missing_ok=True)
-        for name in folders:
-            below = Path(folder, name)
-            below.unlink() if below.is_symlink() else below.rmdir()
-    path.rmdir()
+    with oserrors.about(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with leftovers.temporary_directory(path) as temporary:
+            yield temporary
+            temporary.chmod(0o755)
+            if durable:
+                disk.flush_tree(temporary)
+            with leftovers.set_aside(path) if path.exists() else nullcontext():
+                temporary.replace(path)
+                if durable:
+                    disk.flush_directory(path.parent)
 
 
 def free_space(path: Path) -> int:
@@ -105,23 +78,25 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises UserError where it is missing or broken."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object. Raises UserError where it is missing, broken, or too large to be one."""
+    value = read_any_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds {parsed.kind_of(value)}, and an object is needed; get it again")
+    return value
+
+
+def read_any_json(path: Path, most_parts: int = parsed.MAX_PARTS) -> Any:
+    """Read a JSON file that holds anything. Raises UserError likewise."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            return parsed.parse(file.read(parsed.MAX_BYTES + 1), most_parts)
     except FileNotFoundError:
         raise UserError(f"{path}: {foreign.absence(path) or 'no such file'}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        reason = foreign.kind(path) if isinstance(error, ValueError) else None
-        raise UserError(f"{path}: {reason or f'not readable as JSON ({error})'}") from None
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object. Raises UserError where it is missing, broken, or holds anything else."""
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: should hold a JSON object; get the file again, or remove it to have it made again")
-    return value
+    except OSError as error:
+        raise UserError(oserrors.sentence(error)) from None
+    except ValueError as error:
+        raise UserError(f"{path}: {foreign.kind(path) or f'not readable as JSON ({error})'}") from None
 
 
 def sha256(path: Path) -> str:
@@ -155,12 +130,15 @@ class SafetensorsWriter:
         self._missing = {entry.name: entry.nbytes for entry in entries}  # bytes
 
     def __enter__(self) -> "SafetensorsWriter":
-        self._atomic = atomic_file(self.path, self.durable)
-        temporary = self._atomic.__enter__()
-        self._file = temporary.open("r+b")
-        self._hash = WrittenHash(temporary, self._file) if self.hashed else None
-        self._file.truncate(self._size)
-        self._put(0, self._header)
+        with ExitStack() as opened:
+            temporary = opened.enter_context(atomic_file(self.path, self.durable))
+            self._file = opened.enter_context(temporary.open("r+b"))
+            self._hash = WrittenHash(temporary, self._file) if self.hashed else None
+            if self._hash is not None:
+                opened.callback(self._hash.close)
+            self._file.truncate(self._size)
+            self._put(0, self._header)
+            self._opened = opened.pop_all()
         return self
 
     def write(self, name: str, array: mx.array | np.ndarray, start: int = 0) -> None:
@@ -189,24 +167,30 @@ class SafetensorsWriter:
             self._hash.wrote(place, data)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if self._hash is not None:
-            self.checksum = self._hash.hexdigest(self._size) if kind is None else ""
-            self._hash.close()
-        self._file.close()
-        names = sorted(name for name, left in self._missing.items() if left)
-        if kind is None and names:
-            missing = ValueError(f"{self.path}: not written: {', '.join(names)}")
-            self._atomic.__exit__(ValueError, missing, None)
-            raise missing
-        self._atomic.__exit__(kind, error, trace)
+        with self._opened:
+            if error is not None:
+                raise error
+            if names := sorted(name for name, left in self._missing.items() if left):
+                raise ValueError(f"{self.path}: not written: {', '.join(names)}")
+            if self._hash is not None:
+                self.checksum = self._hash.hexdigest(self._size)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Metadata = None, durable: bool = True) -> None:
-    """Write a whole dictionary of tensors as one safetensors file, atomically, one tensor in memory at a time."""
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, mx.array],
+    metadata: Metadata = None,
+    durable: bool = True,
+    hashed: bool = False,
+) -> str:
+    """Write a whole dictionary of tensors as one safetensors file, atomically, one tensor in memory at a time. Returns
+    its checksum where it is `hashed`.
+    """
     entries = [TensorEntry(name, tuple(t.shape), dtype_name(t.dtype)) for name, t in tensors.items()]
-    with SafetensorsWriter(path, entries, metadata, durable) as writer:
+    with SafetensorsWriter(path, entries, metadata, durable, hashed) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
+    return writer.checksum
 
 
 def load_lazily(path: Path) -> dict[str, mx.array]:
@@ -229,7 +213,7 @@ class MappedTensors:
 
     def __init__(self, path: Path):
         self.path = path
-        self.header: Header = read_header(path)
+        self.header: Header = read_header(path, ours=True)
         self._names = Names(self.header.entries)
         self._bytes = np.memmap(path, mode="r", dtype=np.uint8)
 

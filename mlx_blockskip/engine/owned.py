@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_blockskip.engine import files, listing
+from mlx_blockskip.engine import files, leftovers, listing
 from mlx_blockskip.engine.errors import UserError
 
 MARKER = "made_from.json"
@@ -21,7 +21,7 @@ def begin(path: Path, names: Sequence[str], made_from: Mapping[str, Any] | None 
     record = json.loads(json.dumps({**MADE_BY, **(made_from or {})}))
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file, and a directory of this name is needed; move it elsewhere")
-    before = _marked(path)
+    before = recorded(path)
     foreign = sorted(p.name for p in listing.visible(path) if p != marker and not (before and _ours(p, names)))
     if foreign or (marker.exists() and not before):
         raise UserError(
@@ -37,12 +37,23 @@ def clear(path: Path, names: Sequence[str]) -> None:
     """Remove from a directory that carries the marker what has these names, and the directory where nothing else is
     left. A directory without the marker is left alone.
     """
-    if not _marked(path):
+    if not recorded(path):
         return
     _clear(path, names)
+    remove_empty(path)
+
+
+def remove(path: Path, names: Sequence[str]) -> None:
+    """Remove what has these names from a directory that is known to be ours, and itself where nothing else is left."""
+    _clear(path, names)
+    remove_empty(path)
+
+
+def remove_empty(path: Path) -> None:
+    """Remove a directory where there is nothing in it, or the marker alone."""
     marker = path / MARKER
-    if set(path.iterdir()) <= {marker, listing.companion(marker)}:
-        marker.unlink()
+    if path.is_dir() and set(path.iterdir()) <= {marker, listing.companion(marker)}:
+        marker.unlink(missing_ok=True)
         listing.companion(marker).unlink(missing_ok=True)
         path.rmdir()
 
@@ -52,7 +63,7 @@ def _clear(path: Path, names: Sequence[str]) -> None:
         if not _ours(found, names):
             continue
         if found.is_dir() and not found.is_symlink():
-            files.remove_tree(found)
+            leftovers.remove_tree(found)
         else:
             found.unlink()
     for left in list(path.glob("._*")):  # macOS takes a companion away with its file, other systems do not
@@ -64,8 +75,8 @@ def _ours(path: Path, names: Sequence[str]) -> bool:
     return any(path.match(name) for name in names)
 
 
-def _marked(path: Path) -> dict[str, Any] | None:
-    """What the marker records; None where there is none of ours."""
+def recorded(path: Path) -> dict[str, Any] | None:
+    """What the marker of a directory records; None where there is none of ours."""
     try:
         record = json.loads((path / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -14,6 +14,7 @@ import numpy as np
 
 from mlx_blockskip.engine import device, dtypes, files
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.indexes import members, read_index
 from mlx_blockskip.engine.rounding import dithered
 
 INDEX = "model.safetensors.index.json"
@@ -84,12 +85,10 @@ class Shards:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        index = files.read_object(self.path / INDEX)
-        self.config: dict[str, Any] = files.read_object(self.path / "config.json")
-        self.weight_map: dict[str, str] = index["weight_map"]
-        metadata = index.get("metadata", {})
-        self.checksums: dict[str, str] = metadata.get("sha256", {})
-        self.group_sizes: dict[str, int] = metadata.get("group_sizes", {})
+        self.config: dict[str, Any] = files.read_json(self.path / "config.json")
+        self.weight_map, metadata = read_index(self.path / INDEX)
+        self.checksums: dict[str, str] = members(metadata, "sha256", str, self.path / INDEX)
+        self.group_sizes: dict[str, int] = members(metadata, "group_sizes", int, self.path / INDEX)
         self.added: Mapping[str, Added] = {}
         self._headers: dict[str, files.Header] = {}
         self._verified: set[str] = set()

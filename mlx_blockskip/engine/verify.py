@@ -103,7 +103,7 @@ def _name_problems(path: Path, expected: Iterable[str]) -> list[Problem]:
 def json_of(path: Path) -> tuple[dict[str, Any], list[Problem]]:
     """What a JSON file holds, or the problem that it has."""
     try:
-        value = files.read_json(path)
+        value = files.read_any_json(path)
     except UserError as error:
         return {}, [unreadable(path, error)]
     return (value, []) if isinstance(value, dict) else ({}, [Problem(path, None, "an object", type(value).__name__)])

@@ -46,7 +46,7 @@ class Opened:
             folder: config.read(path / folder / "config.json") for folder, config in configs.items()
         }
         self.shards = Shards(path / "transformer")
-        own = files.read_object(path / "config.json").get("defaults", {})
+        own = files.read_json(path / "config.json").get("defaults", {})
         self.defaults = model_defaults(defaults(self.configs["transformer"]), own, source=path / "config.json")
         self.stack = make_stack(self.configs["transformer"])
         self.reader = BlockReader(self.shards, self.stack, budget)

@@ -41,8 +41,8 @@ def folder(model: str) -> Path | None:
 
 def configs(path: Path) -> Configs:
     """The content of the config files of a checkpoint by folder, and that of its scheduler."""
-    found = {file.parent.name: files.read_object(file) for file in listing.visible(path, "*/config.json")}
-    return {**found, "scheduler": files.read_object(path / "scheduler" / FILE)}
+    found = {file.parent.name: files.read_json(file) for file in listing.visible(path, "*/config.json")}
+    return {**found, "scheduler": files.read_json(path / "scheduler" / FILE)}
 
 
 def _plain(name: str) -> str:

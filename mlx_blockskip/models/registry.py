@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx_blockskip.models as models
-from mlx_blockskip.engine import files
+from mlx_blockskip.engine import files, manifest
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.family import DiffusionModel, Family
 
@@ -53,8 +53,8 @@ def own_defaults(checkpoint: Path, family: Family) -> dict[str, Any]:
     that a `defaults.json` beside it.
     """
     index, own = checkpoint / "model_index.json", checkpoint / "defaults.json"
-    found = family.variant(files.read_object(index)) if index.is_file() else {}
-    return {**found, **(files.read_object(own) if own.is_file() else {})}
+    found = family.variant(files.read_json(index)) if index.is_file() else {}
+    return {**found, **(files.read_json(own) if own.is_file() else {})}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -69,4 +69,6 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def open_model(path: Path, budget: int | None = None) -> DiffusionModel:
     """Open an MLX model directory. Weights are read as they are needed."""
-    return family_named(read_config(path)["family"]).open(path, budget)
+    family = family_named(read_config(path)["family"])
+    manifest.check(path)
+    return family.open(path, budget)

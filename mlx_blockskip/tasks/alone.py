@@ -9,9 +9,9 @@ from mlx_blockskip.events import Warning, emit
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
+def alone(path: Path, kept: bool = False) -> Iterator[None]:
     """Inside, no other process works in the directory of the file `path`: see `lock`. Warns where no one can tell."""
-    with lock(path) as held:
+    with lock(path, kept) as held:
         if not held:
             emit(Warning(f"{path.parent}: its disk has no locks; see to it that no other run works in this directory"))
         yield

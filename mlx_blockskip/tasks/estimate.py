@@ -5,7 +5,6 @@ the shapes of the run, in bfloat16. What a block takes beside its weights is the
 trace gives both bytes and seconds.
 """
 
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from mlx_blockskip.blockskip.plan import SkipPlan
 from mlx_blockskip.converters import hollow, run
 from mlx_blockskip.converters.run import load_table
 from mlx_blockskip.converters.write import Precision, size_of
-from mlx_blockskip.engine import disk, limits
+from mlx_blockskip.engine import disk, leftovers, limits
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, Table, emit
 from mlx_blockskip.models import presets
@@ -93,9 +92,9 @@ def estimate(settings: EstimateSettings) -> list[Estimate]:
     subject = find(settings.model)
     settings = complete(settings, subject)
     limits.bound(memory)
-    with tempfile.TemporaryDirectory(prefix="mlx-blockskip-") as directory:
-        models = {name: _hollow(subject, bits, Path(directory) / f"{bits}") for name, bits in PRECISIONS.items()}
-        traces = _trace(settings, subject, models["bf16"], Path(directory))
+    with leftovers.scratch_directory() as directory:
+        models = {name: _hollow(subject, bits, directory / f"{bits}") for name, bits in PRECISIONS.items()}
+        traces = _trace(settings, subject, models["bf16"], directory)
         rows = [
             _row(settings, subject, name, ratio, model, traces, memory)
             for name, model in models.items()

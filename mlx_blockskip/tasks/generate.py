@@ -1,6 +1,7 @@
 """`generate`: prompts become images."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from mlx_blockskip.tasks.prompts import check_negative, read_lines
 from mlx_blockskip.tasks.sampling.denoise import noise_shape, seeded_noise
 from mlx_blockskip.tasks.sampling.pictures import Shot, draw
 from mlx_blockskip.tasks.sampling.recall import recall
+from mlx_blockskip.tasks.targets import chosen
+
+OUTPUT = "out.png"
 
 
 @traced
@@ -31,7 +35,7 @@ def generate(settings: GenerateSettings) -> list[Path]:
     if settings.from_image:
         settings = recall(settings)
     prompts = read_prompts(settings)
-    targets = output_paths(Path(settings.output).expanduser(), len(prompts) * settings.n_images)
+    targets = output_paths(settings, len(prompts) * settings.n_images)
     check_seeds(settings.seed, len(targets))
     model = open_named(settings.model, budget_of(settings.memory_budget))
     emit(Note(described(limits.in_force())))
@@ -76,10 +80,16 @@ def read_noise(settings: GenerateSettings, config: DrawConfig, model: DiffusionM
     return [noise[i : i + 1] for i in range(count)]
 
 
-def output_paths(output: Path, count: int) -> list[Path]:
+def output_paths(settings: GenerateSettings, count: int) -> list[Path]:
+    """The file itself for one image; numbered files for several. Raises UserError where they cannot be written."""
+    if settings.output is not None and Path(settings.output).suffix.lower() != ".png":
+        raise UserError(f"{settings.output}: images are written as PNG; let --output end in .png")
+    numbered = partial(numbered_paths, count=count)
+    return numbered(chosen(settings.output, OUTPUT, "--output", settings.overwrite, numbered))
+
+
+def numbered_paths(output: Path, count: int) -> list[Path]:
     """The file itself for one image; numbered files for several."""
-    if output.suffix.lower() != ".png":
-        raise UserError(f"{output}: images are written as PNG; let --output end in .png")
     if count == 1:
         return [output]
     return [output.with_name(f"{output.stem}-{i:02d}{output.suffix}") for i in range(1, count + 1)]
@@ -88,5 +98,5 @@ def output_paths(output: Path, count: int) -> list[Path]:
 def record(settings: GenerateSettings, config: DrawConfig, prompt: str, seed: int) -> dict[str, Any]:
     """What makes this one image again."""
     kept = to_mapping(replace(settings, prompt=[prompt], seed=seed, n_images=1)) | config.recorded()
-    left_out = ("output", "memory_budget", "trace_memory", "from_image", "prompt_file")
+    left_out = ("output", "overwrite", "memory_budget", "trace_memory", "from_image", "prompt_file")
     return {k: v for k, v in kept.items() if k not in left_out}

@@ -33,6 +33,7 @@ def our_images(tmp_path, tiny_flux, adapter, **options):
         cfg_scale=1.0,
         adapter_path=[str(a) for a in adapter],
         output=str(tmp_path / "o.png"),
+        overwrite=True,
         **options,
     )
     return np.stack([np.asarray(Image.open(p), np.float64) for p in paths])
@@ -165,6 +166,8 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, tiny_flux):
         copy = tmp_path / "wrong"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(adapter, copy)
+        config = files.read_json(copy / "adapter_config.json")
+        files.write_json(copy / "adapter_config.json", {**config, "sha256": {}})
         files.save_tensors(copy / "adapters.safetensors", wrong)
         with pytest.raises(UserError, match=match):
             our_images(tmp_path, tiny_flux, [copy])

@@ -118,6 +118,7 @@ def test_a_directory_of_the_old_form_is_read(model, tmp_path):
     modulated = read_config(model)["quantization"]["transformer.transformer_blocks.0.norm1.linear"]
     modulation = modulated["bits"] if modulated else 0
     old = shutil.copytree(model, tmp_path / "old")
+    (old / "manifest.json").unlink()
     record = {"bits": 4, "group_size": 64, "modulation_bits": modulation, "exceptions": {}}
     files.write_json(old / "config.json", {**read_config(old), "quantization": record})
     for folder in FOLDERS:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from mlx_blockskip.engine import dtypes, files, philox
+from mlx_blockskip.engine import dtypes, files, leftovers, philox
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.files import SafetensorsWriter, TensorEntry
 from support.compare import same_bits
@@ -179,11 +179,11 @@ def test_a_tree_is_removed_though_companions_go_by_themselves_and_links_go_witho
         unlink(path.with_name(f"._{path.name}"), True)
 
     monkeypatch.setattr(Path, "unlink", with_companion)
-    files.remove_tree(tree)
+    leftovers.remove_tree(tree)
     assert not tree.exists()
     assert len(list(kept.iterdir())) == 3
     with pytest.raises(FileNotFoundError):
-        files.remove_tree(tree)
+        leftovers.remove_tree(tree)
 
 
 def good_bytes():

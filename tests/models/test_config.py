@@ -72,7 +72,7 @@ def test_lists_become_tuples_and_whole_numbers_may_have_a_point():
         ({"width": 4, "inner": {"kind": "odd"}}, 'Inner: kind="odd" is not implemented'),
         ({"width": 4, "inner": "odd"}, 'inner is "odd", where an object is needed'),
         ({"width": 3}, "width and depth are the same; get the file again, or choose another checkpoint"),
-        ([1], "is not a config; download the checkpoint again"),
+        ([1], "holds a list, and an object is needed"),
     ],
     ids=str,
 )
@@ -102,7 +102,7 @@ def test_a_scheduler_option_is_refused_with_the_file(tmp_path):
     for content, sentence in (
         ({"use_karras_sigmas": True}, "use_karras_sigmas=true is not implemented; use false or null"),
         ({"_class_name": "PNDMScheduler"}, "PNDMScheduler is not implemented; use a checkpoint with"),
-        ([1], "is not a config"),
+        ([1], "holds a list, and an object is needed"),
     ):
         files.write_json(path, content)
         with pytest.raises(UserError) as caught:

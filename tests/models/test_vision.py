@@ -227,6 +227,9 @@ def test_the_identity_tells_weights_and_preprocessing_apart(tmp_path):
     assert opened(assets() / "tiny-clip", tmp_path / "b").identity == first.identity
     file = tmp_path / "b" / "preprocessor_config.json"
     files.write_json(file, {**files.read_json(file), "resample": 2})
+    with pytest.raises(UserError, match="preprocessor_config.json: is not what was written"):
+        open_encoder(tmp_path / "b")
+    (tmp_path / "b" / "manifest.json").unlink()
     assert open_encoder(tmp_path / "b").identity != first.identity
     assert opened(assets() / "tiny-clip", tmp_path / "c", dtype="bfloat16").identity != first.identity
 

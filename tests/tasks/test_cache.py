@@ -78,9 +78,9 @@ def test_only_what_is_named_or_old_is_cleared(kept):
 
 
 def test_what_a_killed_conversion_left_is_cleared_too(kept):
-    (kept / f".{OLD}.x2.tmp").mkdir()
+    (kept / f".{OLD}.x2.blockskip-tmp").mkdir()
     _, (table,) = drive(task.cache, CacheSettings())
-    assert (f".{OLD}.x2.tmp", "a conversion that was killed") in {(row[0], row[-1]) for row in table.rows}
+    assert (f".{OLD}.x2.blockskip-tmp", "a conversion that was killed") in {(row[0], row[-1]) for row in table.rows}
     drive(task.cache, CacheSettings("clear"))
     assert names(kept) == FOREIGN
 

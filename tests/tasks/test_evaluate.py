@@ -79,7 +79,7 @@ def asked(trained, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     (tmp_path / "others.txt").write_text("\n".join(OTHERS))
     files = {"prompts": str(tmp_path / "prompts.txt"), "drift_prompts": str(tmp_path / "others.txt")}
-    return {**SMALL, **files, "adapter_path": str(trained), "output": str(tmp_path / "out")}
+    return {**SMALL, **files, "adapter_path": str(trained), "output": str(tmp_path / "out"), "overwrite": True}
 
 
 def made(options):
@@ -150,12 +150,14 @@ def test_only_what_is_not_there_is_made(asked, tmp_path):
     first, _, images = made(asked)
     before = digests(images)
     images[2].unlink()
-    second, events, again = made(asked)
+    second, events, again = made({**asked, "overwrite": False})
     assert again == [images[2]]
     assert any(isinstance(e, Note) and "4 of 5 images are there already" in e.message for e in events)
     assert digests(images) == before
     assert json.loads(second.report.read_text()) == json.loads(first.report.read_text())
     (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS[::-1], "a {} on a white background"]))
+    with pytest.raises(UserError, match=r"evaluation.json: is of other settings; give another --output"):
+        made({**asked, "n_images": 1, "overwrite": False})
     _, _, more = made({**asked, "n_images": 1})
     assert [path.name.rsplit("-", 1)[0] for path in more] == ["adapted-a-sks-toy-on-a-white-background-0"]
 

@@ -74,7 +74,7 @@ def phases(settings):
 
 
 def test_only_class_images_that_are_not_there_are_made(quick, toy):
-    settings = quick(**CLASSES, iters=1, model=str(toy))
+    settings = quick(**CLASSES, iters=1, model=str(toy), overwrite=True)
     directory = Path(settings.adapter_path)
     assert phases(settings)["class images"] > 0
     before = drawn(directory)

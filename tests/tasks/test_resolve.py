@@ -15,6 +15,7 @@ from mlx_blockskip.events import Note, listening
 from mlx_blockskip.tasks.checkpoint import hub
 from mlx_blockskip.tasks.checkpoint.address import Repo
 from mlx_blockskip.tasks.checkpoint.resolve import cache_directory, resolve
+from mlx_blockskip.tasks.running import running
 from support.models import assets
 from support.tasks import drive
 
@@ -86,12 +87,15 @@ def test_two_processes_do_not_convert_the_same_model(tmp_path):
 def test_what_a_killed_conversion_left_is_removed_and_nothing_else():
     path, _ = drive(resolve, "tiny-flux")
     shutil.rmtree(path)
-    leftover, other = (path.with_name(f".{name}.x1.tmp") for name in (path.name, "another-model"))
+    leftover, theirs = (path.with_name(f".{path.name}.x1.{end}") for end in ("blockskip-tmp", "tmp"))
     leftover.mkdir()
-    other.mkdir()
-    assert drive(resolve, "tiny-flux")[0] == path
+    theirs.mkdir()
+    said = []
+    with listening(said.append), running("generate"):
+        assert resolve("tiny-flux") == path
     assert not leftover.exists()
-    assert other.exists()
+    assert any(str(leftover) in event.message for event in said if isinstance(event, Note))
+    assert theirs.exists()
 
 
 NO_ROUTE = errors.HfHubHTTPError.__bases__[0]("no route")

@@ -30,6 +30,7 @@ def small(family_model, tmp_path):
             "method": method,
             "output": str(tmp_path / "s.json"),
             "clip_model": "tiny-clip",
+            "overwrite": True,
         }
         if method == "probe":
             fixed |= {"data": str(HEDGEHOG), "probe_images": 2, "noise_levels": 2, "resolution": 32}

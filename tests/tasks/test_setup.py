@@ -139,7 +139,7 @@ def test_a_run_goes_on_from_its_last_checkpoint_only_where_it_should_and_says_so
     own = job(resume=True)
     first, events = drive(train_task.first_state, own)
     assert first.step == 0
-    assert said(Note, events) == [f"{own.directory} has no checkpoint yet; the run starts at its first step"]
+    assert said(Note, events) == [f"{own.directory} has no checkpoint that is whole; the run starts at its first step"]
     for step in (2, 4):
         checkpoints.save(own.directory, replace(first, step=step), own.model.stack, own.identity)
     last, events = drive(train_task.first_state, own)

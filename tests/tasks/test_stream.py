@@ -1,11 +1,5 @@
 """`convert --stream`: the same bytes as by a download, without its room, and stopped anywhere it goes on."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
-
 import pytest
 
 from mlx_blockskip import convert
@@ -16,7 +10,7 @@ from mlx_blockskip.events import Note, Step, listening
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.tasks.checkpoint import hub_cache, stream
 from support import hub_repos
-from support.hub_server import Failure, environment, without_naps
+from support.hub_server import Failure, without_naps
 from support.tasks import drive
 
 REPO = "someone/flux"
@@ -111,21 +105,6 @@ def test_stopped_anywhere_it_goes_on(repo, usual, tmp_path, monkeypatch, place, 
     assert content(path) == usual
     was = {p.relative_to(tmp_path / "mlx.streaming" / "model"): stamp for p, stamp in done.items()}
     assert {p: (path / p).stat().st_mtime_ns for p in was} == was
-
-
-def test_a_killed_process_is_gone_on_from(repo, usual, tmp_path):
-    repo.delay = 0.02
-    env = {**os.environ, **environment(repo, tmp_path / "hf")}
-    line = ["convert", "--hf-path", REPO, "--dtype", "bfloat16", "--quantize", "--stream"]
-    code = "from mlx_blockskip.cli import main; main()"
-    run = subprocess.Popen([sys.executable, "-P", "-c", code, *line, "--mlx-path", str(tmp_path / "mlx")], env=env)
-    while not list(tmp_path.rglob("block-000.safetensors")) and run.poll() is None:
-        time.sleep(0.02)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    (tmp_path / "mlx.streaming" / "model" / "transformer" / ".x.1.tmp").touch()
-    repo.delay = 0.0
-    assert content(streamed(tmp_path / "mlx")) == usual
 
 
 def test_another_commit_or_precision_begins_anew(repo, usual, tmp_path, monkeypatch):

@@ -65,6 +65,8 @@ def test_quantized_models_and_encoders_are_whole_too(tmp_path, bits):
     index = files.read_json(path / "transformer" / INDEX)
     index["metadata"]["group_sizes"]["transformer_blocks.0.attn.to_q"] = 64 // 2
     files.write_json(path / "transformer" / INDEX, index)
+    assert ("transformer/model.safetensors.index.json", None) in [p[:2] for p in problems(path)]
+    (path / "manifest.json").unlink()
     name, said = "transformer_blocks.0.attn.to_q.weight", f"{bits} bits in groups of 64"
     shape, record = problems(path)
     assert shape[:3] == ("transformer/block-000.safetensors", name, "a shape of [128, 128]")

@@ -47,7 +47,7 @@ def lora_file(path, model_path, modules, seed=0, size=0.5):
 def image(tmp_path, model, adapters=(), **options):
     paths = generate(
         model=str(model), prompt=["a cat"], adapter_path=list(adapters), width=64, height=64, steps=2,
-        output=str(tmp_path / "o.png"), **options,
+        output=str(tmp_path / "o.png"), overwrite=True, **options,
     )  # fmt: skip
     return np.asarray(Image.open(paths[0]), int)
 
@@ -144,7 +144,7 @@ def test_probing_several_adapters_is_probing_each(tmp_path, tiny_flux):
     def probe(*adapters):
         found = select(
             model=str(tiny_flux), data=str(HEDGEHOG), resolution=32, probe_images=1, noise_levels=1,
-            adapter_path=[a for a in adapters if a], output=str(tmp_path / "s.json"),
+            adapter_path=[a for a in adapters if a], output=str(tmp_path / "s.json"), overwrite=True,
         )  # fmt: skip
         return [(one["first"], one["last"]) for one in files.read_json(found.path)["measurements"]]
 

@@ -96,7 +96,7 @@ def _tokenizer(path: Path) -> tuple[Tokenizer, int]:
 def _declared(path: Path) -> dict[str, Any]:
     """What a directory says of its tokenizer; a tokenizer may be written without either file, and then says nothing."""
     said = [path / name for name in ("special_tokens_map.json", "tokenizer_config.json")]
-    return {key: value for file in said if file.is_file() for key, value in files.read_object(file).items()}
+    return {key: value for file in said if file.is_file() for key, value in files.read_json(file).items()}
 
 
 def _clip(path: Path, config: dict[str, Any]) -> Tokenizer:

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from mlx_blockskip.engine import files
+from mlx_blockskip.engine import files, manifest
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.reader import BlockReader
 from mlx_blockskip.engine.shards import Shards
@@ -84,6 +84,7 @@ def open_encoder(path: Path, budget: int | None = None) -> Encoder:
         raise UserError(
             f"{path}: has format {config.get('format')}, and this version reads format 1; update or reconvert"
         )
+    manifest.check(path)
     return Opened(path, kind, budget)
 
 

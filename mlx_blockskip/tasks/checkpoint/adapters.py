@@ -1,5 +1,6 @@
 """Adapters on disk: our directory, and the LoRA files of other tools; one adapter that adds them up."""
 
+import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from mlx_blockskip.converters.lora_layers import Layers
 from mlx_blockskip.converters.run import load_table
 from mlx_blockskip.converters.views import Stored, whole
 from mlx_blockskip.differences import LowRank
-from mlx_blockskip.engine import files, listing
+from mlx_blockskip.engine import files, listing, sealed
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.shards import Added
 from mlx_blockskip.events import Warning, emit
@@ -84,6 +85,7 @@ def _ours(model: DiffusionModel, file: Path, config: Mapping[str, Any] | None) -
     if config.get("family", own.name) != own.name:
         raise UserError(f"{file.parent}: is an adapter for {config['family']}, and the model is one of {own.name}")
     warn_of_another_model(file.parent, config, model)
+    check_sums(file, config)
     tensors = {name: value.astype(mx.float32) for name, value in read_tensors(file).items()}
     mx.eval(tensors)
     lora.check(tensors, model.reader, file)
@@ -179,7 +181,7 @@ def recorded(directory: Path) -> dict[str, Any]:
     another kind, and for settings out of their ranges.
     """
     path = directory / CONFIG
-    found = files.read_object(path) if path.is_file() else {}
+    found = files.read_json(path) if path.is_file() else {}
     for name, kind in KINDS.items():
         if name in found and not isinstance(found[name], kind):
             raise UserError(f"{path}: its {name} is {shown(repr(found[name]))}; get the directory again")
@@ -213,7 +215,25 @@ def write_adapter(directory: Path, tensors: Mapping[str, mx.array], config: dict
     """Write factors by their full names, and their description: as mlx-lm has it, and beside that as we do."""
     files.save_tensors(directory / TENSORS, tensors, {"format": "mlx"})
     theirs = mlx_lm_config(tensors, float(config.get("scale", 1.0)))
-    files.write_json(directory / CONFIG, {**config, **theirs, "sha256": {TENSORS: files.sha256(directory / TENSORS)}})
+    sums = {TENSORS: files.sha256(directory / TENSORS), "scale": _sum_of(config.get("scale", 1.0))}
+    files.write_json(directory / CONFIG, {**config, **theirs, "sha256": sums})
+
+
+def check_sums(file: Path, config: Mapping[str, Any]) -> None:
+    """Raise UserError where the factors or their scale are not what was written."""
+    sums = config.get("sha256")
+    sums = sums if isinstance(sums, dict) else {}
+    if sums.get(file.name):
+        sealed.check(file, sums[file.name], "take it from a copy, or train again")
+    if sums.get("scale", _sum_of(config.get("scale", 1.0))) != _sum_of(config.get("scale", 1.0)):
+        raise UserError(
+            f"{file.parent / CONFIG}: scale is not what was written; if you have changed it yourself, take out the "
+            "'scale' under 'sha256'"
+        )
+
+
+def _sum_of(scale: Any) -> str:
+    return hashlib.sha256(repr(scale).encode()).hexdigest()
 
 
 def mlx_lm_config(tensors: Mapping[str, mx.array], scale: float) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def base_model(name: str) -> card.Base:
     """
     directory = Path(name).expanduser()
     if directory.is_dir():
-        source = files.read_object(directory / "config.json").get("source") if is_converted(directory) else None
+        source = files.read_json(directory / "config.json").get("source") if is_converted(directory) else None
         found = card.base_of(str(source or directory), None if source else directory)
         return card.Base(found.name, found.repo, card.metadata_of(directory / README))
     if name in MODEL.bundled:

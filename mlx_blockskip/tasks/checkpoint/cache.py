@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_blockskip.engine import files, listing
+from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.leftovers import TEMPORARY, remove_tree
 from mlx_blockskip.events import Note, Table, emit
 from mlx_blockskip.settings import CacheSettings
 from mlx_blockskip.tasks.alone import alone
@@ -65,7 +66,7 @@ def kept(directory: Path) -> list[Kept]:
 def _ours(path: Path) -> tuple[str | None] | None:
     """What a conversion was made from, as a tuple; None for a directory that is no conversion."""
     if path.name.startswith("."):
-        return (None,) if path.name.endswith(".tmp") and _lock(path).is_file() else None
+        return (None,) if path.name.endswith(TEMPORARY) and _lock(path).is_file() else None
     try:
         config = files.read_json(path / "config.json")
     except UserError:
@@ -74,7 +75,7 @@ def _ours(path: Path) -> tuple[str | None] | None:
 
 
 def _lock(path: Path) -> Path:
-    """The lock of a conversion, or of the one that left the hidden `.NAME.xyz.tmp`."""
+    """The lock of a conversion, or of the one that left the hidden `.NAME.xyz.blockskip-tmp`."""
     name = path.name[1:].rsplit(".", 2)[0] if path.name.startswith(".") else path.name
     return path.with_name(f"{name}.lock")
 
@@ -95,11 +96,9 @@ def remove(one: Kept) -> None:
     """Remove a conversion, unless a process is at it. Raises UserError then."""
     lock = _lock(one.path)
     with alone(lock):
-        doomed = one.path.with_name(f".{one.path.name.lstrip('.')}.{os.getpid()}.tmp")
+        doomed = one.path.with_name(f".{lock.stem}.{os.getpid():08d}{TEMPORARY}")
         one.path.replace(doomed)  # no reader takes a half of it for a whole
-        files.remove_tree(doomed)
-        lock.unlink(missing_ok=True)
-        listing.companion(lock).unlink(missing_ok=True)
+        remove_tree(doomed)
 
 
 def _size(count: int) -> str:

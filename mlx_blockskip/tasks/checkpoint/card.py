@@ -224,5 +224,5 @@ def _licence(base: Base) -> str:
 def means_of(directory: Path) -> dict[str, float]:
     """What an evaluation in an adapter directory found on the whole."""
     report = directory / "evaluation" / "evaluation.json"
-    means = files.read_object(report).get("means", {}) if report.is_file() else {}
+    means = files.read_json(report).get("means", {}) if report.is_file() else {}
     return {name: float(means[name]) for name in METRICS if means.get(name) is not None}

@@ -14,12 +14,13 @@ from mlx_blockskip.events import Note, Saved, emit
 from mlx_blockskip.settings import ConvertSettings
 from mlx_blockskip.tasks.checkpoint import single
 from mlx_blockskip.tasks.checkpoint.address import Repo, repo_named
-from mlx_blockskip.tasks.checkpoint.hf import check_room, write_hugging_face
+from mlx_blockskip.tasks.checkpoint.hf import write_hugging_face
 from mlx_blockskip.tasks.checkpoint.hub import ENCODER, PIPELINE, download
 from mlx_blockskip.tasks.checkpoint.recognise import family_of, is_converted, is_encoder
 from mlx_blockskip.tasks.checkpoint.single import Writing
-from mlx_blockskip.tasks.checkpoint.stream import convert_streaming
+from mlx_blockskip.tasks.checkpoint.stream import convert_streaming, finish
 from mlx_blockskip.tasks.phases import phase
+from mlx_blockskip.tasks.targets import check_room, check_writable
 
 ENCODER_DTYPE = "float32"
 """What image encoders are stored in where nothing else is asked for: they are small, and they measure."""
@@ -32,8 +33,13 @@ def convert(settings: ConvertSettings) -> Path:
     target = Path(settings.mlx_path).expanduser()
     if not settings.hf_path:
         raise UserError("--hf-path: give a Hugging Face directory, a safetensors file or a repo id")
+    named = repo_named(settings.hf_path) if settings.stream else None
+    if named is not None and target.exists() and finish(named, target, wanted(settings)):
+        emit(Saved(target, "model"))
+        return target
     if target.exists():
         raise UserError(f"{target}: already exists; choose another --mlx-path or remove it")
+    check_writable(target, "--mlx-path")
     if settings.to == "hf":
         return _back(settings, Path(settings.hf_path).expanduser(), target)
     source, precision = checkpoint_folder(Path(settings.hf_path).expanduser()), wanted(settings)

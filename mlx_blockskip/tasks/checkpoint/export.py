@@ -19,6 +19,7 @@ from mlx_blockskip.tasks.captions import common_words
 from mlx_blockskip.tasks.checkpoint.adapter_names import CONFIG, PEFT_FILE, TENSORS
 from mlx_blockskip.tasks.checkpoint.adapters import read_tensors, recorded, scale_of, write_adapter
 from mlx_blockskip.tasks.checkpoint.base import base_model
+from mlx_blockskip.tasks.targets import check
 
 SAID = {"diffusers": "LoRA for diffusers", "comfyui": "LoRA for ComfyUI", "kohya": "LoRA in kohya's format"}
 FOLDER = "mlx_adapter"
@@ -32,9 +33,8 @@ def export(settings: ExportSettings) -> Path:
     source = Path(settings.adapter_path).expanduser()
     as_directory = settings.format == "mlx"
     target = Path(settings.output or (FOLDER if as_directory else PEFT_FILE)).expanduser()
-    if target.exists():
-        raise UserError(f"{target}: already exists; choose another --output or remove it")
-    config = recorded(source) or files.read_object(source / CONFIG)
+    check(target, "--output", settings.overwrite and not as_directory)
+    config = recorded(source) or files.read_json(source / CONFIG)
     tensors, scale = read_tensors(source / TENSORS), scale_of(config, source / TENSORS)
     dtype: mx.Dtype = getattr(mx, settings.dtype)
     if as_directory:

@@ -8,7 +8,7 @@ from typing import Any
 from mlx_blockskip import lora
 from mlx_blockskip.converters.rewrite import Rewriting
 from mlx_blockskip.converters.whole import Whole
-from mlx_blockskip.engine import files, listing
+from mlx_blockskip.engine import files, listing, manifest
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.shards import INDEX, Shards
 from mlx_blockskip.events import Saved, emit
@@ -16,9 +16,10 @@ from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.registry import open_model, read_config
 from mlx_blockskip.settings import FuseSettings
 from mlx_blockskip.tasks.checkpoint.adapters import check_strengths, here, load_adapter, recorded
-from mlx_blockskip.tasks.checkpoint.hf import check_room, write_hugging_face
+from mlx_blockskip.tasks.checkpoint.hf import write_hugging_face
 from mlx_blockskip.tasks.checkpoint.resolve import resolve
 from mlx_blockskip.tasks.phases import phase
+from mlx_blockskip.tasks.targets import check_room, check_writable
 
 
 def fuse(settings: FuseSettings) -> Path:
@@ -26,6 +27,7 @@ def fuse(settings: FuseSettings) -> Path:
     target = Path(settings.save_path).expanduser()
     if target.exists():
         raise UserError(f"{target}: already exists; choose another --save-path or remove it")
+    check_writable(target, "--save-path")
     paths = [here(path) for path in settings.adapter_path or ["adapters"]]
     check_strengths(paths, settings.lora_scale)
     name = settings.model or recorded(paths[0]).get("base_model")
@@ -77,6 +79,7 @@ def write_fused(source: Path, target: Path, whole: Whole, config: dict[str, Any]
         for done, _ in enumerate(_fill(temporary, found, changed), 1):
             track.step(done)
         files.write_json(temporary / "config.json", {**config, **({"quantization": None} if dequantize else {})})
+        manifest.write(temporary)
 
 
 def _fill(target: Path, found: Sequence[Path], changed: Mapping[str, Rewriting]) -> Iterator[str]:

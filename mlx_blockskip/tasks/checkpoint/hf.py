@@ -6,11 +6,11 @@ from typing import Any
 
 from mlx_blockskip.converters import hf
 from mlx_blockskip.engine import files
-from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.shards import Added
 from mlx_blockskip.events import Note, emit
 from mlx_blockskip.models.registry import read_config
 from mlx_blockskip.tasks.phases import phase
+from mlx_blockskip.tasks.targets import check_room
 
 
 def write_hugging_face(
@@ -36,12 +36,3 @@ def write_hugging_face(
     with phase("write", count, "files") as track, files.atomic_directory(target) as temporary:
         for done, _ in enumerate(hf.write_checkpoint(source, temporary, family, parts, config), 1):
             track.step(done)
-
-
-def check_room(target: Path, need: int) -> None:
-    """Raise UserError where the disk has not so many bytes free."""
-    free = files.free_space(target)
-    if need > free:
-        raise UserError(
-            f"{target}: {need / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB are free; choose another disk"
-        )

@@ -62,7 +62,7 @@ class Layout:
 
 def family_of(top: Path) -> str:
     """The name of the family of a pipeline in diffusers' layout."""
-    return find_family(files.read_object(top / INDEX)).name
+    return find_family(files.read_json(top / INDEX)).name
 
 
 def _configs_of_pipeline(top: Path) -> list[str]:

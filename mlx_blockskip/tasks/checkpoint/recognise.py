@@ -12,7 +12,7 @@ from mlx_blockskip.models.registry import find_family
 def is_converted(path: Path) -> bool:
     """Whether this is an MLX model directory."""
     config = path / "config.json"
-    return config.is_file() and "format" in files.read_object(config)
+    return config.is_file() and "format" in files.read_json(config)
 
 
 def is_encoder(path: Path) -> bool:

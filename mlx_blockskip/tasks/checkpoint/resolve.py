@@ -1,12 +1,10 @@
 """From what a user calls a model to an MLX model directory: converted once, into the user's cache directory."""
 
 import difflib
-import glob
 import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +24,7 @@ from mlx_blockskip.tasks.checkpoint import hub
 from mlx_blockskip.tasks.checkpoint.address import Repo, repo_named
 from mlx_blockskip.tasks.checkpoint.convert import ENCODER_DTYPE, convert_directory
 from mlx_blockskip.tasks.checkpoint.recognise import is_converted, is_encoder
+from mlx_blockskip.tasks.targets import check_writable
 
 BUNDLED = ("tiny-flux", "tiny-sana")
 
@@ -170,11 +169,10 @@ def _converted(source: Callable[[Path], Path], name: Repo | Path | str, kind: Ki
         with suppress(OSError):  # a disk that is read only
             os.utime(target)  # when it was last used, for `cache`
         return target
-    with alone(target.with_name(f"{target.name}.lock")):
+    check_writable(target, "the cache of converted models (MLX_BLOCKSKIP_CACHE):")
+    with alone(target.with_name(f"{target.name}.lock"), kept=True):
         if is_converted(target):
             return target
-        for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # of a process that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
         path, dtype = source(target), kind.dtype_of(str(name))
         emit(Note(f"Converting {name} to {dtype} once, into {target}"))
         convert_directory(path, target, Precision(dtype), str(name))

@@ -93,8 +93,6 @@ def convert_streaming(repo: Repo, target: Path, precision: Precision, origin: st
             raise UserError(f"{target}: {hub.gib(need)} are needed and {free} are free; choose another disk")
         emit(Note(f"Streaming {repo.name} ({hub.gib(through)} in all), which takes {hub.gib(need)} of disk"))
         made.mkdir(exist_ok=True)
-        for half in made.rglob(".*.tmp"):  # of a process that was killed
-            half.unlink()
         with phase("convert", len(shards), "shards") as track:
             done = 0
 
@@ -114,7 +112,19 @@ def convert_streaming(repo: Repo, target: Path, precision: Precision, origin: st
         made.replace(target)
         disk.flush_directory(target.parent)
         owned.clear(work, OURS)
-    target.with_name(f"{work.name}.lock").unlink(missing_ok=True)
+
+
+def finish(repo: Repo, target: Path, precision: Precision) -> bool:
+    """Whether `target` is this conversion, which was killed when it had its name; what is left beside it goes."""
+    work = target.with_name(f"{target.name}.streaming")
+    made_from = owned.recorded(work)
+    if made_from is None or (work / "model").exists() or made_from["repo"] != repo.name:
+        return False
+    if made_from["precision"] != asdict(hub.in_full(precision, hub.PIPELINE)):
+        return False
+    with alone(target.with_name(f"{work.name}.lock")):
+        owned.clear(work, OURS)
+    return True
 
 
 def _converted(source: Path, made: Path, precision: Precision, origin: str) -> Iterator[tuple[str, str]]:

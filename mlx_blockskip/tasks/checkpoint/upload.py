@@ -2,7 +2,6 @@
 
 import io
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from PIL import Image as PillowImage
 
-from mlx_blockskip.engine import files, listing
+from mlx_blockskip.engine import files, leftovers, listing
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, Table, emit, unheard
 from mlx_blockskip.options import PATHS
@@ -40,8 +39,8 @@ def upload(settings: UploadSettings) -> str:
     repo = repo_named(settings.repo)
     if repo is None or repo.revision:
         raise UserError(f"--repo {settings.repo}: give the repo to upload to, such as your-name/my-dog")
-    with tempfile.TemporaryDirectory() as scratch:
-        content = contents(path, repo.name, Path(scratch))
+    with leftovers.scratch_directory() as scratch:
+        content = contents(path, repo.name, scratch)
         if settings.dry_run:
             _show(content, repo.name)
         else:
@@ -80,7 +79,7 @@ def _of_adapter(path: Path, repo: str, scratch: Path) -> dict[str, Content]:
 
 
 def _of_model(path: Path, repo: str) -> dict[str, Content]:
-    config = files.read_object(path / "config.json")
+    config = files.read_json(path / "config.json")
     base = card.base_of(str(config.get("source") or path.name), path)
     base = card.Base(base.name, base.repo, card.metadata_of(path / README))
     found: dict[str, Content] = {

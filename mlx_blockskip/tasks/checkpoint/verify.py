@@ -11,7 +11,7 @@ from mlx_blockskip.converters import run
 from mlx_blockskip.converters.quantization import recorded
 from mlx_blockskip.converters.table import Component
 from mlx_blockskip.converters.whole import Whole, misfits
-from mlx_blockskip.engine import files, listing, owned
+from mlx_blockskip.engine import files, listing, manifest, owned, sealed
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.shards import INDEX, Shards
 from mlx_blockskip.engine.verify import (
@@ -106,6 +106,7 @@ def model(path: Path) -> Found:
         problems += component_problems(path / name)
         if not _has_checksums(path / name):
             notes.append(f"{path / name}: records no checksums, so only names and shapes were looked at")
+    problems += _manifest_problems(path)
     if "family" not in config:
         return problems, notes
     try:
@@ -125,6 +126,15 @@ def model(path: Path) -> Found:
             if not any(problem.file.is_relative_to(folder) for problem in problems):
                 problems.append(unreadable(_named_in(error, path), error))
     return problems, notes
+
+
+def _manifest_problems(path: Path) -> list[Problem]:
+    """Of configs, indexes, tokenizers and the scheduler."""
+    try:
+        recorded = manifest.recorded(path)
+    except UserError as error:
+        return [unreadable(path / manifest.FILE, error)]
+    return [p for name, expected in recorded.items() for p in checksum_problems(path / name, expected)]
 
 
 def _has_checksums(folder: Path) -> bool:
@@ -210,10 +220,20 @@ def adapter(path: Path) -> Found:
     for file in listing.visible(path, "checkpoints/*/*.safetensors"):
         problems += value_problems(file)
     for state in listing.visible(path, "checkpoints/*/state.json"):
-        problems += json_of(state)[1]
+        problems += _checkpoint_problems(state)
     if (path / "cache" / owned.MARKER).is_file():
         problems += cache(path / "cache")[0]
     return problems, notes
+
+
+def _checkpoint_problems(path: Path) -> list[Problem]:
+    """Of the state.json of a checkpoint, and of the files that it has checksums of."""
+    value, problems = json_of(path)
+    try:
+        sums = sealed.opened(path, value, "go on from the one before", required=not problems).get("sha256", {})
+    except UserError as error:
+        return [unreadable(path, error)]
+    return problems + [p for name, expected in sums.items() for p in checksum_problems(path.with_name(name), expected)]
 
 
 def factor_problems(path: Path, config: dict[str, Any]) -> list[Problem]:
@@ -240,4 +260,4 @@ def cache(path: Path) -> Found:
     problems: list[Problem] = []
     for file in listing.visible(path, "**/*.safetensors"):
         problems += value_problems(file) or (records.problems(file) if file.name.startswith("chunk-") else [])
-    return problems, [f"{path}: scratch files have no checksums; records, shapes and finite values were looked at"]
+    return problems, [f"{path}: scratch files beside the chunks have no checksums; their values were looked at"]

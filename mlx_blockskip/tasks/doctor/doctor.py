@@ -1,6 +1,5 @@
 """`doctor`: what a machine's owner runs first."""
 
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_blockskip.engine import limits
+from mlx_blockskip.engine import leftovers, limits
 from mlx_blockskip.events import Note, Step, Warning, emit
 from mlx_blockskip.settings import DoctorSettings
 from mlx_blockskip.tasks.doctor import bench, checks, fits, machine, trials
@@ -33,9 +32,9 @@ def doctor(settings: DoctorSettings) -> Report:
     fitting = fits.judged(stored["models"], found.budget)
     if fitting:
         emit(fits.table(fitting, found.budget, stored["backend"]))
-    with tempfile.TemporaryDirectory() as directory, _as_it_was():
-        tested = _tested(settings, Path(directory))
-        benched = _benched(found, Path(directory)) if settings.bench else None
+    with leftovers.scratch_directory() as directory, _as_it_was():
+        tested = _tested(settings, directory)
+        benched = _benched(found, directory) if settings.bench else None
     report = Report(found, fitting, tested, benched, time.perf_counter() - started)
     emit(Note("\n".join(("", TOP, report.text(), BOTTOM))))
     return report

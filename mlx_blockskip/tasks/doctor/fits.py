@@ -49,7 +49,7 @@ def path() -> Path:
 
 def read() -> dict[str, Any]:
     """backend, mlx: what the figures were traced on; models: `Models`, none where there is no file."""
-    return files.read_object(path()) if path().is_file() else {"backend": "-", "mlx": "-", "models": {}}
+    return files.read_json(path()) if path().is_file() else {"backend": "-", "mlx": "-", "models": {}}
 
 
 def judged(models: Models, budget: int) -> tuple[Fit, ...]:

@@ -77,7 +77,7 @@ def published(workshop: Workshop, name: str, bits: int = 0) -> Hollow:
 
 def _published(target: Path, name: str, bits: int) -> Hollow:
     folder = presets.folders()[name]
-    family, whole = find_family(files.read_object(folder / "model_index.json")), presets.configs(folder)
+    family, whole = find_family(files.read_json(folder / "model_index.json")), presets.configs(folder)
     configs = {**family.shallow(whole), "transformer": whole["transformer"]}
     hollow.write_hollow(
         target, family.name, configs, Precision(DTYPE, bits), bundled(family.bundled or ""),
@@ -90,7 +90,7 @@ def sizes() -> dict[str, int]:
     """Bytes of each preset's transformer in bfloat16, the smallest first."""
     found = {}
     for name, folder in presets.folders().items():
-        family = find_family(files.read_object(folder / "model_index.json"))
+        family = find_family(files.read_json(folder / "model_index.json"))
         components = {part.folder: part for part in components_of(family.name, presets.configs(folder))}
         found[name] = size_of(components["transformer"], Precision(DTYPE))
     return dict(sorted(found.items(), key=lambda item: item[1]))

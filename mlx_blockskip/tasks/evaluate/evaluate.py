@@ -17,6 +17,7 @@ from mlx_blockskip import lora
 from mlx_blockskip.data import Dataset, load_dataset, load_image
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine.verify import json_of
 from mlx_blockskip.events import Note, Saved, Warning, emit
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.vision.encoder import Encoder
@@ -33,9 +34,15 @@ from mlx_blockskip.tasks.memory.check import budget_of, check_generation, images
 from mlx_blockskip.tasks.memory.trace import traced
 from mlx_blockskip.tasks.phases import phase
 from mlx_blockskip.tasks.sampling.denoise import seeded_noise
-from mlx_blockskip.tasks.sampling.pictures import Shot, draw
+from mlx_blockskip.tasks.sampling.pictures import Shot, draw, whole
+from mlx_blockskip.tasks.targets import check_writable
 
 REPORT, SHEET = "evaluation.json", "evaluation.png"
+FREE_TO_CHANGE = (
+    *("output", "overwrite", "memory_budget", "trace_memory", "adapter_path", "model", "data"),
+    *("vision_model", "clip_model", "prompts", "drift_prompts"),
+)
+"""Settings that do not change what is found, or whose meaning is compared."""
 WAITING = 32
 """Images that are made in one sweep, at most; what is written so far is not made again by a run that goes on."""
 TOGETHER = 16
@@ -87,6 +94,7 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     plan = Plan(settings, how, subject, output, identities)
     with alone(output / ".lock"):
         by_adapted, by_base = (plan.pictures(prompts, adapted=adapted) for adapted in (True, False))
+        check_report(plan, by_adapted, settings.overwrite)
         kept = {"adapter_path": [settings.adapter_path], "lora_scale": [settings.lora_scale]}
         with lora.worn(model, adapter) as tree:
             make(model, how, [*by_adapted.subject, *by_adapted.others], tree, {"model": settings.model, **kept})
@@ -96,7 +104,6 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
         report = {**plan.report(), **found}
         files.write_json(output / REPORT, report)
         write_sheet(output / SHEET, dataset, report, output)
-    (output / ".lock").unlink(missing_ok=True)
     tables(report, dataset)
     emit(Saved(output / REPORT, "evaluation"))
     emit(Saved(output / SHEET, "contact sheet"))
@@ -199,6 +206,28 @@ class Plan:
         }  # fmt: skip
 
 
+def check_report(plan: Plan, adapted: Pictures, overwrite: bool) -> None:
+    """Raise UserError where the directory has the report of another evaluation."""
+    for path in (plan.output / REPORT, plan.output / SHEET):
+        check_writable(path, "--output")
+    held = [path for path in (plan.output / REPORT, plan.output / SHEET) if path.exists()]
+    if held and not overwrite and compared(json_of(held[0])[0]) != compared(plan.report(), adapted):
+        raise UserError(f"{held[0]}: is of other settings; give another --output, or --overwrite to replace it")
+
+
+def compared(report: Mapping[str, Any], adapted: Pictures | None = None) -> dict[str, Any]:
+    """What an evaluation has in common with one that it may replace. adapted: in place of the report's prompts."""
+    made = report.get("prompts") if adapted is None else [{"prompt": one.prompt} for one in adapted.subject]
+    prompts = [one.get("prompt") if isinstance(one, dict) else None for one in made or []]
+    settings = report.get("settings")
+    kept = settings.items() if isinstance(settings, dict) else ()
+    return {
+        "of": [report.get("subject"), report.get("identities")],
+        "settings": {name: value for name, value in kept if name not in FREE_TO_CHANGE},
+        "prompts": list(dict.fromkeys(prompts)),
+    }
+
+
 def slug(prompt: str) -> str:
     """The beginning of a prompt, as a part of a file's name."""
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].rstrip("-")
@@ -214,7 +243,7 @@ def make(
     """Make the images that are not there yet, as many in one sweep as the memory budget takes. settings: to keep in the
     files, beside how each is drawn.
     """
-    missing = [picture for picture in pictures if not picture.path.is_file()]
+    missing = [picture for picture in pictures if not whole(picture.path)]
     if len(missing) < len(pictures):
         emit(Note(f"{len(pictures) - len(missing)} of {len(pictures)} images are there already"))
     size = images_at_once(how, model, min(WAITING, len(missing))) if missing else 1

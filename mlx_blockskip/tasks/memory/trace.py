@@ -17,6 +17,7 @@ from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.timeline import FIRST_SWEEPS, Point, Timeline
 from mlx_blockskip.events import Saved, Warning, emit
 from mlx_blockskip.settings import MemoryOptions
+from mlx_blockskip.tasks import targets
 from mlx_blockskip.tasks.memory.limit import AUTO, budget_of
 
 S = TypeVar("S", bound=MemoryOptions)
@@ -76,6 +77,7 @@ def _write(target: Path, recorded: Timeline, task: str, budget: int | None, stop
     """Write the file, unless no phase was begun. What goes wrong here does not undo the run."""
     if not recorded.phases:
         return
+    target = targets.free(target)  # what is there stays, also what the run itself has written
     try:
         files.write_json(target, as_trace(recorded, task, budget, stopped))
     except OSError as error:

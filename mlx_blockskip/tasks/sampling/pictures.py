@@ -13,7 +13,7 @@ from PIL import PngImagePlugin
 from mlx_blockskip import lora
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.stack import Mask
-from mlx_blockskip.events import Image, emit
+from mlx_blockskip.events import Image, Warning, emit
 from mlx_blockskip.models.family import DiffusionModel, Prompt
 from mlx_blockskip.tasks.defaults import DrawConfig
 from mlx_blockskip.tasks.phases import phase
@@ -71,6 +71,20 @@ def encode(
         track.step(len(texts))
     warn_of_length(texts, encoded, config.max_sequence_length)
     return dict(zip(prompts, encoded.prompts, strict=False)), encoded.prompts[-1] if config.guided else None
+
+
+def whole(path: Path) -> bool:
+    """Whether an image is there, with the checksum of each of its parts; one that is damaged is removed, and said."""
+    if not path.is_file():
+        return False
+    try:
+        with PillowImage.open(path, formats=("PNG",)) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError):
+        emit(Warning(f"{path}: is damaged; it is made again"))
+        path.unlink()
+        return False
+    return True
 
 
 def write_png(path: Path, image: PillowImage.Image, settings: Mapping[str, Any] | None = None) -> None:

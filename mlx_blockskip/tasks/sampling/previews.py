@@ -15,13 +15,17 @@ from mlx_blockskip.models.family import DiffusionModel, Prompt
 from mlx_blockskip.tasks.defaults import check_size, model_draws
 from mlx_blockskip.tasks.phases import phase
 from mlx_blockskip.tasks.sampling.denoise import Request, noise_shape, sample, seeded_noise, to_image
-from mlx_blockskip.tasks.sampling.pictures import write_png
+from mlx_blockskip.tasks.sampling.pictures import whole, write_png
 
 CLASS_NOISE = 0xC1A
 """Keeps the noise of class images apart from other random streams of the same seed."""
 
 CLASS_FILES = ("[0-9][0-9][0-9][0-9].png", "metadata.jsonl")
 """What the directory of class images holds."""
+
+SAMPLES = "samples"
+SAMPLE_FILES = "step-[0-9][0-9][0-9][0-9][0-9][0-9]-*.png"
+"""The directory of sample images in that of a run, and what they are called."""
 
 WAITING = 8
 """Class images that wait in one sweep."""
@@ -64,6 +68,15 @@ def render(
     model.release()
 
 
+def missing_samples(prompts: Sequence[str], directory: Path, step: int) -> bool:
+    """Whether not all sample images of a step are there."""
+    return not all(path.is_file() for path in _sample_paths(prompts, directory, step))
+
+
+def _sample_paths(prompts: Sequence[str], directory: Path, step: int) -> list[Path]:
+    return [directory / f"step-{step:06d}-{i}.png" for i in range(1, len(prompts) + 1)]
+
+
 def write_samples(
     model: DiffusionModel, prompts: Sequence[str], tree: lora.Tree, directory: Path, step: int, seed: int
 ) -> None:
@@ -71,8 +84,7 @@ def write_samples(
     size = model.defaults.width, model.defaults.height
     noise = seeded_noise(model, seed, *size)
     images = render(model, encode(model, prompts), prompts, [noise] * len(prompts), size, tree)
-    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True), 1):
-        path = directory / f"step-{step:06d}-{i}.png"
+    for path, image, prompt in zip(_sample_paths(prompts, directory, step), images, prompts, strict=True):
         write_png(path, image)
         emit(Image(path, prompt))
 
@@ -94,7 +106,7 @@ def class_images(
     for surplus in {path.name for path in directory.glob(CLASS_FILES[0])} - set(names):
         (directory / surplus).unlink()
     texts = [prompts[i % len(prompts)] for i in range(count)]
-    missing = [i for i, name in enumerate(names) if not (directory / name).is_file()]
+    missing = [i for i, name in enumerate(names) if not whole(directory / name)]
     if missing:
         _write_class_images(model, texts, missing, side, [directory / name for name in names], seed)
     files.write_text(directory / "metadata.jsonl", "".join(map(data.metadata_line, names, texts)))

@@ -14,7 +14,7 @@ from mlx_blockskip.tasks.defaults import DrawConfig
 from mlx_blockskip.tasks.memory.check import images_at_once
 from mlx_blockskip.tasks.phases import phase
 from mlx_blockskip.tasks.sampling.denoise import seeded_noise
-from mlx_blockskip.tasks.sampling.pictures import Shot, draw
+from mlx_blockskip.tasks.sampling.pictures import Shot, draw, whole
 
 IMAGES = ("prompt*-seed*-*.png",)
 """What a directory of masked images holds."""
@@ -55,7 +55,7 @@ def make(model: DiffusionModel, series: Series, adapter: lora.Adapter) -> None:
         Shot(series.prompts[prompt], seeded_noise(model, seed, width, height), path, masks=masks)
         for prompt, seed in series.places
         for name, masks in series.masks.items()
-        if not (path := series.path(prompt, seed, name)).is_file()
+        if not whole(path := series.path(prompt, seed, name))
     ]
     size = images_at_once(series.how, model, min(WAITING, len(missing))) if missing else 1
     with lora.worn(model, adapter) as tree:

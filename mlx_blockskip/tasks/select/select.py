@@ -10,7 +10,7 @@ from mlx_blockskip.blockskip import masking, selection
 from mlx_blockskip.blockskip.plan import budget
 from mlx_blockskip.blockskip.selection import FULL, Distances
 from mlx_blockskip.data import Dataset, load_dataset
-from mlx_blockskip.engine import files
+from mlx_blockskip.engine import files, sealed
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, Saved, Table, Warning, emit
 from mlx_blockskip.models.family import DiffusionModel
@@ -25,7 +25,9 @@ from mlx_blockskip.tasks.memory.check import budget_of, check_generation
 from mlx_blockskip.tasks.memory.trace import trace_paths, traced
 from mlx_blockskip.tasks.select import plot
 from mlx_blockskip.tasks.select.masked import Masks, Series, distances, make
+from mlx_blockskip.tasks.skipping.choice import FILE
 from mlx_blockskip.tasks.skipping.probe import ProbeSettings, probe_subject
+from mlx_blockskip.tasks.targets import chosen
 
 SHOWN_RATIOS = (0.3, 0.4, 0.5)
 """The paper's skip ratios."""
@@ -83,7 +85,7 @@ def select(settings: SelectSettings) -> Selection:
         **(selection.as_json(table, depth) if table else {}),
         **measured,
     }
-    files.write_json(target, record)
+    files.write_json(target, sealed.seal(record))
     emit(summary(record, table, depth))
     emit(Saved(target, "block selection"))
     drawn = plot.write(picture, record, model.stack.kinds)
@@ -131,16 +133,21 @@ def _curves(table: Distances, where: dict[str, Any]) -> dict[str, Any]:
     return {**where, "first": list(table.first), "last": list(table.last)}
 
 
-LEFT_OUT = ("output", "memory_budget", "trace_memory", "model", "adapter_path", "data")
+LEFT_OUT = ("output", "overwrite", "memory_budget", "trace_memory", "model", "adapter_path", "data")
 """Settings that do not change what is measured, or that are recorded by what they mean."""
+
+
+def with_picture(path: Path) -> list[Path]:
+    """The JSON file and the picture beside it."""
+    return [path, path.with_suffix(".png")]
 
 
 def output_paths(settings: SelectSettings) -> tuple[Path, Path]:
     """The JSON file and the picture beside it. Raises UserError for settings that are wrong by themselves."""
-    target = Path(settings.output).expanduser()
-    if target.suffix != ".json":
-        raise UserError(f"{target}: the selection is written as JSON; let --output end in .json")
+    if settings.output is not None and Path(settings.output).suffix != ".json":
+        raise UserError(f"{settings.output}: the selection is written as JSON; let --output end in .json")
     check_seeds(settings.seed, settings.n_images)
+    target = chosen(settings.output, FILE, "--output", settings.overwrite, with_picture)
     picture = target.with_suffix(".png")
     if picture in trace_paths(settings.trace_memory) or target in trace_paths(settings.trace_memory):
         raise UserError(f"--trace-memory {settings.trace_memory}: is what this run writes; choose another name")

@@ -1,20 +1,24 @@
 """The skip plan of a training run: what the user gave, what the model records, or what a probe of the subject finds."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from mlx_blockskip import lora
 from mlx_blockskip.blockskip import plan as plans
 from mlx_blockskip.blockskip import selection
 from mlx_blockskip.blockskip.plan import SkipPlan
 from mlx_blockskip.data import Dataset
-from mlx_blockskip.engine import files
+from mlx_blockskip.engine import files, listing, sealed
+from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, emit
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.settings import TrainSettings
 from mlx_blockskip.tasks.defaults import TrainConfig
 from mlx_blockskip.tasks.skipping.probe import ProbeSettings, probe_subject
+from mlx_blockskip.tasks.targets import free
 
 AUTO, EVEN = "auto", "even"
 IMAGES, LEVELS, LOOKS = 2, 2, 8
@@ -56,13 +60,26 @@ def probed_plan(
     )  # fmt: skip
     made_from = {"model_identity": model.identity, "data": dataset.identity, "probe": asdict(probe)}
     path = directory / FILE
-    found = files.read_object(path) if path.is_file() else {}
-    if any(found.get(key) != value for key, value in made_from.items()):
+    found = _probed_before(directory, made_from)
+    if found is None:
         emit(Note(f"Probing which blocks to skip at a ratio of {ratio:g}; --plan even takes both ends alike instead"))
         (table,), _ = probe_subject(model, dataset, probe, [lora.Adapter()])
         found = {"format": 1, "method": "probe", **made_from, **selection.as_json(table, depth)}
-        files.write_json(path, found)
+        path = free(path)
+        files.write_json(path, sealed.seal(found))
     return plans.from_selection(found, ratio, depth, path)
+
+
+def _probed_before(directory: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What an earlier run has found by the same probe, whatever its file is called; another's is left alone."""
+    for path in listing.visible(directory, f"{Path(FILE).stem}*.json"):
+        try:
+            found = sealed.opened(path, files.read_json(path), "it is passed over")
+        except UserError:  # another's, or damaged
+            continue
+        if all(found.get(key) == value for key, value in made_from.items()):
+            return found
+    return None
 
 
 def _ratio(settings: TrainSettings, model: DiffusionModel) -> float:

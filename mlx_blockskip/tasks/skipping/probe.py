@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-from tempfile import TemporaryDirectory
 
 import mlx.core as mx
 
@@ -16,7 +15,7 @@ from mlx_blockskip import lora
 from mlx_blockskip.blockskip import patches, selection
 from mlx_blockskip.blockskip.selection import Distances
 from mlx_blockskip.data import Dataset, Example, load_image, to_pixels
-from mlx_blockskip.engine import philox
+from mlx_blockskip.engine import leftovers, philox
 from mlx_blockskip.engine.spill import Spilled
 from mlx_blockskip.engine.stack import Modulation, State, arrays
 from mlx_blockskip.engine.sweep import Batch, modulations
@@ -71,7 +70,7 @@ def probe_subject(
             return model.final_layer(state, samples[i].context, heads[i])
 
         for number, adapter in enumerate(adapters):
-            with lora.worn(model, adapter) as tree, TemporaryDirectory(prefix="mlx-blockskip-") as directory:
+            with lora.worn(model, adapter) as tree, leftovers.scratch_directory() as directory:
                 if not samples or adapter.worn or adapters[number - 1].worn:
                     samples, heads = _samples(model, examples, latents, encoded, sigmas, settings)
                 found = selection.probe(
@@ -82,7 +81,7 @@ def probe_subject(
                     stride=settings.stride,
                     trainable=tree,
                     velocity=velocity,
-                    wait=_Room(Path(directory), None if model.reader.budget is None else WAITING_BYTES).put,
+                    wait=_Room(directory, None if model.reader.budget is None else WAITING_BYTES).put,
                 )
             tables.append(selection.mean([selection.collect(one, settings.k) for one in found.distances]))
             done += found.evaluations

@@ -9,14 +9,20 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_blockskip import lora
-from mlx_blockskip.engine import files
-from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine import files, owned, sealed
+from mlx_blockskip.engine.errors import DamagedError, UserError
 from mlx_blockskip.engine.interrupt import deferred
 from mlx_blockskip.engine.stack import Stack
 from mlx_blockskip.tasks.checkpoint.adapters import read_tensors
 from mlx_blockskip.tasks.train.moments import BlockMoments, Moments
 
 KEPT = 2
+STATE = "state.json"
+FILES = ("adapters.safetensors", "chunk_adapters.safetensors", "moments.safetensors", STATE)
+"""What a checkpoint holds."""
+
+NAME = "step-[0-9][0-9][0-9][0-9][0-9][0-9]"
+WAY_OUT = "it is removed, and the run goes on from the checkpoint before"
 
 
 @dataclass
@@ -66,29 +72,40 @@ def save(directory: Path, state: State, stack: Stack, settings: dict[str, Any]) 
     """Write checkpoints/step-000123; the oldest beyond KEPT go."""
     target = directory / "checkpoints" / f"step-{state.step:06d}"
     with files.atomic_directory(target, replace=True) as temporary:
-        files.save_tensors(temporary / "adapters.safetensors", lora.flatten(state.tree, stack))
-        files.save_tensors(temporary / "chunk_adapters.safetensors", lora.flatten(state.at_chunk, stack))
-        _save_moments(temporary / "moments.safetensors", state)
+        sums = {
+            f"{name}.safetensors": files.save_tensors(
+                temporary / f"{name}.safetensors", lora.flatten(tree, stack), hashed=True
+            )
+            for name, tree in (("adapters", state.tree), ("chunk_adapters", state.at_chunk))
+        }
+        sums["moments.safetensors"] = _save_moments(temporary / "moments.safetensors", state)
         counts = {"step": state.step, "updates": state.updates, "skipped": state.skipped}
-        files.write_json(temporary / "state.json", {**counts, "settings": settings})
+        files.write_json(temporary / STATE, sealed.seal({**counts, "settings": settings, "sha256": sums}))
     for old in found(directory)[:-KEPT]:
-        files.remove_tree(old)
+        remove(old)
     return target
 
 
-def _save_moments(path: Path, state: State) -> None:
-    """`m/3/attn.to_q.lora_a`, written block by block."""
+def remove(path: Path) -> None:
+    """Remove a checkpoint; the directory stays where a user has put something into it."""
+    (path / STATE).unlink(missing_ok=True)  # what is left of it after a kill is no checkpoint
+    owned.remove(path, FILES)
+
+
+def _save_moments(path: Path, state: State) -> str:
+    """`m/3/attn.to_q.lora_a`, written block by block. Returns the file's checksum."""
     entries = [
         files.TensorEntry(f"{kind}/{block}/{name}", tuple(value.shape), "F32")
         for block in state.moments.blocks
         for name, value in state.tree[block].items()
         for kind in ("m", "v")
     ]
-    with files.SafetensorsWriter(path, entries) as writer:
+    with files.SafetensorsWriter(path, entries, hashed=True) as writer:
         for block in state.moments.blocks:
             for name, both in state.moments.get(block).items():
                 for kind, value in both.items():
                     writer.write(f"{kind}/{block}/{name}", value)
+    return writer.checksum
 
 
 def _load_moments(path: Path, moments: Moments) -> None:
@@ -105,7 +122,7 @@ def _load_moments(path: Path, moments: Moments) -> None:
 
 def found(directory: Path) -> list[Path]:
     """Checkpoints, oldest first."""
-    return sorted(p for p in (directory / "checkpoints").glob("step-*") if (p / "state.json").is_file())
+    return sorted(p for p in (directory / "checkpoints").glob(NAME) if (p / STATE).is_file())
 
 
 def step_of(path: Path) -> int:
@@ -116,18 +133,28 @@ def step_of(path: Path) -> int:
 def load(path: Path, stack: Stack, settings: dict[str, Any], moments: Moments) -> State:
     """Read a checkpoint, its moments into `moments`.
 
-    Raises UserError where it was made with other settings, by name.
+    Raises UserError where it was made with other settings, by name, and DamagedError where it is not what was written.
     """
-    saved = files.read_json(path / "state.json")
+    saved = _state(path)
     for name, value in saved["settings"].items():
         if settings.get(name) != value:
             raise UserError(
                 f"{path}: was made with {name} = {value!r}, and this run has {settings.get(name)!r}; "
                 "give the same settings, or another --adapter-path"
             )
+    for name in FILES[:-1]:
+        sealed.check(path / name, saved["sha256"][name], WAY_OUT)
     _load_moments(path / "moments.safetensors", moments)
     trees = [
         lora.unflatten(read_tensors(path / f"{name}.safetensors"), stack, path)
         for name in ("adapters", "chunk_adapters")
     ]
     return State(trees[0], moments, saved["step"], saved["updates"], saved["skipped"], trees[1])
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself. Raises DamagedError."""
+    try:
+        return sealed.opened(path / STATE, files.read_json(path / STATE), WAY_OUT, required=True)
+    except UserError as error:
+        raise DamagedError(str(error)) from None

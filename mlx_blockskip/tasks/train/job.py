@@ -16,7 +16,7 @@ from mlx_blockskip.tasks.train.samples import TrainingSamples
 
 CACHE = "cache"
 CACHE_FILES = (
-    *("prompts.safetensors", "latents.safetensors", "chunk-*.safetensors"),
+    *("prompts.safetensors", "latents.safetensors", "chunk-*.safetensors", "chunk-*.json"),
     *("adapter.safetensors", "moments", "gradients", "inputs"),
 )
 """What the cache in an adapter directory holds while a run is under way."""

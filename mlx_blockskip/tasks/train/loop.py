@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_blockskip import lora
 from mlx_blockskip.blockskip import records, residuals
 from mlx_blockskip.blockskip.records import Chunk
-from mlx_blockskip.engine import device, kept, sweep
+from mlx_blockskip.engine import device, kept, oserrors, sweep
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.spill import Trees, hold_in
 from mlx_blockskip.engine.stack import arrays
@@ -22,7 +22,7 @@ from mlx_blockskip.events import Note, emit
 from mlx_blockskip.models.family import Tokens
 from mlx_blockskip.tasks.memory.waiting import adapter_waits
 from mlx_blockskip.tasks.phases import phase
-from mlx_blockskip.tasks.sampling.previews import write_samples
+from mlx_blockskip.tasks.sampling.previews import SAMPLES, missing_samples, write_samples
 from mlx_blockskip.tasks.train import checkpoints, optimizer
 from mlx_blockskip.tasks.train.checkpoints import State
 from mlx_blockskip.tasks.train.job import Job
@@ -43,6 +43,7 @@ def run(job: Job, state: State) -> float:
     losses: list[float] = []
     failures = 0
     try:
+        sample(job, state)  # where the run was stopped between a checkpoint and these
         while state.step < config.iters:
             batches, chunk = next_chunk(job, state)
             last = min(config.iters, batches.stop // config.grad_accumulation)
@@ -61,6 +62,10 @@ def run(job: Job, state: State) -> float:
             path = checkpoints.save(job.directory, state, job.model.stack, job.identity)
             emit(Note(f"Stopped; {path} is saved. Go on with the same command and --resume"))
         raise
+    except OSError as error:
+        newest = next(reversed(checkpoints.found(job.directory)), None)
+        saved = f"; {newest} is the last checkpoint, from which --resume goes on" if newest else ""
+        raise UserError(f"{oserrors.sentence(error)}{saved}") from error
     except RuntimeError as error:
         if not device.is_device_error(error):
             raise
@@ -118,8 +123,8 @@ def next_chunk(job: Job, state: State) -> tuple[range, Chunk]:
     adapter = state.at_chunk if fresh else job.given.trained
     parts = {**job.identity, "chunk": [start, batches.stop], "adapter": lora.checksum(adapter)}
     path = job.cache / f"chunk-{index:04d}.safetensors"
-    for old in path.parent.glob("chunk-*.safetensors"):
-        if old != path:
+    for old in path.parent.glob("chunk-*.*"):
+        if old.stem != path.stem:
             old.unlink()
     aside = adapter_waits(job.model, job.config.residuals)
     with checkpoints.set_aside(state, job.cache / "adapter.safetensors") if aside else nullcontext():
@@ -177,7 +182,14 @@ def after_step(job: Job, state: State, whole: bool = True) -> None:
     config = job.config
     if whole and config.steps_per_save and state.step % config.steps_per_save == 0 and state.step < config.iters:
         checkpoints.save(job.directory, state, job.model.stack, job.identity)
-    if config.steps_per_sample and state.step % config.steps_per_sample == 0:
+    sample(job, state)
+
+
+def sample(job: Job, state: State) -> None:
+    """Sample images, where it is time and they are not there yet."""
+    config, directory = job.config, job.directory / SAMPLES
+    due = config.steps_per_sample and state.step and state.step % config.steps_per_sample == 0
+    if due and missing_samples(config.sample_prompt, directory, state.step):
         adapter = lora.combine([state.tree], [config.scale])
         job.model.release()
-        write_samples(job.model, config.sample_prompt, adapter, job.directory / "samples", state.step, config.seed)
+        write_samples(job.model, config.sample_prompt, adapter, directory, state.step, config.seed)

@@ -10,8 +10,10 @@ from mlx_blockskip.blockskip.patches import Patch
 from mlx_blockskip.blockskip.records import Chunk, Layout
 from mlx_blockskip.data import to_pixels
 from mlx_blockskip.engine import files
+from mlx_blockskip.engine.errors import DamagedError
 from mlx_blockskip.engine.stack import Context, Modulation
 from mlx_blockskip.engine.sweep import Batch, Tap, forward, modulations
+from mlx_blockskip.events import Warning, emit
 from mlx_blockskip.models import flow
 from mlx_blockskip.models.family import Posterior
 from mlx_blockskip.tasks.memory.waiting import together, waiting_bytes
@@ -27,8 +29,11 @@ def compute_chunk(job: Job, batches: range, path: Path, expected: str, adapter: 
     """Make the chunk, or read it where it is already there with this fingerprint. adapter: the factors that its
     features are of.
     """
-    if records.valid(path, expected):
-        return Chunk(path)
+    try:
+        if records.valid(path, expected):
+            return Chunk(path)
+    except DamagedError as error:
+        emit(Warning(str(error)))
     path.unlink(missing_ok=True)
     drawn = path.with_name("latents.safetensors")
     encode_images(job.samples, batches, drawn)

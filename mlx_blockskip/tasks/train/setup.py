@@ -59,7 +59,19 @@ def prepare(
     largest = max((layout_of(job, batch) for batch in first_of_each_caption(job)), key=lambda one: one.nbytes)
     job.chunk_length = chunk_length(config, largest)
     job.identity = identity_of(job, prior)
+    check_room(job, largest)
     return job
+
+
+def check_room(job: Job, largest: Layout) -> None:
+    """Raise UserError where the disk has no room for the largest chunk, beside what an earlier run has left of it."""
+    held = sum(path.stat().st_size for path in job.cache.glob("chunk-*.safetensors"))
+    need = min(job.config.batches, job.chunk_length) * largest.nbytes - held
+    if need > (free := files.free_space(job.directory)):
+        raise UserError(
+            f"{job.directory}: the residual cache takes {need / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; "
+            f"lower --cache-limit (now {job.config.cache_limit}), or choose another disk"
+        )
 
 
 def encode_captions(config: TrainConfig, model: DiffusionModel, captions: Sequence[str], store: Path) -> None:

@@ -11,12 +11,13 @@ from pathlib import Path
 from mlx_blockskip import lora
 from mlx_blockskip.blockskip.patches import coverage
 from mlx_blockskip.data import load_dataset
-from mlx_blockskip.engine import limits, owned
-from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.engine import limits, oserrors, owned
+from mlx_blockskip.engine.errors import DamagedError, UserError
 from mlx_blockskip.events import Event, Note, Saved, Warning, as_record, emit, listening
 from mlx_blockskip.models.registry import read_config
 from mlx_blockskip.options import to_mapping
 from mlx_blockskip.settings import TrainSettings
+from mlx_blockskip.tasks import targets
 from mlx_blockskip.tasks.alone import alone
 from mlx_blockskip.tasks.checkpoint.adapter_names import TENSORS
 from mlx_blockskip.tasks.checkpoint.adapters import write_adapter
@@ -27,7 +28,7 @@ from mlx_blockskip.tasks.memory.limit import described
 from mlx_blockskip.tasks.memory.trace import traced
 from mlx_blockskip.tasks.prompts import warn_of_syntax
 from mlx_blockskip.tasks.skipping.choice import even_plan, known_plan, probed_plan
-from mlx_blockskip.tasks.train import checkpoints
+from mlx_blockskip.tasks.train import checkpoints, place
 from mlx_blockskip.tasks.train.begin import begin, given_adapter, new_factors, whole, with_rank
 from mlx_blockskip.tasks.train.checkpoints import State
 from mlx_blockskip.tasks.train.job import CACHE, CACHE_FILES, Job
@@ -52,8 +53,13 @@ def train(settings: TrainSettings) -> TrainResult:
     if not settings.data:
         raise UserError("--data: give a directory of images")
     directory = Path(settings.adapter_path).expanduser()
-    if not settings.resume and (directory / TENSORS).exists():
-        raise UserError(f"{directory}: already holds an adapter; choose another --adapter-path, or go on with --resume")
+    targets.check_writable(directory / TENSORS, "--adapter-path")
+    with alone(directory / ".lock"):
+        place.claim(directory, settings.resume, settings.overwrite)
+        return _train(settings, directory)
+
+
+def _train(settings: TrainSettings, directory: Path) -> TrainResult:
     dataset = load_dataset(Path(settings.data).expanduser(), settings.prompt)
     for text in dataset.warnings:
         emit(Warning(text))
@@ -65,22 +71,20 @@ def train(settings: TrainSettings) -> TrainResult:
     emit(Note(described(limits.in_force())))
     plan = known_plan(settings, model)
     ample = check_training(config, model, plan or even_plan(settings, model))
-    with alone(directory / ".lock"):
-        owned.begin(directory / CACHE, CACHE_FILES)
-        if plan is None:
-            plan = probed_plan(settings, config, model, dataset, directory)
-            ample = check_training(config, model, plan)
-        given = begin(config, model, plan, adapter)
-        del adapter
-        job = prepare(config, directory, model, dataset, plan, ample, given)
-        state = first_state(job)
-        describe(job)
-        with logged(directory / "log.jsonl"):
-            with lora.worn(model, lora.Adapter(worn=given.kept)):
-                loss = run(job, state)
-            finish(job, state, settings)
-        owned.clear(directory / CACHE, CACHE_FILES)
-    (directory / ".lock").unlink(missing_ok=True)
+    owned.begin(directory / CACHE, CACHE_FILES)
+    if plan is None:
+        plan = probed_plan(settings, config, model, dataset, directory)
+        ample = check_training(config, model, plan)
+    given = begin(config, model, plan, adapter)
+    del adapter
+    job = prepare(config, directory, model, dataset, plan, ample, given)
+    state = first_state(job)
+    describe(job)
+    with logged(directory / "log.jsonl"):
+        with lora.worn(model, lora.Adapter(worn=given.kept)):
+            loss = run(job, state)
+        finish(job, state, settings)
+    owned.clear(directory / CACHE, CACHE_FILES)
     return TrainResult(directory, state.step, state.skipped, loss)
 
 
@@ -90,8 +94,9 @@ def logged(path: Path) -> Iterator[None]:
     with path.open("a", encoding="utf-8") as log:
 
         def write(event: Event) -> None:
-            log.write(json.dumps({"time": round(time.time(), 3), **as_record(event)}) + "\n")
-            log.flush()
+            with oserrors.about(path):
+                log.write(json.dumps({"time": round(time.time(), 3), **as_record(event)}) + "\n")
+                log.flush()
 
         with listening(write):
             yield
@@ -104,10 +109,16 @@ def first_state(job: Job) -> State:
     config, model = job.config, job.model
     moments = Moments(None if job.ample else job.cache / "moments")
     if config.resume:
-        if saved := checkpoints.found(job.directory):
-            emit(Note(f"Going on from {saved[-1].name}"))
-            return checkpoints.load(saved[-1], model.stack, job.identity, moments)
-        emit(Note(f"{job.directory} has no checkpoint yet; the run starts at its first step"))
+        for saved in reversed(checkpoints.found(job.directory)):
+            try:
+                state = checkpoints.load(saved, model.stack, job.identity, moments)
+            except DamagedError as error:
+                emit(Warning(str(error)))
+                checkpoints.remove(saved)
+                continue
+            emit(Note(f"Going on from {saved.name}"))
+            return state
+        emit(Note(f"{job.directory} has no checkpoint that is whole; the run starts at its first step"))
     return State(dict(job.given.trained) or new_factors(config, model, job.plan), moments)
 
 
@@ -127,12 +138,23 @@ def describe(job: Job) -> None:
         emit(Note(f"every other sample is one of {len(samples.prior.examples)} class images"))
 
 
+PLACES = ("data", "class_data")
+"""Settings that later commands read where the adapter records them."""
+
+
+def findable(path: str) -> str:
+    """A directory by a path that means the same everywhere; what names no directory as it is."""
+    place = Path(path).expanduser()
+    return str(place.absolute()) if place.is_dir() else path
+
+
 def finish(job: Job, state: State, given: TrainSettings) -> None:
     """Write the adapter, and say what went wrong on the way. given: the settings before they were filled."""
+    settings = to_mapping(given) | job.config.recorded()
     description = {
         "format": 1,
         "family": read_config(job.model.path)["family"],
-        "base_model": job.config.model,
+        "base_model": findable(job.config.model),
         "base_model_identity": job.model.identity,
         "rank": job.config.rank,
         "scale": job.config.scale,
@@ -141,7 +163,7 @@ def finish(job: Job, state: State, given: TrainSettings) -> None:
         "plan": job.plan.to_json(),
         "steps": state.step,
         "skipped_steps": state.skipped,
-        "settings": to_mapping(given) | job.config.recorded(),
+        "settings": settings | {name: findable(settings[name]) for name in PLACES if settings.get(name)},
     }
     checkpoints.save(job.directory, state, job.model.stack, job.identity)
     write_adapter(job.directory, whole(state.tree, job.given.kept, job.model, job.config.scale), description)
