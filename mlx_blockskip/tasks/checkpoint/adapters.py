@@ -148,8 +148,6 @@ def located(path: Path) -> tuple[Path, dict[str, Any] | None]:
     found = None
     if (config / CONFIG).is_file() and (path.is_dir() or path.name in known):
         found = files.read_json(config / CONFIG)
-        if not isinstance(found, dict):
-            raise UserError(f"{config / CONFIG}: describes no adapter; get the directory again")
     if not path.is_dir():
         return path, found
     if found is not None:
