@@ -73,9 +73,7 @@ def transformer(folder: str, config: ZImageTransformer2DConfig) -> Component:
         rows += _block(f"layers.{i}", config)
     rows += linear(f"{FINAL}.adaLN_modulation.1", width, config.time_width, role="plain")
     rows += linear(f"{FINAL}.linear", patch, width, role="plain")
-    return Component(
-        folder, tuple(rows), lambda name: block_of(r"(layers|noise_refiner|context_refiner)\.\d+\.", name)
-    )
+    return Component(folder, tuple(rows), lambda name: block_of(r"(layers|noise_refiner|context_refiner)\.\d+\.", name))
 
 
 def _block(name: str, config: ZImageTransformer2DConfig, modulated: bool = True) -> list[Row]:

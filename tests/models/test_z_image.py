@@ -105,7 +105,7 @@ def test_tables_of_one_size_stay_for_every_length(tmp_path):
 
 
 def test_gradients_of_lora_equal_those_of_torch(tmp_path):
-    """Of every target, through refiner and main blocks, with tokens that fill up; PEFT's layers add the same factors."""
+    """Of every target, through refiner and main blocks, with tokens that fill up, against PEFT's layers."""
     pytest.importorskip("peft")
     from peft import LoraConfig
 
