@@ -159,6 +159,20 @@ def test_the_image_to_text_mask_cuts_image_from_text_only(tmp_path):
     assert same_bits(velocity(model, latents, sigma, prompts[0], masks=refiner), plain[0]), "which sees no text"
 
 
+def test_attention_takes_fewer_rows_than_its_scores_have_room_for(tmp_path, monkeypatch):
+    assert [net.query_rows(1, 30, keys) for keys in (288, 768, 4608)] == [256, 256, 121]
+    assert net.query_rows(4, 30, 768) == 182
+    _, model = opened(tmp_path)
+    latents, states, sigma = inputs(model.config, (6, 10))
+    prompt, seen = refined(model, states), []
+    real = net.attention
+    monkeypatch.setattr(net, "attention", lambda *a, **k: (seen.append(k["query_chunk"]), real(*a, **k))[1])
+    whole = velocity(model, mx.array(latents), sigma, prompt)
+    monkeypatch.setattr(net, "QUERY_ROWS", 7)
+    assert relative_error(velocity(model, mx.array(latents), sigma, prompt), whole) <= 1e-5
+    assert set(seen) == {256, 7}
+
+
 def test_patches_come_back_without_the_tokens_that_fill_up():
     latents = mx.array(philox.normal(1, shape=(2, 6, 10, 4)))
     tokens = net.patchify(latents)

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_blockskip.engine.stack import Block, BlockKind, Stack, Trainable, Weights
-from mlx_blockskip.models.attention import apply_rope, attention
+from mlx_blockskip.models.attention import SCORE_BYTES, apply_rope, attention
 from mlx_blockskip.models.config import Config, NonNegativeInt, OneOf, PositiveFloat, PositiveInt, Unset
 from mlx_blockskip.models.family import Size, Tokens
 from mlx_blockskip.models.layers import (
@@ -43,6 +43,11 @@ EMBEDDER, FINAL = "all_x_embedder.2-1", "all_final_layer.2-1"
 """The layers for patches of this size in one frame."""
 
 MODULATION = "adaLN_modulation.0"
+
+QUERY_ROWS = 256
+"""Query rows of attention at a time, at most: with 30 heads the scores of a training patch, and on the way back their
+gradients beside them, would else be most of what a block takes. A constant, so that chunks follow from shapes alone.
+"""
 
 
 @dataclass(frozen=True)
@@ -198,9 +203,21 @@ def _attention(
         y = rms_norm(w, f"attention.norm_{part}", y, HEAD_EPS) if config.qk_norm else y
         return apply_rope(y, *rotations)
 
-    scale = 1 / math.sqrt(config.head_dim)
-    attended = attention(turned("q"), turned("k"), project("v"), scale=scale, text_length=text_length, mask=mask)
+    attended = attention(
+        turned("q"),
+        turned("k"),
+        project("v"),
+        scale=1 / math.sqrt(config.head_dim),
+        text_length=text_length,
+        mask=mask,
+        query_chunk=query_rows(x.shape[0], config.n_heads, x.shape[1]),
+    )
     return linear(w, "attention.to_out.0", merge_heads(attended), trainable)
+
+
+def query_rows(batch: int, heads: int, keys: int) -> int:
+    """As many as attention takes, and no more than QUERY_ROWS."""
+    return min(QUERY_ROWS, max(1, SCORE_BYTES // (4 * batch * heads * keys)))
 
 
 def _feed_forward(w: Weights, x: mx.array, trainable: Trainable) -> mx.array:
