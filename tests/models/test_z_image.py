@@ -7,12 +7,14 @@ from PIL import Image
 
 from mlx_blockskip import generate
 from mlx_blockskip.engine import files, philox, sweep
+from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.sweep import Batch, forward
 from mlx_blockskip.models.attention import IMAGE_TO_TEXT
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.models.z_image import transformer as net
+from mlx_blockskip.tasks.sampling.denoise import Request, sample
 from support import flux2, z_image
-from support.compare import assert_parity, assert_same_image, relative_error, same_bits
+from support.compare import PIPELINE, assert_parity, assert_same_image, relative_error, same_bits
 from support.models import convert, random_tree
 
 torch = pytest.importorskip("torch")
@@ -205,6 +207,36 @@ def test_the_pipeline_equals_diffusers(tmp_path, size, guidance, turbo):
     )  # fmt: skip
     for path, wanted in zip(found, theirs, strict=True):
         assert_same_image("ZImagePipeline image (of 255)", Image.open(path), wanted * 255)
+
+
+def test_final_latents_equal_those_of_the_pipeline(tmp_path):
+    """Two prompts of different lengths from the same noise, with guidance and tokens that fill up."""
+    pipe, model = opened(tmp_path)
+    prompts, length = ["a small cat", "two red dogs that sleep in the sun"], 64
+    noise = philox.normal(0, shape=(2, 4, 14, 10))
+    theirs = pipe(
+        prompt=list(prompts), num_inference_steps=4, guidance_scale=3.0, width=20, height=28, output_type="latent",
+        latents=torch.from_numpy(noise), max_sequence_length=length,
+    ).images  # fmt: skip
+    *encoded, negative = model.encode_prompts(prompts, length, [""]).prompts
+    start = mx.array(noise.transpose(0, 2, 3, 1))
+    requests = [Request(prompt, negative, start[i : i + 1]) for i, prompt in enumerate(encoded)]
+    *_, latents = sample(model, requests, steps=4, cfg_scale=4.0, guidance=1.0)
+    found = mx.concatenate(latents).transpose(0, 3, 1, 2)
+    assert_parity("ZImagePipeline, final latents", found, theirs.numpy(), PIPELINE)
+
+
+@pytest.mark.parametrize("change", [{"axes_dims": (64, 64)}, {"axes_dims": (32, 32, 32)}, {"n_heads": 20}])
+def test_axes_that_do_not_make_a_head_are_refused(change):
+    with pytest.raises(UserError, match="axes_dims .* for n_heads .* is not dim 3840 in three axes"):
+        net.ZImageTransformer2DConfig(**change)
+
+
+@pytest.mark.parametrize("change", [{"all_patch_size": [2, 4]}, {"all_f_patch_size": [2]}, {"siglip_feat_dim": 1152}])
+def test_other_patches_and_omni_are_refused(change):
+    (name,) = change
+    with pytest.raises(UserError, match=f"{name}=.* is not implemented"):
+        net.ZImageTransformer2DConfig.from_dict(change)
 
 
 def test_turbo_is_told_by_its_scheduler_alone(tmp_path):

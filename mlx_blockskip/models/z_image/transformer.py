@@ -277,7 +277,7 @@ def rotations(config: ZImageTransformer2DConfig, text_length: int, size: Size) -
     image[:, 2] = np.tile(np.arange(columns), rows)
     text = text_rotations(config, text_length)
     own = _rotations(config, ids)
-    return Rotations(*(mx.concatenate(parts) for parts in zip(text, own, strict=True)))
+    return Rotations(mx.concatenate([text.cos, own.cos]), mx.concatenate([text.sin, own.sin]))
 
 
 def _rotations(config: ZImageTransformer2DConfig, ids: np.ndarray) -> Rotations:
