@@ -9,7 +9,7 @@ import pytest
 
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.settings import TrainSettings
-from support import flux2
+from support import flux2, z_image
 from support.compare import gather, parity_table, worst
 from support.hub_server import attach, running
 from support.models import HEDGEHOG, assets, convert
@@ -82,6 +82,13 @@ def tiny_klein(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_z_image(tmp_path_factory):
+    """A random Z-Image, converted to float32: with a prelude, and prompts of different lengths."""
+    path = tmp_path_factory.mktemp("z_image")
+    return convert(z_image.checkpoint(path / "hf"), path / "tiny-z-image", "z_image")
+
+
+@pytest.fixture(scope="session")
 def toy_with_prelude(tmp_path_factory):
     """Two blocks that are swept before block 0 and not counted."""
     return make_toy(tmp_path_factory.mktemp("prelude") / "toy", prelude=2)
@@ -93,13 +100,14 @@ def toy_of_many_lengths(tmp_path_factory):
     return make_toy(tmp_path_factory.mktemp("lengths") / "toy", prelude=1, varied=True)
 
 
-EVERY = ("tiny_flux", "tiny_klein", "tiny_sana", "toy")
+EVERY = ("tiny_flux", "tiny_klein", "tiny_sana", "tiny_z_image", "toy")
 """A small model of every family; contract tests run over all of them."""
 
 
-@pytest.fixture(scope="session", params=["tiny_klein", "tiny_sana", "toy"])
+@pytest.fixture(scope="session", params=["tiny_z_image", "tiny_sana", "toy"])
 def family_model(request):
-    """A model directory of families that differ: with joint attention (the smallest of them), without, and the toy."""
+    """A model directory of families that differ: with joint attention, a prelude and prompts of different lengths;
+    without; and the toy. The others with joint attention have their turn in the contract tests."""
     return request.getfixturevalue(request.param)
 
 

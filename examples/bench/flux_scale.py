@@ -1,6 +1,6 @@
 """A model at full width, phase by phase: peak of MLX memory, and of private memory beside it. Prints Markdown.
 
-    python examples/bench/flux_scale.py WORK [--model flux1-dev|flux2-klein-base-4b|sana-1.6b] [--full-depth]
+    python examples/bench/flux_scale.py WORK [--model flux1-dev|flux2-klein-base-4b|z-image|sana-1.6b] [--full-depth]
 
 Models are hollow: zeros in sparse files, since memory does not depend on the values of weights. Points of full width
 (few blocks, so that they take minutes and not hours) are measured with --memory-budget 0, the least that is possible,
@@ -79,6 +79,9 @@ def klein(name: str) -> Model:
     )  # fmt: skip
 
 
+PROMPT = " ".join(["a photo of sks dog"] * 32)
+"""As long as any model reads: the number of text tokens may depend on it."""
+
 MODELS = {
     "flux1-dev": Model(
         bundled="tiny-flux", depths=("num_layers", "num_single_layers"), full=(19, 38), pixels=16, text=512, read=512,
@@ -113,6 +116,23 @@ MODELS = {
         ),
     ),
     **{name: klein(name) for name in ("flux2-klein-base-4b", "flux2-klein-base-9b")},
+    "z-image": Model(
+        bundled="chat-tokenizer", depths=("n_layers",), full=(30,), pixels=16, text=512, read=512, side=256,
+        encoded=512, drawn=1024, samples=64, plans=((15, 0), (7, 8), (0, 15)),
+        limits={
+            **dict.fromkeys(("convert", "encode prompts", "encode images", "precompute", "generate", "decode"),
+                            (1.25, 1.25)),
+            "train": (0.45, 0.75),
+        },
+        train=(
+            {"bits": 0, "depth": (2,), "n": 0, "m": 1},
+            {"bits": 0, "depth": (2,), "n": 1, "m": 0},
+            {"bits": 4, "depth": (2,), "n": 0, "m": 1},
+        ),
+        held_out=({"bits": 0, "depth": (30,), "n": 15, "m": 0},),
+        precompute=({"bits": 0, "depth": (2,), "samples": 8},),
+        generate=({"bits": 0, "depth": (2,), "side": 512}, {"bits": 4, "depth": (2,), "side": 1024}),
+    ),
     "sana-1.6b": Model(
         bundled="tiny-sana", depths=("num_layers",), full=(20,), pixels=32, text=300, read=530, side=512,
         encoded=512, drawn=1024, samples=64, plans=((10, 0), (5, 5), (0, 10)),
@@ -290,7 +310,7 @@ def settings_of(job: dict):  # type: ignore[no-untyped-def]
     from mlx_blockskip.tasks.checkpoint.resolve import bundled
 
     return TrainSettings(
-        model=str(hollow(job)), data=str(bundled("subjects") / "hedgehog"), prompt="a photo of sks dog", iters=1,
+        model=str(hollow(job)), data=str(bundled("subjects") / "hedgehog"), prompt=PROMPT, iters=1,
         rank=RANK, batch_size=1, memory_budget="0", max_sequence_length=job["text"], train_resolution=job["side"],
         resolution=2 * job["side"], skip_first=job.get("n", 0), skip_last=job.get("m", 0),
         adapter_path=f"{job['work']}/adapter-{os.getpid()}", patch_mode="resize",  # an image is encoded once
@@ -349,7 +369,7 @@ def direct(job: dict) -> None:
     if encoders:
         own = {**model.defaults.own, "instruction": False}  # its tokens are counted in `read`
         model.defaults = replace(model.defaults, own=own)
-        mx.eval([list(p.values()) for p in model.encode_prompts(["a photo of sks dog"], job["text"]).prompts])
+        mx.eval([list(p.values()) for p in model.encode_prompts([PROMPT], job["text"]).prompts])
     elif job["phase"] == "encode images":
         mx.eval(model.encode_images(mx.zeros((1, side, side, 3))))
     elif job["phase"] == "decode":

@@ -48,6 +48,7 @@ STOPPED = f"{PRIOR}: stopped_among"
 QUICK: dict[str, tuple[str, ...]] = {
     f"{PACKAGE}/models/flow.py": ("tests/test_flow.py", "tests/models/test_sana_sampling.py"),
     f"{PACKAGE}/models/flux2/*.py": ("tests/models/test_flux2.py",),
+    f"{PACKAGE}/models/z_image/*.py": ("tests/models/test_z_image.py",),
     f"{PACKAGE}/models/text/lm.py": ("tests/models/test_lm.py",),
     f"{PACKAGE}/models/text/chat.py": ("tests/models/test_chat.py",),
     f"{PACKAGE}/models/vae/kl_flux2.py": ("tests/models/test_vae_kl_flux2.py", "tests/models/test_flux2.py"),

@@ -160,8 +160,9 @@ class Family:
     open: `(model directory, budget in bytes of MLX memory or None) -> DiffusionModel`.
     defaults: `(the transformer's Config) -> settings` that a model directory's own `defaults` override.
     siblings: whether an adapter of one model is meant for the others of its size too, as for those distilled from it.
-    variant: `(model_index.json) -> settings` of a checkpoint that the configs of its networks do not tell from another,
-    as a distilled one; conversion makes them the model directory's own, below those of a `defaults.json`.
+    variant: `(model_index.json, the scheduler's config) -> settings` of a checkpoint that the configs of its networks
+    do not tell from another, as a distilled one; conversion makes them the model directory's own, below those of a
+    `defaults.json`.
     lora_targets: modules by the name of a choice ("attention", "all") and by block kind.
     shallow: `(configs) -> configs` of the same model with one block of each kind in every stack.
     bundled: the model in the package whose tokenizers stand in for those of a preset.
@@ -175,4 +176,4 @@ class Family:
     shallow: Callable[[Configs], Configs]
     bundled: str | None = None
     siblings: bool = False
-    variant: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda index: {}
+    variant: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] = lambda index, scheduler: {}

@@ -12,6 +12,7 @@ import mlx_blockskip.models as models
 from mlx_blockskip.engine import files, manifest
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.family import DiffusionModel, Family
+from mlx_blockskip.models.schedulers import FILE
 
 GROUP = "mlx_blockskip.families"
 
@@ -49,11 +50,12 @@ def family_named(name: str) -> Family:
 
 
 def own_defaults(checkpoint: Path, family: Family) -> dict[str, Any]:
-    """The settings that a checkpoint in Hugging Face layout has of its own: what its model_index.json tells, and over
-    that a `defaults.json` beside it.
+    """The settings that a checkpoint in Hugging Face layout has of its own: what its model_index.json and the config of
+    its scheduler tell, and over that a `defaults.json` beside it.
     """
     index, own = checkpoint / "model_index.json", checkpoint / "defaults.json"
-    found = family.variant(files.read_json(index)) if index.is_file() else {}
+    scheduler = checkpoint / "scheduler" / FILE
+    found = family.variant(files.read_json(index), files.read_json(scheduler)) if index.is_file() else {}
     return {**found, **(files.read_json(own) if own.is_file() else {})}
 
 

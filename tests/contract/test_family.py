@@ -17,7 +17,7 @@ from support.compare import relative_error, same_bits
 from support.models import random_tree
 
 
-@pytest.fixture(scope="module", params=["tiny_flux", "tiny_klein", "tiny_sana", "toy", "toy_with_prelude"])
+@pytest.fixture(scope="module", params=["tiny_flux", "tiny_klein", "tiny_sana", "tiny_z_image", "toy"])
 def family_model(request):
     """Here also a stack with blocks that are swept but not counted."""
     return request.getfixturevalue(request.param)

@@ -28,6 +28,8 @@ BLOCKS = {
     "sana1.5-1.6b": {"transformer": 20, "text_encoder": 26},
     "sana1.5-4.8b": {"transformer": 60, "text_encoder": 26},
     "sana-sprint-1.6b": {"transformer": 20, "text_encoder": 26},
+    "z-image": {"transformer": 34, "text_encoder": 36},
+    "z-image-turbo": {"transformer": 34, "text_encoder": 36},
 }
 SIBLINGS = {
     "flux2-klein-base-4b": (24, 50, 4.0),
@@ -36,8 +38,10 @@ SIBLINGS = {
     "flux2-klein-9b": (32, 4, 1.0),
 }
 """Heads, steps and guidance of models whose blocks differ in nothing but their size; one of them is run."""
+TURBO = "z-image-turbo"
+"""Has the blocks of z-image."""
 TEXT = 8
-LATENTS = {"flux1": (4, 4, 16), "flux2": (2, 2, 128), "sana": (2, 2, 32)}
+LATENTS = {"flux1": (4, 4, 16), "flux2": (2, 2, 128), "sana": (2, 2, 32), "z_image": (4, 4, 16)}
 
 
 def test_every_preset_is_tested_here():
@@ -61,13 +65,13 @@ def test_the_tables_have_as_many_tensors_and_bytes_as_the_checkpoints_indexes_sa
     assert 2 * sum(math.prod(row.shape) for row in rows) == index["metadata"]["total_size"]
 
 
-@pytest.mark.parametrize("name", [name for name in BLOCKS if name not in list(SIBLINGS)[1:]])
+@pytest.mark.parametrize("name", [name for name in BLOCKS if name not in (*list(SIBLINGS)[1:], TURBO)])
 def test_a_block_of_every_kind_runs(name, tmp_path):
     model = hollow(name, tmp_path / "m")
     assert len(set(model.stack.kinds)) == len(model.stack.kinds)
     height, width, channels = LATENTS[family_of(name).name]
     assert model.latent_shape(256, 256)[2] == channels
-    assert model.vae_factor == {"flux1": 8, "flux2": 16, "sana": 32}[family_of(name).name]
+    assert model.vae_factor == {"flux1": 8, "flux2": 16, "sana": 32, "z_image": 8}[family_of(name).name]
     prompt = model.blank_prompt(TEXT)
     latents = mx.zeros((1, height, width, channels))
     context = model.context(mx.array([0.5]), prompt, (height, width), model.defaults.guidance)
@@ -90,7 +94,18 @@ def test_siblings_open_and_have_defaults_of_their_own(name, tmp_path):
     assert model.stack.kinds == ("double", "single")
 
 
-@pytest.mark.parametrize("name", ["flux1-dev", "flux2-klein-4b", "sana1.5-1.6b"])
+@pytest.mark.parametrize(("name", "steps", "guidance"), [("z-image", 50, 5.0), (TURBO, 8, 1.0)])
+def test_turbo_differs_from_z_image_in_its_defaults_and_shift(name, steps, guidance, tmp_path):
+    model = hollow(name, tmp_path / "m")
+    assert (model.defaults.steps, model.defaults.cfg_scale) == (steps, guidance)
+    assert flow.training_shift(model.scheduler) == (3.0 if name == TURBO else 6.0)
+    assert (model.config.head_dim, model.config.hidden, model.size_multiple) == (128, 10240, 16)
+    assert model.config.cap_feat_dim == model.text_config.hidden_size
+    assert [model.stack.block(i).kind.name for i in model.stack.path] == ["refiner", "main"]
+    assert model.latent_shape(256, 128) == (16, 32, 16)
+
+
+@pytest.mark.parametrize("name", ["flux1-dev", "flux2-klein-4b", "sana1.5-1.6b", "z-image"])
 def test_a_layer_of_every_text_encoder_runs(name, tmp_path):
     model = hollow(name, tmp_path / "m")
     (prompt,) = model.encode_prompts(["red"], TEXT).prompts

@@ -75,7 +75,8 @@ def assert_predicted(phases, measured, names):
 @pytest.mark.parametrize(
     ("name", "options"),
     [("tiny_klein" if i in (3, 6) else "tiny_flux", options) for i, options in enumerate(SETTINGS)]
-    + [("tiny_sana", SETTINGS[i]) for i in (1, 3, 4, 6, 7)],
+    + [("tiny_sana", SETTINGS[i]) for i in (1, 3, 4, 6, 7)]
+    + [("tiny_z_image", SETTINGS[i]) for i in (0, 4)],
 )
 def test_training_takes_what_is_predicted(request, tmp_path, monkeypatch, name, options):
     model_path = request.getfixturevalue(name)

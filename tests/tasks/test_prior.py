@@ -249,5 +249,5 @@ def test_class_images_of_the_user_need_captions_or_one_class_prompt(quick, tmp_p
     shutil.copyfile(next(HEDGEHOG.glob("*.png")), bare / "1.png")
     with pytest.raises(UserError, match="has no caption.*--class-prompt"):
         train(quick(class_data=str(bare)))
-    samples = prepared(quick("b", class_data=str(bare), class_prompt=["a dog"])).samples
-    assert samples.examples[-1].caption == "a dog"
+    samples = prepared(quick("b", class_data=str(bare), class_prompt=["a dog on a green sofa"])).samples
+    assert samples.examples[-1].caption == "a dog on a green sofa"

@@ -9,7 +9,6 @@ from conftest import QUICK
 from PIL import Image
 
 from mlx_blockskip import generate, lora, select, train
-from mlx_blockskip.data import load_dataset
 from mlx_blockskip.engine import files
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.sweep import Batch, forward
@@ -38,7 +37,7 @@ def directly(samples, model, path):
     return float(mx.mean(mx.square(velocity - target)))
 
 
-@pytest.mark.parametrize("name", ["toy_with_prelude", "toy_of_many_lengths"])
+@pytest.mark.parametrize("name", ["toy_with_prelude", "toy_of_many_lengths", "tiny_z_image"])
 @pytest.mark.parametrize("ends", [(0, 0), (2, 0), (0, 2), (1, 1)])
 def test_the_first_step_has_the_loss_of_the_whole_model(request, tmp_path, name, ends):
     """At LoRA zero, whatever is skipped: the prelude is swept while the entry is computed, and never again."""
@@ -90,31 +89,37 @@ def test_selection_passes_over_the_prelude(toy_with_prelude, tmp_path):
     assert (len(found.distances.first), len(found.distances.last)) == (4, 4)
 
 
-def test_prompts_of_different_lengths_train_and_go_on_to_the_same_bits(toy_of_many_lengths, tmp_path):
+SHORT = ("cat", "a cat", "a red cat", "a cat")
+LONG = ("a red cat that sleeps in the sun", "a cat", *SHORT[:2])
+"""Of two lengths in multiples of 32."""
+
+
+@pytest.mark.parametrize(
+    ("name", "captions", "lengths"), [("toy_of_many_lengths", SHORT, 3), ("tiny_z_image", LONG, 2)]
+)
+def test_prompts_of_different_lengths_train_and_go_on_to_the_same_bits(request, tmp_path, name, captions, lengths):
     """One record layout for each length; a run that is stopped inside a chunk ends with the same adapter."""
-    lengths = {len(example.caption[:6]) for example in load_dataset(captioned(tmp_path)).examples}
-    assert len(lengths) == 3
-    own = {"data": str(tmp_path / "photos"), "grad_accumulation": 2, "iters": 6, "steps_per_save": 2}
-    job = prepared(settings(toy_of_many_lengths, tmp_path / "job", **own))
-    assert len(job.layouts) == 3
-    whole = train(settings(toy_of_many_lengths, tmp_path / "whole", **own)).adapter_path
+    model = request.getfixturevalue(name)
+    photos = str(captioned(tmp_path, captions))
+    own = {"data": photos, "grad_accumulation": 2, "iters": 6, "steps_per_save": 2, "skip_first": 1}
+    job = prepared(settings(model, tmp_path / "job", **own))
+    assert len(job.layouts) == lengths
+    whole = train(settings(model, tmp_path / "whole", **own)).adapter_path
 
     def stop(event):
         if getattr(event, "phase", "") == "train" and getattr(event, "done", 0) == 3:
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        train(settings(toy_of_many_lengths, tmp_path / "stopped", **own), on_event=stop)
-    assert_same_adapter(
-        whole, train(settings(toy_of_many_lengths, tmp_path / "stopped", **own, resume=True)).adapter_path
-    )
+        train(settings(model, tmp_path / "stopped", **own), on_event=stop)
+    assert_same_adapter(whole, train(settings(model, tmp_path / "stopped", **own, resume=True)).adapter_path)
 
 
-def captioned(tmp_path):
-    """Photos whose captions are of three lengths."""
+def captioned(tmp_path, captions=SHORT):
+    """Photos whose captions differ in length."""
     directory = tmp_path / "photos"
     directory.mkdir()
-    for number, caption in enumerate(("cat", "a cat", "a red cat", "a cat")):
+    for number, caption in enumerate(captions):
         Image.new("RGB", (48, 48), (60 * number, 90, 30)).save(directory / f"{number}.png")
         (directory / f"{number}.txt").write_text(caption)
     return directory
@@ -126,8 +131,9 @@ def test_prompts_of_different_lengths_do_not_go_into_one_micro_batch(toy_of_many
         train(settings(toy_of_many_lengths, tmp_path / "a", **own))
 
 
-def test_prompts_of_different_lengths_are_drawn_together_as_they_are_alone(toy_of_many_lengths, tmp_path):
-    prompts, model = ["cat", "a red cat"], str(toy_of_many_lengths)
+@pytest.mark.parametrize(("name", "prompts"), [("toy_of_many_lengths", SHORT[1:3]), ("tiny_z_image", LONG[:2])])
+def test_prompts_of_different_lengths_are_drawn_together_as_they_are_alone(request, tmp_path, name, prompts):
+    prompts, model = list(prompts), str(request.getfixturevalue(name))
     together = generate(model=model, prompt=prompts, output=str(tmp_path / "both.png"))
     for number, prompt in enumerate(prompts):
         (alone,) = generate(model=model, prompt=[prompt], seed=number, output=str(tmp_path / f"{number}.png"))

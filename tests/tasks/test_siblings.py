@@ -38,9 +38,9 @@ def test_train_on_a_base_and_draw_with_its_distilled_sibling(tiny_klein, tmp_pat
     assert not [event for event in events if isinstance(event, Warning)]
 
 
-def test_models_that_are_no_siblings_are_told_apart(tiny_flux, tiny_klein):
+def test_models_that_are_no_siblings_are_told_apart(tiny_flux, tiny_klein, tiny_z_image):
     """Asked of a model of each, with another's identity recorded."""
-    for path, warned in ((tiny_flux, True), (tiny_klein, False)):
+    for path, warned in ((tiny_flux, True), (tiny_klein, False), (tiny_z_image, False)):
         events, model = [], open_model(path)
         with listening(events.append):
             adapters.warn_of_another_model(path, {"base_model_identity": "other"}, model)

@@ -36,7 +36,7 @@ def defaults(transformer: Flux2Transformer2DConfig) -> dict[str, Any]:
     }
 
 
-def variant(model_index: Mapping[str, Any]) -> dict[str, Any]:
+def variant(model_index: Mapping[str, Any], scheduler: Mapping[str, Any]) -> dict[str, Any]:
     """A distilled model has the configs of its base; only the pipeline's says that it is one."""
     return {"steps": 4, "cfg_scale": 1.0} if model_index.get("is_distilled") else {}
 
