@@ -159,6 +159,10 @@ def single_block(
     return Tokens(found[:, text_length:], found[:, :text_length])
 
 
+KINDS = ("weight", "scales", "biases")
+"""The tensors of a linear layer without a bias, each with a row for each output."""
+
+
 def outputs(w: Weights, trainable: Trainable, name: str, start: int, stop: int) -> tuple[Weights, Trainable]:
     """Outputs start..stop-1 of a linear layer, as a layer of its name: so that not all are there for all tokens."""
     own = {f"{name}.{kind}": w[f"{name}.{kind}"][start:stop] for kind in KINDS if f"{name}.{kind}" in w}
@@ -166,10 +170,6 @@ def outputs(w: Weights, trainable: Trainable, name: str, start: int, stop: int) 
     if f"{name}.lora_b" in factors:
         factors[f"{name}.lora_b"] = factors[f"{name}.lora_b"][:, start:stop]
     return own, factors
-
-
-KINDS = ("weight", "scales", "biases")
-"""The tensors of a linear layer without a bias, each with a row for each output."""
 
 
 def _parts(modulation: mx.array) -> list[mx.array]:

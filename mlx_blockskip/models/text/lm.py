@@ -131,14 +131,9 @@ def embedded(shards: Shards, ids: np.ndarray, width: int) -> mx.array:
     rows = shards.rows(f"{table}.weight", ids)
     if f"{table}.scales" in shards.names:
         scales, biases = (shards.rows(f"{table}.{kind}", ids) for kind in ("scales", "biases"))
-        sizes = of_shapes(width, rows, scales)
-        rows = mx.dequantize(rows, scales, biases, group_size=sizes["group_size"], bits=sizes["bits"])
+        group, bits = width // scales.shape[-1], rows.shape[-1] * 32 // width
+        rows = mx.dequantize(rows, scales, biases, group_size=group, bits=bits)
     return rows.astype(mx.float32) if rows.dtype == mx.float16 or cpu.in_use() else rows
-
-
-def of_shapes(width: int, packed: mx.array, scales: mx.array) -> dict[str, int]:
-    """Group size and bits of quantized rows that are so wide when they are whole."""
-    return {"group_size": width // scales.shape[-1], "bits": packed.shape[-1] * 32 // width}
 
 
 def causal(mask: np.ndarray) -> np.ndarray:
