@@ -63,8 +63,8 @@ def run(job: Job, state: State) -> float:
             emit(Note(f"Stopped; {path} is saved. Go on with the same command and --resume"))
         raise
     except OSError as error:
-        last = next(reversed(checkpoints.found(job.directory)), None)
-        saved = f"; {last} is the last checkpoint, from which --resume goes on" if last else ""
+        held = checkpoints.found(job.directory)
+        saved = f"; {held[-1]} is the last checkpoint, from which --resume goes on" if held else ""
         raise UserError(f"{oserrors.sentence(error)}{saved}") from error
     except RuntimeError as error:
         if not device.is_device_error(error):
