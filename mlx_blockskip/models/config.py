@@ -6,7 +6,7 @@ type says what is implemented: any other value is refused by name.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -43,8 +43,15 @@ class Above:
 PositiveInt = Annotated[int, AtLeast(1)]
 NonNegativeInt = Annotated[int, AtLeast(0)]
 PositiveFloat = Annotated[float, Above(0)]
+SHOWN = 200
+"""Letters of a value that are shown."""
+
 Unset = Annotated[object, OneOf(None)]
 """An option that is not implemented at all."""
+
+
+MOST_LAYERS, MOST = 1000, 10**8
+"""Of blocks, and of anything else that is counted: what is beyond is no network, and would be built for ever."""
 
 
 class _WrongValueError(ValueError):
@@ -73,6 +80,9 @@ class Config:
                 raise UserError(f"{name}={_json(value)} is not implemented; {self.WAY_OUT} {error}") from None
             except _WrongValueError as error:
                 raise UserError(f"{name} is {_json(value)}, where {error} is needed; get the file again") from None
+            most = MOST_LAYERS if "layers" in name else MOST
+            if any(number > most for number in _numbers(getattr(self, name))):
+                raise UserError(f"{name} is {_json(value)}, and {most} is the most of any network; get the file again")
         if problem := self.contradiction():
             raise UserError(f"{problem}; get the file again, or choose another checkpoint")
 
@@ -186,5 +196,15 @@ def _kind(hint: Any) -> str:
 
 
 def _json(value: Any) -> str:
-    """A value as the file has it."""
-    return json.dumps(value, default=str)
+    """A value as the file has it, or its beginning."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _numbers(value: Any) -> Iterator[int]:
+    """The whole numbers in a value."""
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _numbers(part)

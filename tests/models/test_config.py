@@ -73,6 +73,8 @@ def test_lists_become_tuples_and_whole_numbers_may_have_a_point():
         ({"width": 4, "inner": "odd"}, 'inner is "odd", where an object is needed'),
         ({"width": 3}, "width and depth are the same; get the file again, or choose another checkpoint"),
         ([1], "holds a list, and an object is needed"),
+        ({"width": 10**9}, "width is 1000000000, and 100000000 is the most of any network; get the file again"),
+        ({"width": "x" * 300}, f'width is "{"x" * 199}..., where a whole number'),
     ],
     ids=str,
 )

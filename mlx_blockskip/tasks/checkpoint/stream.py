@@ -117,10 +117,9 @@ def convert_streaming(repo: Repo, target: Path, precision: Precision, origin: st
 def finish(repo: Repo, target: Path, precision: Precision) -> bool:
     """Whether `target` is this conversion, which was killed when it had its name; what is left beside it goes."""
     work = target.with_name(f"{target.name}.streaming")
-    made_from = owned.recorded(work)
-    if made_from is None or (work / "model").exists() or made_from["repo"] != repo.name:
-        return False
-    if made_from["precision"] != asdict(hub.in_full(precision, hub.PIPELINE)):
+    wanted = {"repo": repo.name, "precision": asdict(hub.in_full(precision, hub.PIPELINE))}
+    made_from = owned.recorded(work) or {}
+    if (work / "model").exists() or any(made_from.get(key) != value for key, value in wanted.items()):
         return False
     with alone(target.with_name(f"{work.name}.lock")):
         owned.clear(work, OURS)
