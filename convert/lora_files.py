@@ -12,8 +12,8 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_blockskip.converters import lora_keys, lora_kinds, lora_origin
-from mlx_blockskip.converters.lora_kinds import Given, MisfitError, Parts
 from mlx_blockskip.converters.lora_layers import Layers, Target
+from mlx_blockskip.converters.lora_parts import Given, MisfitError, Parts, Shape
 from mlx_blockskip.converters.lora_scales import Strengths
 from mlx_blockskip.converters.views import View
 from mlx_blockskip.differences import LowRank, Ranges
@@ -88,9 +88,7 @@ def _entries(
     for one in given.values():
         _check_numbers(one, source)
     try:
-        weight, bias = lora_kinds.added(
-            layer, given, strengths, lora_kinds.Shape(width, sum(rows), layers.kernel(target)), source
-        )
+        weight, bias = lora_kinds.added(layer, given, strengths, Shape(width, sum(rows), layers.kernel(target)), source)
     except MisfitError:
         raise UserError(
             f"{source}: the factors of {layer} do not fit a layer of {width} -> {sum(rows)}; the adapter is for "
