@@ -149,7 +149,8 @@ class Shards:
             return
         weight = found.pop(name)
         pair = [found.pop(f"{module}.{kind}") for kind in ("scales", "biases")] if f"{module}.scales" in found else []
-        parts, count = [], max(1, PART // max(1, math.prod(weight.shape[1:])))
+        width = pair[0].shape[1] * self.group_sizes[module] if pair else math.prod(weight.shape[1:])
+        parts, count = [], max(1, PART // max(1, width))
         for start in range(0, len(weight), count):
             rows = slice(start, start + count)
             packed = (pair[0][rows], pair[1][rows], self.group_sizes[module]) if pair else None
