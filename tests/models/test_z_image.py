@@ -75,6 +75,22 @@ def test_equals_diffusers_on_random_configs(tmp_path, changes, size, text):
     assert_parity("Z-Image transformer", ours, theirs.numpy())
 
 
+@pytest.mark.parametrize(("layers", "faint"), [(0, ("x_embedder", "x_pad_token")), (1, ("to_q", "to_k"))])
+def test_what_is_nearly_zero_is_normed_as_in_diffusers(tmp_path, layers, faint):
+    """So that the epsilons of the last norm and of the heads' matter."""
+    transformer = z_image.random_transformer(n_layers=layers, n_refiner_layers=0)
+    with torch.no_grad():
+        for name, parameter in transformer.named_parameters():
+            if any(part in name for part in faint):
+                parameter.mul_(2e-3)
+    pipe, model = opened(tmp_path, transformer=transformer)
+    latents, states, sigma = inputs(pipe.transformer.config, (6, 10))
+    ours = velocity(model, mx.array(latents), sigma, refined(model, states))
+    with torch.no_grad():
+        theirs = theirs_for(pipe.transformer, latents, states, sigma)
+    assert_parity("Z-Image transformer", ours, theirs.numpy())
+
+
 def test_prompts_of_different_lengths_are_as_in_one_batch_of_the_reference(tmp_path):
     """Through the language model and both refiners; there the shorter one is masked, here each is alone."""
     pipe, model = opened(tmp_path)
