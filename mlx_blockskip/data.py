@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from mlx_blockskip.engine import files, listing
+from mlx_blockskip.engine import files, listing, parsed
 from mlx_blockskip.engine.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif", ".avif")
@@ -134,7 +134,7 @@ def _listed(path: Path, image_key: str, text_key: str, prompt: str | None, promp
         if not line.strip():
             continue
         try:
-            fields = json.loads(line)
+            fields = parsed.parse(line.encode("utf-8", "surrogatepass"))
             name, text = fields[image_key], fields[text_key]
             if not isinstance(name, str) or not isinstance(text, str) or "\0" in name:
                 raise TypeError

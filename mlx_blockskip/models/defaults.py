@@ -37,6 +37,14 @@ class ModelDefaults:
     own: Mapping[str, Any] = field(default_factory=dict)
 
 
+def own_defaults(config: Mapping[str, Any], source: Any) -> Mapping[str, Any]:
+    """What a model's config.json says of its defaults. Raises UserError where that is no object."""
+    found = config.get("defaults") or {}
+    if not isinstance(found, Mapping):
+        raise UserError(f"{source}: its defaults are {found!r}, and should be an object")
+    return found
+
+
 def model_defaults(values: Mapping[str, Any], source: Any) -> ModelDefaults:
     """The defaults that `values` holds. source: what errors call the place they are from.
 

@@ -13,7 +13,7 @@ from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.engine.stack import Stack, Weights
 from mlx_blockskip.models import flow, schedulers
 from mlx_blockskip.models.config import Config
-from mlx_blockskip.models.defaults import model_defaults
+from mlx_blockskip.models.defaults import model_defaults, own_defaults
 from mlx_blockskip.models.layers import UsedOnce
 
 SCARCE = 2 << 30
@@ -46,7 +46,7 @@ class Opened:
             folder: config.read(path / folder / "config.json") for folder, config in configs.items()
         }
         self.shards = Shards(path / "transformer")
-        own = files.read_json(path / "config.json").get("defaults", {})
+        own = own_defaults(files.read_json(path / "config.json"), path / "config.json")
         self.defaults = model_defaults({**defaults(self.configs["transformer"]), **own}, path / "config.json")
         self.stack = make_stack(self.configs["transformer"])
         self.reader = BlockReader(self.shards, self.stack, budget)
