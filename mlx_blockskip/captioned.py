@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import json
 import os
 import re
 import shlex
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_blockskip.engine import listing
+from mlx_blockskip.engine import listing, parsed
 from mlx_blockskip.engine.errors import UserError
 
 SUFFIXES = (
@@ -188,7 +187,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         if not line.strip():
             continue
         try:
-            fields = json.loads(line)
+            fields = parsed.parse(line.encode("utf-8", "surrogatepass"))
         except (ValueError, RecursionError):
             fields = None
         yield number, fields if isinstance(fields, dict) else {}

@@ -201,11 +201,11 @@ def _content_problems(path: Path) -> list[Problem]:
     wanted = {"target", "weight", "captions"}.union(*by_number.values())
     for number, held in by_number.items():
         found += [Problem(path, f"{number}.{name}", "a tensor", "none") for name in sorted(wanted - set(held))]
-        batch = held["captions"].shape[0] if "captions" in held else 0
+        (batch, *_) = held["captions"].shape or (0,) if "captions" in held else (0,)
         for name in ("target", "weight", "entry.image"):
             if name in held and held[name].shape[:1] != (batch,):
                 found.append(Problem(path, f"{number}.{name}", f"{batch} samples", f"{list(held[name].shape)}"))
-        asked = cast(list[int], tensors.read(f"{number}.captions").tolist()) if "captions" in held else []
+        asked = cast(list[int], tensors.read(f"{number}.captions").reshape(-1).tolist()) if "captions" in held else []
         for prompt in (p for p in asked if prompts and str(p) not in prompts):
             found.append(Problem(path, f"{number}.captions", "prompts that the chunk has", str(prompt)))
     return found

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_blockskip.engine import files, leftovers, listing
+from mlx_blockskip.engine import files, leftovers, listing, parsed
 from mlx_blockskip.engine.errors import UserError
 
 MARKER = "made_from.json"
@@ -78,7 +78,7 @@ def _ours(path: Path, names: Sequence[str]) -> bool:
 def recorded(path: Path) -> dict[str, Any] | None:
     """What the marker of a directory records; None where there is none of ours."""
     try:
-        record = json.loads((path / MARKER).read_text(encoding="utf-8"))
+        record = parsed.parse((path / MARKER).read_bytes())
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) and record.items() >= MADE_BY.items() else None

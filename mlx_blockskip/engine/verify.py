@@ -75,12 +75,13 @@ def component_problems(folder: Path) -> list[Problem]:
     """A component directory's index against its shards: each there and whole, with its checksum and its tensors."""
     try:
         index = files.read_json(folder / INDEX)
-        weight_map, metadata = dict(index["weight_map"]), index.get("metadata", {})
+        weight_map, metadata = dict(index["weight_map"]), index.get("metadata")
     except UserError as error:
         return [unreadable(folder / INDEX, error)]
     except (AttributeError, KeyError, TypeError, ValueError):
         return [Problem(folder / INDEX, None, "a weight_map of names to files", "none")]
-    checksums = metadata.get("sha256", {})
+    checksums = metadata.get("sha256") if isinstance(metadata, dict) else None
+    checksums = checksums if isinstance(checksums, dict) else {}
     found: list[Problem] = []
     shards = sorted({*weight_map.values(), *checksums})
     for shard in shards:

@@ -45,7 +45,7 @@ def family_named(name: str) -> Family:
     """The family of this name. Raises UserError where it is not installed."""
     try:
         return families()[name]
-    except KeyError:
+    except (KeyError, TypeError):  # not there, or a config says it by something else than a text
         raise UserError(f"the family {name!r} is not installed; there are {', '.join(sorted(families()))}") from None
 
 

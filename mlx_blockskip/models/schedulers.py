@@ -89,7 +89,7 @@ SCHEDULERS: Mapping[str, type[SchedulerConfig]] = {
 def parse(given: Any, where: Path | str = "scheduler") -> SchedulerConfig:
     """The scheduler that a scheduler_config.json names. Raises UserError for what is not implemented, by its name."""
     name = given.get("_class_name", EULER) if isinstance(given, Mapping) else EULER
-    if name not in SCHEDULERS:
+    if not isinstance(name, str) or name not in SCHEDULERS:
         *others, last = SCHEDULERS
         raise UserError(f"{where}: {name} is not implemented; use a checkpoint with {', '.join(others)} or {last}")
     return SCHEDULERS[name].from_dict(given, where)

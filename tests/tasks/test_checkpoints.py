@@ -1,15 +1,20 @@
 """A checkpoint gives back all that changes in a run, and is refused where the run is another."""
 
+from pathlib import Path
+
 import mlx.core as mx
 import pytest
+from conftest import on_toy
 
+from mlx_blockskip import train
 from mlx_blockskip.engine import files, philox
 from mlx_blockskip.engine.errors import UserError
+from mlx_blockskip.events import Note, Warning
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.tasks.train import checkpoints
 from mlx_blockskip.tasks.train.checkpoints import State
 from mlx_blockskip.tasks.train.moments import Moments
-from support.compare import same_bits
+from support.compare import assert_same_adapter, same_bits
 from support.models import random_tree
 
 SETTINGS = {"seed": 3, "rank": 2}
@@ -105,3 +110,22 @@ def test_an_adapter_that_is_set_aside_comes_back_with_its_bits(tmp_path):
     assert list(state.tree) == list(tree)
     assert all(same_bits(state.tree[block]["a.lora_a"], tree[block]["a.lora_a"]) for block in tree)
     assert not list(tmp_path.iterdir())
+
+
+@on_toy
+def test_a_damaged_checkpoint_is_set_apart_and_one_of_an_older_version_is_read(quick):
+    """Nothing of either is lost; what an older version wrote has no checksums."""
+    directory = train(quick("b", iters=2, steps_per_save=1)).adapter_path / "checkpoints"
+    newest, before = directory / "step-000002", directory / "step-000001"
+    state = files.read_json(before / "state.json")
+    files.write_json(before / "state.json", {k: v for k, v in state.items() if k not in ("sha256", "checksum")})
+    damaged = bytearray((newest / "adapters.safetensors").read_bytes())
+    damaged[-1] ^= 1
+    (newest / "adapters.safetensors").write_bytes(damaged)
+    heard = []
+    train(quick("b", iters=3, steps_per_save=1, resume=True), on_event=heard.append)
+    said = [event.message for event in heard if isinstance(event, (Note, Warning))]
+    assert any("checksum differs" in text and "now called step-000002.damaged" in text for text in said), said
+    assert "Going on from step-000001" in said
+    assert (directory / "step-000002.damaged" / "adapters.safetensors").read_bytes() == bytes(damaged)
+    assert_same_adapter(Path(quick("b").adapter_path), train(quick("c", iters=3, steps_per_save=1)).adapter_path)

@@ -2,7 +2,6 @@
 
 import difflib
 import hashlib
-import json
 import os
 import re
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from mlx_blockskip.converters.places import checkpoint_folder
 from mlx_blockskip.converters.write import Precision, default_dtype
-from mlx_blockskip.engine import files, limits
+from mlx_blockskip.engine import files, limits, parsed
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.events import Note, emit
 from mlx_blockskip.models.family import DiffusionModel
@@ -129,7 +128,7 @@ def known_commits() -> dict[str, str]:
     """Where the branches and tags of repos led when the Hub was last asked: commits by `owner/name@branch`."""
     path = cache_directory() / COMMITS
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parsed.parse(path.read_bytes())
     except (OSError, ValueError):  # it is asked again
         return {}
     return found if isinstance(found, dict) else {}

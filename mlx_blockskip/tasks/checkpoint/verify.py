@@ -101,7 +101,9 @@ def model(path: Path) -> Found:
     """An MLX model directory: checksums, names and shapes of every component."""
     config, problems = json_of(path / "config.json")
     notes: list[str] = []
-    folders = {*config.get("components", []), *(p.parent.name for p in listing.visible(path, f"*/{INDEX}"))}
+    named = config.get("components")
+    own = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    folders = {*own, *(p.parent.name for p in listing.visible(path, f"*/{INDEX}"))}
     for name in sorted(folders):
         problems += component_problems(path / name)
         if not _has_checksums(path / name):
@@ -117,11 +119,16 @@ def model(path: Path) -> Found:
         components = run.read_components(path, config["family"])
     except UserError as error:
         return [*problems, unreadable(_named_in(error, path), error)], notes
+    quantization = config.get("quantization")
+    if quantization is not None and not isinstance(quantization, dict):
+        return [*problems, Problem(path / "config.json", None, "a quantization that is an object", "another")], notes
     for component in components:
         folder = path / component.folder
         try:
             problems += shape_problems(folder, component)
-            problems += quantization_problems(path, config.get("quantization"), component)
+            problems += quantization_problems(path, quantization, component)
+        except (AttributeError, KeyError, TypeError):
+            problems.append(Problem(path / "config.json", None, "a quantization as convert writes it", "another"))
         except UserError as error:
             if not any(problem.file.is_relative_to(folder) for problem in problems):
                 problems.append(unreadable(_named_in(error, path), error))
@@ -139,7 +146,8 @@ def _manifest_problems(path: Path) -> list[Problem]:
 
 def _has_checksums(folder: Path) -> bool:
     index, _ = json_of(folder / INDEX)
-    return bool(index.get("metadata", {}).get("sha256"))
+    metadata = index.get("metadata")
+    return isinstance(metadata, dict) and bool(metadata.get("sha256"))
 
 
 def _named_in(error: UserError, path: Path) -> Path:

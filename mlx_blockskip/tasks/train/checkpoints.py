@@ -18,11 +18,14 @@ from mlx_blockskip.tasks.train.moments import BlockMoments, Moments
 
 KEPT = 2
 STATE = "state.json"
+SUMS = "sha256"
+"""Where its checksums are in it."""
+
 FILES = ("adapters.safetensors", "chunk_adapters.safetensors", "moments.safetensors", STATE)
 """What a checkpoint holds."""
 
 NAME = "step-[0-9][0-9][0-9][0-9][0-9][0-9]"
-WAY_OUT = "it is removed, and the run goes on from the checkpoint before"
+WAY_OUT = "the run goes on from the checkpoint before"
 
 
 @dataclass
@@ -80,10 +83,19 @@ def save(directory: Path, state: State, stack: Stack, settings: dict[str, Any]) 
         }
         sums["moments.safetensors"] = _save_moments(temporary / "moments.safetensors", state)
         counts = {"step": state.step, "updates": state.updates, "skipped": state.skipped}
-        files.write_json(temporary / STATE, sealed.seal({**counts, "settings": settings, "sha256": sums}))
+        files.write_json(temporary / STATE, sealed.seal({**counts, "settings": settings, SUMS: sums}))
     for old in found(directory)[:-KEPT]:
         remove(old)
     return target
+
+
+def set_apart(path: Path) -> Path:
+    """Give a checkpoint that is damaged another name, under which no run looks for it; nothing of it is lost."""
+    target = path.with_name(f"{path.name}.damaged")
+    count = 2
+    while target.exists():
+        target, count = path.with_name(f"{path.name}.damaged-{count}"), count + 1
+    return path.rename(target)
 
 
 def remove(path: Path) -> None:
@@ -142,8 +154,8 @@ def load(path: Path, stack: Stack, settings: dict[str, Any], moments: Moments) -
                 f"{path}: was made with {name} = {value!r}, and this run has {settings.get(name)!r}; "
                 "give the same settings, or another --adapter-path"
             )
-    for name in FILES[:-1]:
-        sealed.check(path / name, saved["sha256"][name], WAY_OUT)
+    for name, checksum in saved.get(SUMS, {}).items():
+        sealed.check(path / name, checksum, WAY_OUT)
     _load_moments(path / "moments.safetensors", moments)
     trees = [
         lora.unflatten(read_tensors(path / f"{name}.safetensors"), stack, path)
@@ -153,8 +165,12 @@ def load(path: Path, stack: Stack, settings: dict[str, Any], moments: Moments) -
 
 
 def _state(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself. Raises DamagedError."""
+    """What a checkpoint says of itself; one of an older version has no checksums. Raises DamagedError."""
     try:
-        return sealed.opened(path / STATE, files.read_json(path / STATE), WAY_OUT, required=True)
+        found = files.read_json(path / STATE)
+        found = sealed.opened(path / STATE, found, WAY_OUT, required=SUMS in found)
     except UserError as error:
         raise DamagedError(str(error)) from None
+    if absent := {"settings", "step", "updates", "skipped"} - found.keys():
+        raise DamagedError(f"{path / STATE}: has no {min(absent)}; {WAY_OUT}")
+    return found

@@ -113,8 +113,7 @@ def first_state(job: Job) -> State:
             try:
                 state = checkpoints.load(saved, model.stack, job.identity, moments)
             except DamagedError as error:
-                emit(Warning(str(error)))
-                checkpoints.remove(saved)
+                emit(Warning(f"{error}; it is now called {checkpoints.set_apart(saved).name}"))
                 continue
             emit(Note(f"Going on from {saved.name}"))
             return state
