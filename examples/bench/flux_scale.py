@@ -305,12 +305,23 @@ def child(job: dict) -> dict:
     return {"peaks": found, "private": private.highest, "seconds": time.perf_counter() - started}
 
 
-def settings_of(job: dict):  # type: ignore[no-untyped-def]
-    from mlx_blockskip.settings import TrainSettings
+def photos(work: Path) -> Path:
+    """A directory with one picture and no caption, so that the prompt is its caption."""
+    import shutil
+
     from mlx_blockskip.tasks.checkpoint.resolve import bundled
 
+    found = work / "photos"
+    found.mkdir(exist_ok=True, parents=True)
+    shutil.copy(next((bundled("subjects") / "hedgehog").glob("*.png")), found / "1.png")
+    return found
+
+
+def settings_of(job: dict):  # type: ignore[no-untyped-def]
+    from mlx_blockskip.settings import TrainSettings
+
     return TrainSettings(
-        model=str(hollow(job)), data=str(bundled("subjects") / "hedgehog"), prompt=PROMPT, iters=1,
+        model=str(hollow(job)), data=str(photos(Path(job["work"]))), prompt=PROMPT, iters=1,
         rank=RANK, batch_size=1, memory_budget="0", max_sequence_length=job["text"], train_resolution=job["side"],
         resolution=2 * job["side"], skip_first=job.get("n", 0), skip_last=job.get("m", 0),
         adapter_path=f"{job['work']}/adapter-{os.getpid()}", patch_mode="resize",  # an image is encoded once
