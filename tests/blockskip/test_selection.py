@@ -126,7 +126,7 @@ def test_the_probe_finds_what_every_variant_by_itself_shows(open_family, stride)
 def test_the_probe_reads_every_block_once(open_family):
     model = open_family()
     probe_of(model, 2)
-    assert model.reader.bytes_read == sum(model.reader.nbytes(block) for block in range(model.stack.depth))
+    assert model.reader.bytes_read == sum(model.reader.nbytes(block) for block in model.stack.path)
 
 
 def test_variants_on_disk_and_a_small_budget_change_nothing(open_family, tmp_path):

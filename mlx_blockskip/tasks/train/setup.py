@@ -52,7 +52,8 @@ def prepare(
     examples = dataset.examples + (prior.examples if prior else ())
     captions = list(dict.fromkeys(example.caption for example in examples))
     store = directory / CACHE / "prompts.safetensors"
-    encode_captions(config, model, captions, store)
+    with lora.worn(model, lora.Adapter(worn=given.kept if given else {})):  # of layers that prompts pass
+        encode_captions(config, model, captions, store)
     prompt_of = [captions.index(example.caption) for example in examples]
     samples = TrainingSamples(config, model, dataset, files.MappedTensors(store), prompt_of, prior)
     job = Job(config, directory, model, lora.attach(model.stack, config.scale), plan, samples, ample, given or Given())
