@@ -10,9 +10,10 @@ from mlx_blockskip.converters import hf, write
 from mlx_blockskip.converters.encoders import autoencoder_kl, clip_text, t5_encoder
 from mlx_blockskip.converters.source import open_source
 from mlx_blockskip.converters.whole import Whole
+from mlx_blockskip.differences import LowRank
 from mlx_blockskip.engine import files, philox
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.engine.shards import Shards
+from mlx_blockskip.engine.shards import Added, Shards
 from mlx_blockskip.events import Note
 from mlx_blockskip.models.registry import open_model, read_config
 from mlx_blockskip.models.text.clip import CLIPTextConfig
@@ -228,6 +229,7 @@ def test_a_scalar_and_rows_of_a_tensor_are_read(tmp_path):
     files.write_json(
         tmp_path / "model.safetensors.index.json", {"weight_map": dict.fromkeys(tensors, "rest.safetensors")}
     )
-    whole = Whole(Shards(tmp_path), {"rows": (mx.ones((3, 1)), mx.array([[0.0, 1.0, 2.0, 3.0]]))})
+    added = Added(LowRank(mx.ones((3, 1)), mx.array([[0.0, 1.0, 2.0, 3.0]])))
+    whole = Whole(Shards(tmp_path), {"rows": added})
     assert same_bits(whole.read("one", 0, 1), tensors["one"])
     assert same_bits(whole.read("rows.weight", 1, 3), tensors["rows.weight"][1:3] + mx.array([[1.0], [2.0]]))

@@ -83,5 +83,6 @@ def test_it_is_refused_when_a_model_is_opened_too(tiny_flux, tmp_path, file, cha
 
     path = shutil.copytree(tiny_flux, tmp_path / "mlx")
     files.write_json(path / file, {**files.read_json(path / file), **change})
+    (path / "manifest.json").unlink()  # of a model that an older version converted
     with pytest.raises(UserError, match=f"{file}: {next(iter(change))}=.* is not implemented"):
         open_model(path)

@@ -328,7 +328,10 @@ def test_another_model_is_warned_of(asked, tmp_path, trained):
 
 
 def test_the_command_draws_the_table(asked):
-    arguments = [text for key, value in asked.items() for text in (f"--{key.replace('_', '-')}", str(value))]
+    flags = {key: f"--{key.replace('_', '-')}" for key in asked}
+    arguments = [
+        text for key, value in asked.items() for text in (flags[key], *([] if value is True else [str(value)]))
+    ]
     result = CliRunner().invoke(app, ["evaluate", *arguments, "--drift-images", "0"])
     assert result.exit_code == 0, result.output
     assert "| a sks toy on a red background" in result.output

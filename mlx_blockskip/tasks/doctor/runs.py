@@ -113,7 +113,10 @@ def resumed_error(name: str, workshop: Workshop) -> float:
 def drawn(workshop: Workshop, name: str) -> np.ndarray:
     """An image, (64, 64, 3) in levels of 255."""
     target = workshop.place(f"{name}.png")
-    (path,) = generate(GenerateSettings(model=str(workshop.checkpoint(name, "float32")), output=str(target), **DRAWN))
+    settings = GenerateSettings(
+        model=str(workshop.checkpoint(name, "float32")), output=str(target), overwrite=True, **DRAWN
+    )
+    (path,) = generate(settings)
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB")).astype(np.float32)
 
