@@ -39,6 +39,7 @@ class World:
             directory = self.begin(scene, "whole")
             ended = self.play(scene, directory)
             assert ended.code == 0, ended.text
+            assert scene.untouched(directory)
             self.wholes[scene.name] = content(directory), ended.places
         return self.wholes[scene.name]
 

@@ -53,7 +53,7 @@ def test_what_a_stopped_run_left_is_used_only_where_it_is_whole(world, long, nam
                 where = f"{kind} {way}: {ended.text}"
                 assert sentence(ended), where
                 assert scene.untouched(directory), where
-                found = content(directory)
+                found = {n: held for n, held in content(directory).items() if ".damaged/" not in n}  # set apart
                 unread = str(path.relative_to(stopped)) if {"step-000004", "samples"} & set(path.parts) else None
                 assert ended.code == 1 or all(found.get(n) == whole[n] for n in whole if n != unread), where
                 assert ended.code == 1 or found.keys() - {unread} == whole.keys() - {unread}, where

@@ -35,7 +35,6 @@ def chosen(places: list[str], count: int, seed: str) -> list[int]:
 def test_killed_anywhere_the_same_command_ends_in_the_same_bytes(world, long, name):
     scene = world.scenes[name]
     whole, places = world.whole(scene)
-    assert scene.untouched(world.base / "whole")
     kills = chosen(places, KILLS * SCENES[name] * long, name)
     trials = len(kills) // KILLS
     done = 0

@@ -16,6 +16,7 @@ from mlx_blockskip.settings import TrainSettings
 from mlx_blockskip.tasks.defaults import train_config
 from mlx_blockskip.tasks.train import loop, optimizer
 from mlx_blockskip.tasks.train import train as train_task
+from mlx_blockskip.tasks.train.begin import Given
 from mlx_blockskip.tasks.train.checkpoints import State
 from support.metal import FAILED
 from support.models import HEDGEHOG, prepared
@@ -56,6 +57,7 @@ def scripted(toy, tmp_path, monkeypatch):
         monkeypatch.setattr(loop, "train_step", step)
         model = SimpleNamespace(release=release, stack="stack", scarce=False)
         job = SimpleNamespace(config=config, chunk_length=chunk_length, identity=dict(identity), model=model)
+        job.given = Given()
         job.directory, job.cache = tmp_path, tmp_path / "cache"
         return job, done
 

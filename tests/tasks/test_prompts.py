@@ -46,7 +46,7 @@ def test_lengths_are_said_once():
 
 def test_generate_says_them(tiny_flux, tmp_path):
     how = {"model": str(tiny_flux), "steps": 1, "width": 32, "height": 32, "memory_budget": "any"}
-    how |= {"max_sequence_length": 128, "output": str(tmp_path / "a.png")}
+    how |= {"max_sequence_length": 128, "output": str(tmp_path / "a.png"), "overwrite": True}
     said = warned(generate, prompt=["a dog on a mat " * 15 + "(red:2)"], negative_prompt="a cat", cfg_scale=1, **how)
     assert [text.split(":")[0] for text in said] == [
         "--negative-prompt", "(red", "the prompt is longer than CLIP's 77 tokens; this encoder sees the beginning only",
