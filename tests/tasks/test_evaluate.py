@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import QUICK
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -337,3 +338,21 @@ def test_the_command_draws_the_table(asked):
     assert "| a sks toy on a red background" in result.output
     helped = CliRunner().invoke(app, ["evaluate", "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
     assert all(f"--{name.replace('_', '-')}" in helped for name in EvaluateSettings.__dataclass_fields__)
+
+
+def test_it_finds_what_the_adapter_was_trained_on_from_any_directory(tiny_flux, tmp_path, monkeypatch):
+    """Model and images were given by paths that are relative to where the training ran."""
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    shutil.copytree(HEDGEHOG, tmp_path / "here" / "photos")
+    shutil.copytree(tiny_flux, tmp_path / "here" / "model")
+    monkeypatch.chdir(tmp_path / "here")
+    quick = {**QUICK, "iters": 1, "data": "photos", "model": "model", "adapter_path": "dog"}
+    train(**quick, train_resolution=32, resolution=64, batch_size=1)
+    monkeypatch.chdir(tmp_path / "there")
+    (tmp_path / "prompts.txt").write_text("a {} on a mat\n")
+    found = evaluate(
+        adapter_path="../here/dog", steps=1, width=64, height=64, n_images=1, drift_images=0, memory_budget="any",
+        prompts=str(tmp_path / "prompts.txt"),
+    )  # fmt: skip
+    assert found.report.is_file()

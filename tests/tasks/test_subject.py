@@ -70,5 +70,5 @@ def test_a_file_of_prompts(tmp_path):
     path.write_text("\n")
     with pytest.raises(UserError, match="holds no prompts"):
         read_list(str(path), names_subject=True, option="--prompts")
-    with pytest.raises(UserError, match="missing.txt: not readable"):
+    with pytest.raises(UserError, match="missing.txt: no such file"):
         read_list(str(tmp_path / "missing.txt"), names_subject=True, option="--prompts")
