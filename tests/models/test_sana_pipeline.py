@@ -34,7 +34,13 @@ def opened(source, **defaults):
 def ours(tmp_path, model, noise, width, height, **options):
     files.save_tensors(tmp_path / "noise.safetensors", {"noise": mx.array(noise)})
     fixed = {"prompt": PROMPTS, "max_sequence_length": LENGTH, "steps": 3, "width": width, "height": height}
-    given = {"noise": str(tmp_path / "noise.safetensors"), "output": str(tmp_path / "o.png"), **fixed, **options}
+    given = {
+        "noise": str(tmp_path / "noise.safetensors"),
+        "output": str(tmp_path / "o.png"),
+        "overwrite": True,
+        **fixed,
+        **options,
+    }
     return [Image.open(path) for path in generate(model=model, **given)]
 
 

@@ -94,4 +94,4 @@ def test_its_measure_asks_for_every_thing_and_every_colour():
     assert len(asked) == 48
     assert {thing for _, thing, _ in asked} == set(recipe.KNOWN)
     assert all(sum(colour == name for _, _, colour in asked) == 4 for name in recipe.PALETTE)
-    assert len(files.read_json(Path(recipe.HERE).parent / "quality" / "emoji.json")) == 50
+    assert len(files.read_any_json(Path(recipe.HERE).parent / "quality" / "emoji.json")) == 50
