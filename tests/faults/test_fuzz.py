@@ -10,13 +10,15 @@ import pytest
 from hypothesis import strategies as st
 from PIL import Image
 
+from mlx_blockskip import lora
 from mlx_blockskip.blockskip import plan, records
 from mlx_blockskip.converters import run, singles, source
 from mlx_blockskip.data import load_dataset, load_image
 from mlx_blockskip.engine import files, owned
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.models.registry import open_model
-from mlx_blockskip.settings import VerifySettings
+from mlx_blockskip.options import merge
+from mlx_blockskip.settings import TrainSettings, VerifySettings
 from mlx_blockskip.tasks.checkpoint import card
 from mlx_blockskip.tasks.checkpoint.adapters import load_adapter, save_adapter
 from mlx_blockskip.tasks.checkpoint.cache import kept
@@ -62,6 +64,12 @@ class Readers:
         files.save_tensors(base / "chunk.safetensors", {"0.captions": mx.zeros((1,), mx.int32)}, {"fingerprint": "x"})
         files.write_json(base / "cache" / "a" / "config.json", {"format": 1, "source": "x"})
         files.write_json(base / "models" / "commits.json", {"a/b@main": "0" * 40})
+        self.adapted = open_model(self.flux)
+        files.save_tensors(base / "lora.safetensors", of_every_kind(), {"lora_adapter_metadata": '{"lora_alpha": 2}'})
+        files.save_tensors(base / "peft" / "adapter_model.safetensors", of_every_kind())
+        described = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "alpha_pattern": {"to_q": 2}, "rank_pattern": {}}
+        files.write_json(base / "peft" / "adapter_config.json", described)
+        (base / "run.yaml").write_text("data: photos\niters: 3\nsample_prompt: [a, b]\n")
 
     def __call__(self, name):
         base, flux = self.base, self.flux
@@ -99,6 +107,9 @@ class Readers:
             "card": (base / "README.md", b, card.metadata_of),
             "chunk": (base / "chunk.safetensors", t, lambda path: records.problems(path) and records.valid(path, "x")),
             "kept": (base / "cache" / "a" / "config.json", j, lambda path: kept(path.parents[1])),
+            "lora": (base / "lora.safetensors", t, lambda path: self.changed(path)),
+            "peft config": (base / "peft" / "adapter_config.json", j, lambda path: self.changed(path.parent)),
+            "yaml": (base / "run.yaml", b, lambda path: merge(TrainSettings, str(path), {})),
             "commits": (base / "models" / "commits.json", j, lambda path: known_commits()),
             "scheduler": (flux / "scheduler" / "scheduler_config.json", j, lambda _: self.opened()),
             "verify": (flux / "config.json", j, lambda path: verify(VerifySettings(str(path.parent)))),
@@ -115,6 +126,12 @@ class Readers:
             config.write_text(config.read_text().replace('"sha256"', '"was"'))
         load_adapter(self.model, self.base / "adapter")
 
+    def changed(self, path):
+        """Weights are read with all that the adapter adds."""
+        adapter, _ = load_adapter(self.adapted, path)
+        with lora.worn(self.adapted, adapter):
+            self.adapted.reader.shards.load(self.adapted.reader.shards.under("transformer_blocks.0.attn.to_"))
+
     def captions(self):
         (self.photos / "metadata.jsonl").rename(self.photos / "x")
         try:
@@ -124,6 +141,20 @@ class Readers:
 
     def checkpoint(self):
         run.open_checkpoint(self.base / "hf", "flux1")
+
+
+def of_every_kind():
+    """LoRA with an alpha, LoKr, LoHa, DoRA, a difference and a bias, for layers of tiny-flux."""
+    one = "transformer.transformer_blocks.0.attn"
+    pair, ones = {"lora_A.weight": (2, 128), "lora_B.weight": (128, 2)}, (128,)
+    kinds = {
+        "to_q": {**pair, "alpha": (1,)},
+        "to_k": {"lokr_w1": (4, 4), "lokr_w2_a": (32, 2), "lokr_w2_b": (2, 32)},
+        "to_v": {"hada_w1_a": (128, 2), "hada_w1_b": (2, 128), "hada_w2_a": (128, 2), "hada_w2_b": (2, 128)},
+        "to_out.0": {**pair, "lora_magnitude_vector": ones, "diff_b": ones},
+        "norm_q": {"diff": (32,)},
+    }
+    return {f"{one}.{layer}.{part}": mx.ones(shape) for layer, parts in kinds.items() for part, shape in parts.items()}
 
 
 NAMES = (
@@ -141,6 +172,7 @@ NAMES = (
     ),
     *("marker", "jsonl", "caption", "png", "jpeg", "gif", "webp", "tiff", "pipeline", "their config", "card", "chunk"),
     *("their scheduler", "their index", "single file", "kept", "commits", "verify", "recognise", "scheduler"),
+    *("lora", "peft config", "yaml"),
 )
 
 
