@@ -94,7 +94,7 @@ def stop_at(name, done):
     return look
 
 
-@pytest.mark.parametrize("family_model", ["tiny_flux", "toy"], indirect=True)
+@on_toy
 def test_a_run_stopped_among_class_images_and_then_in_training_goes_on_to_the_same_bits(quick):
     options = {**CLASSES, "class_images": 2, "prior_weight": 0.5, "residuals": "fresh"}
     whole = train(quick("whole", **options)).adapter_path

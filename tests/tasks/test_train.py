@@ -37,7 +37,6 @@ def family_model(request):
     return request.getfixturevalue(request.param)
 
 
-@on_every
 def test_writes_an_adapter_directory_that_says_what_it_is(quick):
     events = []
     result = train(quick(iters=4, steps_per_sample=2, sample_prompt=["a sks toy"]), on_event=events.append)
@@ -175,7 +174,7 @@ def test_base_residuals_do_not_depend_on_the_chunk_length(quick):
     assert_same_adapter(one, many)
 
 
-@on_every
+@on_toy
 def test_fresh_residuals_follow_the_adapter_from_the_second_chunk_on(quick):
     """A first chunk starts from an adapter that changes nothing, so one chunk is the same in both modes."""
     options = {"skip_first": 1, "skip_last": 1, "iters": 2}
@@ -254,7 +253,7 @@ def test_inner_runs_train(quick, tmp_path):
     assert result.skipped == 0
 
 
-@pytest.mark.parametrize("family_model", ["tiny_flux", "toy"], indirect=True)
+@on_toy
 def test_a_cache_is_read_again_only_with_the_same_fingerprint(quick, tmp_path, monkeypatch):
     """Interrupt after the cache is made; what changes decides whether it is computed again."""
     data = tmp_path / "data"
