@@ -48,7 +48,7 @@ TRAINING: dict[str, dict[str, Any]] = {
     **{f"patches: {mode}": {"patch_mode": mode} for mode in ("dynamic", "high-to-low", "random", "resize", "none")},
 }
 DRAWN: dict[str, Any] = {"steps": 3, "width": 128, "height": 96}
-LEFT_OUT = ("model_identity", "identities", "data", "settings", "adapters", "encoder", "probe")
+LEFT_OUT = ("model_identity", "identities", "data", "settings", "adapters", "encoder", "probe", "checksum")
 
 
 def of_tensors(path: Path) -> str:

@@ -1,5 +1,6 @@
 """Files that are nearly right: a value of another kind in JSON, some bytes that are others."""
 
+import copy
 import json
 import random
 from typing import Any
@@ -27,7 +28,7 @@ def of_value(value: Any, rng: random.Random) -> Any:
     value = json.loads(json.dumps(value))
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         path = rng.choice(_places(value))
-        new = rng.choice(ODD)
+        new = copy.deepcopy(rng.choice(ODD))  # it may be put into itself else
         if not path:
             if rng.random() < 0.2:
                 return new
