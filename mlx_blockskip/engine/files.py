@@ -88,6 +88,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_any_json(path: Path, most_parts: int = parsed.MAX_PARTS) -> Any:
     """Read a JSON file that holds anything. Raises UserError likewise."""
+    foreign.check_name(path)
     try:
         with path.open("rb") as file:
             return parsed.parse(file.read(parsed.MAX_BYTES + 1), most_parts)

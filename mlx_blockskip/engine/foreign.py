@@ -1,8 +1,10 @@
 """What a file is that should be a whole safetensors file and is not, as a sentence with the way out."""
 
+import os
 from pathlib import Path
 
 from mlx_blockskip.engine import listing
+from mlx_blockskip.engine.errors import UserError
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 INCOMPLETE = (".incomplete", ".part", ".crdownload", ".download", ".aria2")
@@ -16,6 +18,16 @@ BEGINNINGS = (
     (b"\x00\x05\x16\x07", "is what macOS keeps beside a file, not the file itself; give the one without `._`"),
 )
 PICKLE = "is a pickled file, which can run code when it is opened; get the checkpoint in safetensors format"
+
+
+def check_name(path: Path) -> None:
+    """Raise UserError for a name that no file can have, as a damaged list of files may give one."""
+    try:
+        possible = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise UserError(f"{path}: no file can have this name; get the list that has it again")
 
 
 def kind(path: Path) -> str | None:

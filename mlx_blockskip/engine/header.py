@@ -41,6 +41,7 @@ def read_header(path: Path, ours: bool = False) -> Header:
     """Read and check a safetensors header. Raises UserError for a missing, truncated or malformed file, and for one of
     more tensors than there is use for; not in a file of `ours`, whose records may be as many as the disk holds.
     """
+    foreign.check_name(path)
     try:
         size = elsewhere.size_of(path)
         with path.open("rb") as file:

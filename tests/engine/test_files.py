@@ -236,3 +236,10 @@ def test_philox_is_a_function_of_seed_and_place():
     others = [philox.normal(*key, shape=(4,)) for key in ((1, 3), (2, 2), (1,), (1, 2, 0), (12,))]
     assert not any(np.array_equal(a, other) for other in others)
     assert a.dtype == np.float32
+
+
+@pytest.mark.parametrize("read", [files.read_json, files.read_any_json, files.read_header])
+def test_a_name_that_no_file_can_have_is_a_sentence(tmp_path, read):
+    for name in ("a\0b.json", "\ud800.json"):
+        with pytest.raises(UserError, match="no file can have this name"):
+            read(tmp_path / name)

@@ -8,27 +8,26 @@ import mlx.core as mx
 
 from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.models import flow
-from mlx_blockskip.models.family import Encoded, Posterior, Prompt, Size, Tokens
+from mlx_blockskip.models.family import Encoded, Prompt, Size, Tokens
 from mlx_blockskip.models.flow import Fresh, Sampler
 from mlx_blockskip.models.flux1 import transformer as net
 from mlx_blockskip.models.flux1.config import CONFIGS
 from mlx_blockskip.models.flux1.transformer import Context, FluxTransformer2DConfig
 from mlx_blockskip.models.layers import linear
-from mlx_blockskip.models.opened import Defaults, Opened
+from mlx_blockskip.models.opened import Defaults
 from mlx_blockskip.models.text import clip, t5, tokenize
 from mlx_blockskip.models.vae import kl
-from mlx_blockskip.models.vae.kl import AutoencoderKLConfig
+from mlx_blockskip.models.vae.images import ImagesByKL
 
 CLIP_LENGTH = 77
 
 
-class Flux1(Opened):
+class Flux1(ImagesByKL):
     """See `mlx_blockskip.models.family.DiffusionModel` for the methods' contract."""
 
     def __init__(self, path: Path, budget: int | None, defaults: Defaults):
         super().__init__(path, budget, defaults, CONFIGS, net.stack, kl.factor)
         self.config: FluxTransformer2DConfig = self.configs["transformer"]
-        self.vae_config: AutoencoderKLConfig = self.configs["vae"]
         self.size_multiple = 2 * self.vae_factor
         self._rope: dict[tuple[int, Size], tuple[mx.array, mx.array]] = {}
 
@@ -57,23 +56,6 @@ class Flux1(Opened):
     def _sweep_text(self, encode: Any, component: str, ids: Any) -> list[mx.array]:
         """One sweep for all prompts, each a sample of its own, so that its features do not depend on the others."""
         return encode(Shards(self.path / component), [row[None] for row in ids], self.budget)
-
-    def encode_images(self, pixels: mx.array) -> Posterior:
-        """Mean and log variance of the posterior, each (B, h, w, C): (B, H, W, 3) in [-1, 1]."""
-        weights, dtype = self.vae_weights(("encoder.", "quant_conv."))
-        return kl.encode(weights, self.vae_config, pixels.astype(dtype))
-
-    def draw_latents(self, posterior: Posterior, noise: mx.array) -> mx.array:
-        """A sample of the posterior, scaled: noise (B, h, w, C) -> (B, h, w, C)."""
-        mean, logvar = posterior
-        z = mean.astype(mx.float32) + mx.exp(0.5 * logvar.astype(mx.float32)) * noise.astype(mx.float32)
-        return kl.scale(z, self.vae_config)
-
-    def decode(self, latents: mx.array) -> mx.array:
-        """(B, h, w, C) -> pixels (B, H, W, 3) in about [-1, 1], float32."""
-        weights, dtype = self.vae_weights(("decoder.", "post_quant_conv."))
-        z = kl.unscale(latents.astype(mx.float32), self.vae_config)
-        return kl.decode(weights, self.vae_config, z.astype(dtype)).astype(mx.float32)
 
     def native_size(self, width: int, height: int) -> tuple[int, int]:
         return width, height

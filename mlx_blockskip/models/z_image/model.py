@@ -9,14 +9,14 @@ from mlx_blockskip.engine.reader import BlockReader
 from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.engine.sweep import Batch, forward
 from mlx_blockskip.models import flow
-from mlx_blockskip.models.family import Encoded, Posterior, Prompt, Size, Tokens
+from mlx_blockskip.models.family import Encoded, Prompt, Size, Tokens
 from mlx_blockskip.models.flow import Fresh, Sampler
 from mlx_blockskip.models.layers import linear, rms_norm
-from mlx_blockskip.models.opened import Defaults, Opened
+from mlx_blockskip.models.opened import Defaults
 from mlx_blockskip.models.text import chat, lm
 from mlx_blockskip.models.text.lm import Qwen3Config
 from mlx_blockskip.models.vae import kl
-from mlx_blockskip.models.vae.kl import AutoencoderKLConfig
+from mlx_blockskip.models.vae.images import ImagesByKL
 from mlx_blockskip.models.z_image import transformer as net
 from mlx_blockskip.models.z_image.config import CONFIGS
 from mlx_blockskip.models.z_image.transformer import Context, Rotations, Text, ZImageTransformer2DConfig
@@ -25,14 +25,13 @@ TAP = -2
 """The language model's last layer is not used."""
 
 
-class ZImage(Opened):
+class ZImage(ImagesByKL):
     """See `mlx_blockskip.models.family.DiffusionModel` for the methods' contract."""
 
     def __init__(self, path: Path, budget: int | None, defaults: Defaults):
         super().__init__(path, budget, defaults, CONFIGS, net.stack, kl.factor)
         self.config: ZImageTransformer2DConfig = self.configs["transformer"]
         self.text_config: Qwen3Config = self.configs["text_encoder"]
-        self.vae_config: AutoencoderKLConfig = self.configs["vae"]
         self.size_multiple = net.PATCH * self.vae_factor
         self._rope: dict[tuple[int, Size], Rotations] = {}
 
@@ -65,23 +64,6 @@ class ZImage(Opened):
 
     def blank_prompt(self, max_length: int) -> Prompt:
         return {"prompt_embeds": mx.zeros((1, net.padded_length(max_length), self.config.dim), self.dtype)}
-
-    def encode_images(self, pixels: mx.array) -> Posterior:
-        """Mean and log variance of the posterior, each (B, h, w, C): (B, H, W, 3) in [-1, 1]."""
-        weights, dtype = self.vae_weights(("encoder.", "quant_conv."))
-        return kl.encode(weights, self.vae_config, pixels.astype(dtype))
-
-    def draw_latents(self, posterior: Posterior, noise: mx.array) -> mx.array:
-        """A sample of the posterior, scaled: noise (B, h, w, C) -> (B, h, w, C)."""
-        mean, logvar = posterior
-        z = mean.astype(mx.float32) + mx.exp(0.5 * logvar.astype(mx.float32)) * noise.astype(mx.float32)
-        return kl.scale(z, self.vae_config)
-
-    def decode(self, latents: mx.array) -> mx.array:
-        """(B, h, w, C) -> pixels (B, H, W, 3) in about [-1, 1], float32."""
-        weights, dtype = self.vae_weights(("decoder.", "post_quant_conv."))
-        z = kl.unscale(latents.astype(mx.float32), self.vae_config)
-        return kl.decode(weights, self.vae_config, z.astype(dtype)).astype(mx.float32)
 
     def native_size(self, width: int, height: int) -> tuple[int, int]:
         return width, height
