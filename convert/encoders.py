@@ -85,20 +85,32 @@ def t5_encoder(folder: str, config: T5Config) -> Component:
     )
 
 
+def _self_attention(layer: str, config: Gemma2Config | Qwen3Config) -> list[Row]:
+    """The projections of a decoder's layer, with fewer heads for keys and values."""
+    width, bias = config.hidden_size, config.attention_bias
+    queries, keys = (config.head_dim * heads for heads in (config.num_attention_heads, config.num_key_value_heads))
+    rows: list[Row] = []
+    for part, out in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+        rows += linear(f"{layer}.self_attn.{part}", out, width, bias=bias)
+    return rows + linear(f"{layer}.self_attn.o_proj", width, queries, bias=bias)
+
+
+def _gated_mlp(layer: str, config: Gemma2Config | Qwen3Config) -> list[Row]:
+    width, inner = config.hidden_size, config.intermediate_size
+    rows: list[Row] = []
+    for part in ("gate_proj", "up_proj"):
+        rows += linear(f"{layer}.mlp.{part}", inner, width, bias=False)
+    return rows + linear(f"{layer}.mlp.down_proj", width, inner, bias=False)
+
+
 def gemma2_encoder(folder: str, config: Gemma2Config) -> Component:
     """transformers Gemma2Model; a Gemma2ForCausalLM puts `model.` before every name, and may have a head."""
-    width, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
-    queries, keys = head * config.num_attention_heads, head * config.num_key_value_heads
-    bias = config.attention_bias
+    width = config.hidden_size
     rows = [Row("embed_tokens.weight", (config.vocab_size, width)), *norm("norm", width, bias=False)]
     for i in range(config.num_hidden_layers):
         layer = f"layers.{i}"
-        for part, out in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
-            rows += linear(f"{layer}.self_attn.{part}", out, width, bias=bias)
-        rows += linear(f"{layer}.self_attn.o_proj", width, queries, bias=bias)
-        for part in ("gate_proj", "up_proj"):
-            rows += linear(f"{layer}.mlp.{part}", inner, width, bias=False)
-        rows += linear(f"{layer}.mlp.down_proj", width, inner, bias=False)
+        rows += _self_attention(layer, config)
+        rows += _gated_mlp(layer, config)
         for part in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
             rows += norm(f"{layer}.{part}_layernorm", width, bias=False)
     return Component(
@@ -112,21 +124,15 @@ def gemma2_encoder(folder: str, config: Gemma2Config) -> Component:
 
 def qwen3_decoder(folder: str, config: Qwen3Config) -> Component:
     """transformers Qwen3ForCausalLM without its head; a Qwen3Model has the same names without `model.` before them."""
-    width, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
-    queries, keys = head * config.num_attention_heads, head * config.num_key_value_heads
-    bias = config.attention_bias
+    width, head = config.hidden_size, config.head_dim
     rows = [Row("embed_tokens.weight", (config.vocab_size, width)), *norm("norm", width, bias=False)]
     for i in range(config.num_hidden_layers):
         layer = f"layers.{i}"
-        for part, out in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
-            rows += linear(f"{layer}.self_attn.{part}", out, width, bias=bias)
-        rows += linear(f"{layer}.self_attn.o_proj", width, queries, bias=bias)
+        rows += _self_attention(layer, config)
         rows += norm(f"{layer}.self_attn.q_norm", head, bias=False) + norm(
             f"{layer}.self_attn.k_norm", head, bias=False
         )
-        for part in ("gate_proj", "up_proj"):
-            rows += linear(f"{layer}.mlp.{part}", inner, width, bias=False)
-        rows += linear(f"{layer}.mlp.down_proj", width, inner, bias=False)
+        rows += _gated_mlp(layer, config)
         for part in ("input", "post_attention"):
             rows += norm(f"{layer}.{part}_layernorm", width, bias=False)
     return Component(

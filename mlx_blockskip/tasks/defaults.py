@@ -12,7 +12,8 @@ from mlx_blockskip.models.defaults import ModelDefaults
 from mlx_blockskip.models.family import DiffusionModel
 from mlx_blockskip.models.ranges import SEEDS
 from mlx_blockskip.options import parse_size
-from mlx_blockskip.settings import DrawingOptions, TrainSettings
+from mlx_blockskip.settings import TrainSettings
+from mlx_blockskip.shared_options import DrawingOptions
 
 ANY = "any"
 """The memory budget of a caller in Python who sets none."""

@@ -4,9 +4,9 @@ The layers' sliding window is not implemented: sequences that do not fit into it
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -16,14 +16,13 @@ from mlx_blockskip.engine.reader import BlockReader
 from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.engine.stack import Block, BlockKind, Stack, Trainable, Weights
 from mlx_blockskip.engine.sweep import Batch, Tap, forward
-from mlx_blockskip.models.config import Config, NonNegativeInt, OneOf, PositiveFloat, PositiveInt
+from mlx_blockskip.models.config import NonNegativeInt, OneOf, PositiveFloat, PositiveInt
 from mlx_blockskip.models.layers import gelu_tanh, linear, merge_heads, split_heads
-from mlx_blockskip.models.text import rope
-from mlx_blockskip.models.text.rope import RopeParameters
+from mlx_blockskip.models.text.rope import DecoderConfig, RopeParameters
 
 
 @dataclass(frozen=True)
-class Gemma2Config(Config):
+class Gemma2Config(DecoderConfig):
     """Source: transformers Gemma2Config."""
 
     model_type: Annotated[str, OneOf("gemma2")] = "gemma2"
@@ -42,15 +41,6 @@ class Gemma2Config(Config):
     sliding_window: PositiveInt | None = 4096
     attn_logit_softcapping: PositiveFloat | None = 50.0
     use_bidirectional_attention: Annotated[bool | None, OneOf(None, False)] = None
-
-    def contradiction(self) -> str | None:
-        if self.num_attention_heads % self.num_key_value_heads:
-            return f"num_key_value_heads {self.num_key_value_heads} does not divide {self.num_attention_heads} heads"
-        return None
-
-    @classmethod
-    def modernised(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        return rope.gathered(given)
 
 
 class Hidden(NamedTuple):

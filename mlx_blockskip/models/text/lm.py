@@ -10,11 +10,11 @@ mlx-lm is imported when a stack is made: that takes seconds, and pulls in transf
 import importlib
 import os
 import resource
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import ModuleType
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,17 +26,16 @@ from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.engine.stack import Block, BlockKind, Stack, Trainable, Weights
 from mlx_blockskip.engine.sweep import Batch, Tap, forward
 from mlx_blockskip.models import cpu
-from mlx_blockskip.models.config import Config, NonNegativeInt, OneOf, PositiveFloat, PositiveInt
+from mlx_blockskip.models.config import NonNegativeInt, OneOf, PositiveFloat, PositiveInt
 from mlx_blockskip.models.layers import linear
-from mlx_blockskip.models.text import rope
-from mlx_blockskip.models.text.rope import RopeParameters
+from mlx_blockskip.models.text.rope import DecoderConfig, RopeParameters
 
 PREFIX = "model."
 """Before every name of a decoder that came with a head, as those of text-to-image checkpoints do."""
 
 
 @dataclass(frozen=True)
-class Qwen3Config(Config):
+class Qwen3Config(DecoderConfig):
     """Source: transformers Qwen3Config."""
 
     model_type: Annotated[str, OneOf("qwen3")] = "qwen3"
@@ -53,15 +52,6 @@ class Qwen3Config(Config):
     rope_parameters: RopeParameters = RopeParameters()
     attention_bias: bool = False
     use_sliding_window: Annotated[bool, OneOf(False)] = False
-
-    def contradiction(self) -> str | None:
-        if self.num_attention_heads % self.num_key_value_heads:
-            return f"num_key_value_heads {self.num_key_value_heads} does not divide {self.num_attention_heads} heads"
-        return None
-
-    @classmethod
-    def modernised(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        return rope.gathered(given)
 
 
 class Decoder(Protocol):

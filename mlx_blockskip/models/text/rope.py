@@ -1,10 +1,10 @@
-"""Rotary positions as a language model's config says them."""
+"""What the configs of decoder language models have in common: rotary positions, and queries that share keys."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from mlx_blockskip.models.config import Config, OneOf, PositiveFloat
+from mlx_blockskip.models.config import Config, OneOf, PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -25,3 +25,20 @@ def gathered(given: Mapping[str, Any]) -> Mapping[str, Any]:
     old = {"rope_theta": given["rope_theta"]} if "rope_theta" in given else {}
     named = {"rope_type": rope["type"]} if "type" in rope else {}
     return {**given, "rope_parameters": {**old, **named, **rope}}
+
+
+@dataclass(frozen=True)
+class DecoderConfig(Config):
+    """A config that has both kinds of heads, `rope_parameters`, and may have been written before there were these."""
+
+    num_attention_heads: PositiveInt = 1
+    num_key_value_heads: PositiveInt = 1
+
+    def contradiction(self) -> str | None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            return f"num_key_value_heads {self.num_key_value_heads} does not divide {self.num_attention_heads} heads"
+        return None
+
+    @classmethod
+    def modernised(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        return gathered(given)

@@ -16,7 +16,7 @@ from mlx_blockskip.engine import files, timeline
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.timeline import FIRST_SWEEPS, Point, Timeline
 from mlx_blockskip.events import Saved, Warning, emit
-from mlx_blockskip.settings import MemoryOptions
+from mlx_blockskip.shared_options import MemoryOptions
 from mlx_blockskip.tasks import targets
 from mlx_blockskip.tasks.memory.limit import AUTO, budget_of
 
