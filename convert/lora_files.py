@@ -39,7 +39,8 @@ def read(
     parts, left_out = _sorted(tensors, source)
     found: dict[str, str] = {}
     entries = []
-    for layer, given in parts.items():
+    for layer in list(parts):
+        given = parts.pop(layer)  # what is read of it is in memory until the next one
         if given.keys() == {"alpha"}:
             continue
         for entry in _entries(layer, given, strengths, layers, source, lora_origin.likely(tensors)):
@@ -129,5 +130,5 @@ def _check_numbers(given: Given, source: Path) -> None:
         return  # it may be an integer, and is checked as one number
     if not lora_kinds.is_floating(given.view):
         raise UserError(f"{source}: {given.name} holds no floating-point numbers; export it again")
-    if not bool(mx.isfinite(given.view.read()).all()):
+    if not bool(mx.isfinite(given.values).all()):
         raise UserError(f"{source}: {given.name} holds NaN or infinity; the file is damaged or its training diverged")

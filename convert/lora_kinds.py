@@ -63,7 +63,7 @@ def strength(layer: str, given: Parts, strengths: Strengths, source: Path) -> fl
     if part == "a" and _is_bare(given):
         rank = given["a"].view.shape[1]
     if "alpha" in given:
-        return lora_scales.stored(given["alpha"].name, given["alpha"].view.read(), source) / rank
+        return lora_scales.stored(given["alpha"].name, given["alpha"].values, source) / rank
     return strengths.of(lora_keys.stripped(layer), rank)
 
 

@@ -1,6 +1,7 @@
 """The tensors of an adapter file that are for one layer, and what the layer is there."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import mlx.core as mx
@@ -22,13 +23,18 @@ class Given:
     view: View
     bare: bool = False
 
+    @cached_property
+    def values(self) -> mx.array:
+        """Read once, and in memory for as long as this is."""
+        return self.view.read()
+
 
 class Parts(dict[str, Given]):
     """The tensors for one layer, by their part (`lora_keys.Key`)."""
 
     def value(self, part: str) -> mx.array:
-        """float32, read now."""
-        return self[part].view.read().astype(mx.float32)
+        """float32, in memory."""
+        return self[part].values.astype(mx.float32)
 
     def matrix(self, part: str) -> Values:
         """Read when it is asked for: its first axis, and all others in one."""

@@ -9,7 +9,7 @@ computes it.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, Self
 
 import mlx.core as mx
 
@@ -96,31 +96,30 @@ class Full:
 
 
 @dataclass(frozen=True)
-class Hadamard:
-    """LoHa: two matrices of the weight's shape, multiplied number by number, times `scale`."""
+class Pair:
+    """What is made of two matrices, times `scale`."""
 
     first: Values
     second: Values
     scale: float = 1.0
 
-    def rows(self, weight: mx.array, start: int) -> mx.array:
-        first, second = (values.read(start, start + len(weight)) for values in (self.first, self.second))
-        return first.astype(mx.float32) * second.astype(mx.float32) * self.scale
-
-    def scaled(self, strength: float) -> "Hadamard":
+    def scaled(self, strength: float) -> Self:
         return replace(self, scale=self.scale * strength)
 
     def tensors(self) -> Iterator[mx.array]:
         yield from (self.first.read(), self.second.read(), mx.array(self.scale))
 
 
-@dataclass(frozen=True)
-class Kronecker:
-    """LoKr: the Kronecker product of two matrices, times `scale`."""
+class Hadamard(Pair):
+    """LoHa: two matrices of the weight's shape, multiplied number by number."""
 
-    first: Values
-    second: Values
-    scale: float = 1.0
+    def rows(self, weight: mx.array, start: int) -> mx.array:
+        first, second = (values.read(start, start + len(weight)) for values in (self.first, self.second))
+        return first.astype(mx.float32) * second.astype(mx.float32) * self.scale
+
+
+class Kronecker(Pair):
+    """LoKr: the Kronecker product of two matrices."""
 
     def rows(self, weight: mx.array, start: int) -> mx.array:
         height, stop = self.second.shape[0], start + len(weight)
@@ -129,12 +128,6 @@ class Kronecker:
         second = self.second.read().astype(mx.float32)
         product = (first[:, None, :, None] * second[None, :, None, :]).reshape((bottom - top) * height, -1)
         return product[start - top * height : stop - top * height]
-
-    def scaled(self, strength: float) -> "Kronecker":
-        return replace(self, scale=self.scale * strength)
-
-    def tensors(self) -> Iterator[mx.array]:
-        yield from (self.first.read(), self.second.read(), mx.array(self.scale))
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,15 @@
 """FLUX.2's checkpoints and LoRA files: every tensor of the reference classes, single files, and both ways for LoRA."""
 
 import re
-import shutil
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_blockskip import convert
-from mlx_blockskip.converters import flux2, singles
+from mlx_blockskip.converters import flux2
 from mlx_blockskip.converters.encoders import autoencoder_kl_flux2
 from mlx_blockskip.converters.flux2_files import FILES
-from mlx_blockskip.converters.lora_export import NATIVE, to_diffusers, to_native
 from mlx_blockskip.converters.write import Precision, plan_shards
 from mlx_blockskip.engine import files, philox
 from mlx_blockskip.models import presets
@@ -20,9 +18,10 @@ from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.models.vae.kl_flux2 import AutoencoderKLFlux2Config
 from mlx_blockskip.tasks.checkpoint.adapters import load_adapter
 from support import flux2 as small
+from support.adapters import STYLES, assert_each_is_read, assert_read_as_its_product, exported
 from support.models import convert as converted
 from support.models import random_tree
-from support.singles import latent_diffusion, weights
+from support.singles import assert_read_as, assert_same_directory, latent_diffusion, weights
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -135,20 +134,11 @@ def black_forest_labs(ours):
 
 
 def test_single_files_are_read_as_diffusers_reads_them(tmp_path, checkpoint):
-    from diffusers.loaders import single_file_utils as peer
+    """And are not taken for FLUX.1's."""
+    from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers as convert_them
 
     ours = weights(checkpoint / "transformer")
-    tensors = black_forest_labs(ours)
-    files.save_tensors(tmp_path / "x.safetensors", tensors)
-    views = singles.opened(tmp_path / "x.safetensors")
-    found = singles.held(tmp_path / "x.safetensors", views, FILES).networks["transformer"]
-    reference = peer.convert_flux2_transformer_checkpoint_to_diffusers(
-        {name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}
-    )
-    assert found.keys() == reference.keys() == ours.keys()
-    for name, tensor in reference.items():
-        np.testing.assert_array_equal(np.array(found[name].read()), tensor.numpy(), err_msg=name)
-    assert singles.kinds(tmp_path / "x.safetensors", views) == {"flux2": ["transformer"]}, "and not FLUX.1's"
+    assert_read_as(tmp_path / "x.safetensors", black_forest_labs(ours), ours, FILES, "flux2", convert_them)
 
 
 def test_single_files_give_the_same_directory(tmp_path, checkpoint):
@@ -163,37 +153,13 @@ def test_single_files_give_the_same_directory(tmp_path, checkpoint):
         half = {"quant_conv": "encoder.", "post_quant_conv": "decoder."}.get(name.partition(".")[0], "")
         vae[half + name] = tensor
     files.save_tensors(flat / "flux2-vae.safetensors", latent_diffusion(vae))
-    whole = convert(hf_path=str(checkpoint), mlx_path=str(tmp_path / "one"))
-    base = shutil.copytree(checkpoint, tmp_path / "base")
-    config = files.read_json(base / "transformer" / "config.json")
-    files.write_json(base / "transformer" / "config.json", {**config, "num_layers": 7, "mlp_ratio": 4.0})
-    other = convert(hf_path=str(flat), mlx_path=str(tmp_path / "two"), base=str(base))
-    shards = sorted(path.relative_to(whole) for path in whole.rglob("*.safetensors"))
-    assert shards == sorted(path.relative_to(other) for path in other.rglob("*.safetensors"))
-    assert all((whole / name).read_bytes() == (other / name).read_bytes() for name in shards)
-    assert open_model(other).config == open_model(whole).config
-
-
-STYLES = [
-    ("transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight"),
-    ("diffusion_model.{}.lora_down.weight", "diffusion_model.{}.lora_up.weight"),
-    ("lora_unet_{_}.lora_down.weight", "lora_unet_{_}.lora_up.weight"),
-]
+    assert_same_directory(tmp_path, checkpoint, flat, {"num_layers": 7, "mlp_ratio": 4.0})
 
 
 @pytest.mark.parametrize("style", STYLES, ids=lambda style: style[0])
 def test_lora_files_in_our_names_and_in_theirs(tmp_path, model, style):
     ours = {module: [module] for module in (f"{DOUBLE}.attn.add_q_proj", f"{SINGLE}.attn.to_out", "norm_out.linear")}
-    for number, (layer, modules) in enumerate({**ours, **THEIRS}.items()):
-        sizes = [model.shards.shape(f"{module}.weight") for module in modules]
-        a = philox.normal(number, 0, shape=(3, sizes[0][1]))
-        b = philox.normal(number, 1, shape=(sum(size[0] for size in sizes), 3))
-        names = (one.replace("{_}", layer.replace(".", "_")).replace("{}", layer) for one in style)
-        files.save_tensors(tmp_path / "x.safetensors", dict(zip(names, (mx.array(a), mx.array(b)), strict=True)))
-        found = load_adapter(model, tmp_path / "x.safetensors")[0].layers(model.stack)
-        assert found.keys() == set(modules)
-        added = np.concatenate([np.array(found[m].weight.b.T @ found[m].weight.a.T) for m in modules])
-        np.testing.assert_allclose(added, b @ a, rtol=1e-5, atol=1e-5)
+    assert_each_is_read(tmp_path, model, style, {**ours, **THEIRS})
 
 
 def test_halves_of_the_last_norm_are_the_other_way_round_there(tmp_path, model):
@@ -213,20 +179,8 @@ def test_diffusers_reads_every_format_as_the_adapters_own_product(model, form):
     pytest.importorskip("peft")
     from diffusers import Flux2KleinPipeline
 
-    tree = random_tree(model, model.stack.path)
-    tensors = {f"{model.stack.block(i).prefix}{name}": value for i, own in tree.items() for name, value in own.items()}
-    if form == "diffusers":
-        made = to_diffusers(tensors, 0.5, flux2.ADAPTER_PREFIX, (), mx.float32)[0]
-    else:
-        naming = flux2.ADAPTER_NAMINGS.get(form, NATIVE[form])
-        made = to_native(tensors, 0.5, naming, flux2.ADAPTER_FORMATS[form], mx.float32)
-    read = Flux2KleinPipeline.lora_state_dict({n: torch.from_numpy(np.array(v)) for n, v in made.items()})
-    modules = {name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")}
-    assert {name.rpartition(".lora_")[0] for name in read} == {f"transformer.{module}" for module in modules}
-    for module in modules:
-        a, b = (read[f"transformer.{module}.lora_{letter}.weight"].numpy() for letter in "AB")
-        wanted = 0.5 * np.array(tensors[f"{module}.lora_b"].T @ tensors[f"{module}.lora_a"].T)
-        np.testing.assert_allclose(b @ a, wanted, rtol=1e-4, atol=1e-6, err_msg=module)
+    tensors, made = exported(model, random_tree(model, model.stack.path), flux2, form)
+    assert_read_as_its_product(Flux2KleinPipeline, tensors, made)
 
 
 def test_no_name_of_a_model_stands_for_two_layers(model):

@@ -1,7 +1,6 @@
 """Z-Image's checkpoints and LoRA files: every tensor of the reference class, single files, and both ways for LoRA."""
 
 import re
-import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -9,8 +8,8 @@ import pytest
 from PIL import Image
 
 from mlx_blockskip import convert, generate
-from mlx_blockskip.converters import singles, z_image
-from mlx_blockskip.converters.lora_export import NATIVE, to_diffusers, to_native
+from mlx_blockskip.converters import z_image
+from mlx_blockskip.converters.lora_export import NATIVE, to_native
 from mlx_blockskip.converters.lora_layers import Layers
 from mlx_blockskip.converters.write import Precision, plan_shards
 from mlx_blockskip.converters.z_image_files import FILES
@@ -18,11 +17,11 @@ from mlx_blockskip.engine import files, philox
 from mlx_blockskip.models import presets
 from mlx_blockskip.models.registry import open_model
 from mlx_blockskip.models.z_image.transformer import ZImageTransformer2DConfig
-from mlx_blockskip.tasks.checkpoint.adapters import load_adapter
 from support import z_image as small
+from support.adapters import STYLES, assert_each_is_read, assert_read_as_its_product, exported
 from support.models import convert as converted
 from support.models import random_tree
-from support.singles import latent_diffusion, weights
+from support.singles import assert_read_as, assert_same_directory, latent_diffusion, weights
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -99,21 +98,12 @@ def tongyi(ours):
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_single_files_are_read_as_diffusers_reads_them(tmp_path, checkpoint, prefix):
-    from diffusers.loaders import single_file_utils as peer
+    from diffusers.loaders.single_file_utils import convert_z_image_transformer_checkpoint_to_diffusers as convert_them
 
     ours = weights(checkpoint / "transformer")
     tensors = {prefix + name: tensor for name, tensor in tongyi(ours).items()}
     tensors[f"{prefix}norm_final.weight"] = mx.ones((48,))
-    files.save_tensors(tmp_path / "x.safetensors", tensors)
-    views = singles.opened(tmp_path / "x.safetensors")
-    found = singles.held(tmp_path / "x.safetensors", views, FILES).networks["transformer"]
-    reference = peer.convert_z_image_transformer_checkpoint_to_diffusers(
-        {name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}
-    )
-    assert found.keys() == reference.keys() == ours.keys()
-    for name, tensor in reference.items():
-        np.testing.assert_array_equal(np.array(found[name].read()), tensor.numpy(), err_msg=name)
-    assert singles.kinds(tmp_path / "x.safetensors", views) == {"z_image": ["transformer"]}
+    assert_read_as(tmp_path / "x.safetensors", tensors, ours, FILES, "z_image", convert_them)
 
 
 def test_single_files_give_the_same_directory(tmp_path, checkpoint):
@@ -124,37 +114,13 @@ def test_single_files_give_the_same_directory(tmp_path, checkpoint):
     text = {f"model.{name}": tensor for name, tensor in weights(checkpoint / "text_encoder").items()}
     files.save_tensors(flat / "qwen_3_4b.safetensors", text)
     files.save_tensors(flat / "ae.safetensors", latent_diffusion(weights(checkpoint / "vae")))
-    whole = convert(hf_path=str(checkpoint), mlx_path=str(tmp_path / "one"))
-    base = shutil.copytree(checkpoint, tmp_path / "base")
-    config = files.read_json(base / "transformer" / "config.json")
-    files.write_json(base / "transformer" / "config.json", {**config, "n_layers": 7, "dim": 96, "n_heads": 4})
-    other = convert(hf_path=str(flat), mlx_path=str(tmp_path / "two"), base=str(base))
-    shards = sorted(path.relative_to(whole) for path in whole.rglob("*.safetensors"))
-    assert shards == sorted(path.relative_to(other) for path in other.rglob("*.safetensors"))
-    assert all((whole / name).read_bytes() == (other / name).read_bytes() for name in shards)
-    assert open_model(other).config == open_model(whole).config
-
-
-STYLES = [
-    ("transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight"),
-    ("diffusion_model.{}.lora_down.weight", "diffusion_model.{}.lora_up.weight"),
-    ("lora_unet_{_}.lora_down.weight", "lora_unet_{_}.lora_up.weight"),
-]
+    assert_same_directory(tmp_path, checkpoint, flat, {"n_layers": 7, "dim": 96, "n_heads": 4})
 
 
 @pytest.mark.parametrize("style", STYLES, ids=lambda style: style[0])
 def test_lora_files_in_our_names_and_in_theirs(tmp_path, model, style):
     ours = {module: [module] for module in (f"{MAIN}.attention.to_q", f"{TEXT}.attention.to_out.0", "t_embedder.mlp.2")}
-    for number, (layer, modules) in enumerate({**ours, **THEIRS}.items()):
-        sizes = [model.shards.shape(f"{module}.weight") for module in modules]
-        a = philox.normal(number, 0, shape=(3, sizes[0][1]))
-        b = philox.normal(number, 1, shape=(sum(size[0] for size in sizes), 3))
-        names = (one.replace("{_}", layer.replace(".", "_")).replace("{}", layer) for one in style)
-        files.save_tensors(tmp_path / "x.safetensors", dict(zip(names, (mx.array(a), mx.array(b)), strict=True)))
-        found = load_adapter(model, tmp_path / "x.safetensors")[0].layers(model.stack)
-        assert found.keys() == set(modules)
-        added = np.concatenate([np.array(found[m].weight.b.T @ found[m].weight.a.T) for m in modules])
-        np.testing.assert_allclose(added, b @ a, rtol=1e-5, atol=1e-5)
+    assert_each_is_read(tmp_path, model, style, {**ours, **THEIRS})
 
 
 @pytest.mark.parametrize("form", ["diffusers", "comfyui", "kohya"])
@@ -163,20 +129,9 @@ def test_diffusers_reads_every_format_as_the_adapters_own_product(model, form):
     from diffusers import ZImagePipeline
 
     tree = {-1: random_tree(model, [0], seed=1)[0], **random_tree(model, range(model.stack.depth))}
-    tensors = {f"{model.stack.block(i).prefix}{name}": value for i, own in tree.items() for name, value in own.items()}
-    if form == "diffusers":
-        made = to_diffusers(tensors, 0.5, z_image.ADAPTER_PREFIX, (), mx.float32)[0]
-    else:
-        naming = z_image.ADAPTER_NAMINGS.get(form, NATIVE[form])
-        made = to_native(tensors, 0.5, naming, z_image.ADAPTER_FORMATS[form], mx.float32)
+    tensors, made = exported(model, tree, z_image, form)
     assert any("qkv" in name for name in made) == (form == "kohya")
-    read = ZImagePipeline.lora_state_dict({n: torch.from_numpy(np.array(v)) for n, v in made.items()})
-    modules = {name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")}
-    assert {name.rpartition(".lora_")[0] for name in read} == {f"transformer.{module}" for module in modules}
-    for module in modules:
-        a, b = (read[f"transformer.{module}.lora_{letter}.weight"].numpy() for letter in "AB")
-        wanted = 0.5 * np.array(tensors[f"{module}.lora_b"].T @ tensors[f"{module}.lora_a"].T)
-        np.testing.assert_allclose(b @ a, wanted, rtol=1e-4, atol=1e-6, err_msg=module)
+    assert_read_as_its_product(ZImagePipeline, tensors, made)
 
 
 @pytest.mark.parametrize("form", ["comfyui", "kohya"])

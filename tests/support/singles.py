@@ -1,11 +1,16 @@
 """The bundled models' weights as other tools keep them in single files: names and divisions written down once more."""
 
 import re
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
+from mlx_blockskip import convert
+from mlx_blockskip.converters import singles
 from mlx_blockskip.engine import files
+from mlx_blockskip.models.registry import open_model
 
 PLAIN = {
     "x_embedder": "img_in", "context_embedder": "txt_in", "proj_out": "final_layer.linear",
@@ -192,3 +197,32 @@ def efficientvit(ours: dict[str, mx.array]) -> dict[str, mx.array]:
             known = match[4] == "attn.to_out"
             theirs[f"{block}.{inside[match[4]]}.{kind}"] = tensor[:, :, None, None] if known else tensor
     return theirs
+
+
+def assert_read_as(path, tensors, ours, tables, family, made_by_diffusers):
+    """A single file of a transformer gives the tensors that diffusers' converter makes of it, and is taken for no other
+    family's. ours: by their names.
+    """
+    import torch
+
+    files.save_tensors(path, tensors)
+    views = singles.opened(path)
+    found = singles.held(path, views, tables).networks["transformer"]
+    reference = made_by_diffusers({name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()})
+    assert found.keys() == reference.keys() == ours.keys()
+    for name, tensor in reference.items():
+        np.testing.assert_array_equal(np.array(found[name].read()), tensor.numpy(), err_msg=name)
+    assert singles.kinds(path, views) == {family: ["transformer"]}
+
+
+def assert_same_directory(path, checkpoint, flat, other_config):
+    """Single files give the shards that the checkpoint gives, beside a base whose transformer has another config."""
+    whole = convert(hf_path=str(checkpoint), mlx_path=str(path / "one"))
+    base = shutil.copytree(checkpoint, path / "base")
+    config = files.read_json(base / "transformer" / "config.json")
+    files.write_json(base / "transformer" / "config.json", {**config, **other_config})
+    other = convert(hf_path=str(flat), mlx_path=str(path / "two"), base=str(base))
+    shards = sorted(found.relative_to(whole) for found in whole.rglob("*.safetensors"))
+    assert shards == sorted(found.relative_to(other) for found in other.rglob("*.safetensors"))
+    assert all((whole / name).read_bytes() == (other / name).read_bytes() for name in shards)
+    assert open_model(other).config == open_model(whole).config
