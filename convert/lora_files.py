@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mlx_blockskip.converters import lora_keys, lora_kinds, lora_origin
 from mlx_blockskip.converters.lora_layers import Layers, Target
-from mlx_blockskip.converters.lora_parts import Given, MisfitError, Parts, Shape
+from mlx_blockskip.converters.lora_parts import MisfitError, Part, Parts, Shape
 from mlx_blockskip.converters.lora_scales import Strengths
 from mlx_blockskip.converters.views import View
 from mlx_blockskip.differences import LowRank, Ranges
@@ -59,7 +59,7 @@ def read(
 
 def _sorted(tensors: Mapping[str, View], source: Path) -> tuple[dict[str, Parts], list[str]]:
     """The parts of each layer of theirs, and the names that are left out."""
-    parts: dict[str, dict[str, Given]] = {}
+    parts: dict[str, dict[str, Part]] = {}
     left_out, unknown = [], None
     for name, view in tensors.items():
         key = lora_keys.parse(name)
@@ -73,7 +73,7 @@ def _sorted(tensors: Mapping[str, View], source: Path) -> tuple[dict[str, Parts]
             own = parts.setdefault(key.layer, {})
             if key.part in own:
                 raise UserError(f"{source}: {own[key.part].name} and {name} are both for {key.layer}; keep one of them")
-            own[key.part] = Given(name, view, key.bare)
+            own[key.part] = Part(name, view, key.bare)
     if unknown and (parts or left_out):
         raise UserError(f"{source}: {unknown} is not known of LoRA files, and not applied here; export it without")
     return {layer: Parts(own) for layer, own in parts.items()}, left_out
@@ -125,7 +125,7 @@ def _part(weight: Difference, ranges: tuple[tuple[int, int], ...], rows: int) ->
     return Ranges(weight, ranges)
 
 
-def _check_numbers(given: Given, source: Path) -> None:
+def _check_numbers(given: Part, source: Path) -> None:
     if given.name.endswith(".alpha"):
         return  # it may be an integer, and is checked as one number
     if not lora_kinds.is_floating(given.view):

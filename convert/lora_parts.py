@@ -16,7 +16,7 @@ class MisfitError(Exception):
 
 
 @dataclass(frozen=True)
-class Given:
+class Part:
     """A tensor of a file. bare: it may be as MLX has it, (in, r) or (r, out)."""
 
     name: str
@@ -29,7 +29,7 @@ class Given:
         return self.view.read()
 
 
-class Parts(dict[str, Given]):
+class Parts(dict[str, Part]):
     """The tensors for one layer, by their part (`lora_keys.Key`)."""
 
     def value(self, part: str) -> mx.array:

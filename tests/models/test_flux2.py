@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from mlx_blockskip import generate
-from mlx_blockskip.engine import files, philox, sweep
+from mlx_blockskip.engine import files, philox
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.sweep import Batch, forward
 from mlx_blockskip.models import flow
@@ -17,6 +17,7 @@ from mlx_blockskip.models.vae import kl_flux2
 from mlx_blockskip.tasks.sampling.denoise import Request, sample
 from support import flux2
 from support.compare import PIPELINE, assert_parity, assert_same_image, relative_error, same_bits
+from support.gradients import assert_gradients_equal
 from support.models import convert, random_tree
 
 torch = pytest.importorskip("torch")
@@ -85,41 +86,10 @@ def test_equals_diffusers_on_random_configs(tmp_path, changes, size):
 def test_gradients_of_lora_equal_those_of_torch(tmp_path):
     """Of every target, through all blocks; PEFT's layers add the same factors."""
     pytest.importorskip("peft")
-    from peft import LoraConfig
-
     pipe, model = opened(tmp_path)
-    reference, config = pipe.transformer, pipe.transformer.config
-    tree = random_tree(model, model.stack.path, rank=3)
-    modules = {f"{model.stack.block(i).prefix}{name[:-7]}" for i in tree for name in tree[i]}
-    reference.add_adapter(LoraConfig(r=3, lora_alpha=3, target_modules=sorted(modules)))
-    factors = {}
-    with torch.no_grad():
-        for i, own in tree.items():
-            for name, value in own.items():
-                module = reference.get_submodule(f"{model.stack.block(i).prefix}{name[:-7]}")
-                side = module.lora_A if name.endswith("a") else module.lora_B
-                side["default"].weight.copy_(torch.from_numpy(np.array(value.T)))
-                factors[i, name] = side["default"].weight
-    latents, embeds, sigma = inputs(config, (3, 4))
-    target = philox.normal(4, shape=latents.shape)
-    loss = ((theirs_for(reference, latents, embeds, sigma) - torch.from_numpy(target)) ** 2).mean()
-    loss.backward()
-    prompt, grads = {"prompt_embeds": mx.array(embeds)}, {}
-    context = model.context(mx.array(sigma), prompt, latents.shape[1:3], 1.0)
-    modulation = model.final_modulation(context)
-    (own_loss,) = sweep.backward(
-        model.stack,
-        model.reader,
-        [Batch(model.embed(mx.array(latents), prompt), context)],
-        model.stack.path,
-        trainable=tree,
-        loss=lambda i, t: mx.mean(mx.square(model.final_layer(t, context, modulation) - mx.array(target))),
-        on_grad=grads.__setitem__,
-    )
-    assert_parity("FLUX.2 loss", own_loss, loss.detach().numpy())
-    assert len(factors) == sum(map(len, grads.values()))
-    for (i, name), factor in factors.items():
-        assert_parity("FLUX.2 gradients of LoRA", grads[i][name], factor.grad.T.numpy())
+    given, tree = inputs(pipe.transformer.config, (3, 4)), random_tree(model, model.stack.path, rank=3)
+    prompt = {"prompt_embeds": mx.array(given[1])}
+    assert_gradients_equal("FLUX.2", model, pipe.transformer, tree, given, theirs_for, prompt)
 
 
 def test_the_image_to_text_mask_cuts_image_from_text_only(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from mlx_blockskip import generate
-from mlx_blockskip.engine import files, philox, sweep
+from mlx_blockskip.engine import files, philox
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.sweep import Batch, forward
 from mlx_blockskip.models.attention import IMAGE_TO_TEXT
@@ -15,6 +15,7 @@ from mlx_blockskip.models.z_image import transformer as net
 from mlx_blockskip.tasks.sampling.denoise import Request, sample
 from support import flux2, z_image
 from support.compare import PIPELINE, assert_parity, assert_same_image, relative_error, same_bits
+from support.gradients import assert_gradients_equal
 from support.models import convert, random_tree
 
 torch = pytest.importorskip("torch")
@@ -125,43 +126,13 @@ def test_tables_of_one_size_stay_for_every_length(tmp_path):
 def test_gradients_of_lora_equal_those_of_torch(tmp_path):
     """Of every target, through refiner and main blocks, with tokens that fill up, against PEFT's layers."""
     pytest.importorskip("peft")
-    from peft import LoraConfig
-
     pipe, model = opened(tmp_path)
-    reference, config = pipe.transformer, pipe.transformer.config
     tree = random_tree(model, range(model.stack.depth), rank=3)
     tree = {-1: random_tree(model, [0], rank=3, seed=1)[0], **tree}
-    modules = {f"{model.stack.block(i).prefix}{name[:-7]}" for i in tree for name in tree[i]}
-    reference.add_adapter(LoraConfig(r=3, lora_alpha=3, target_modules=sorted(modules)))
-    factors = {}
-    with torch.no_grad():
-        for i, own in tree.items():
-            for name, value in own.items():
-                module = reference.get_submodule(f"{model.stack.block(i).prefix}{name[:-7]}")
-                side = module.lora_A if name.endswith("a") else module.lora_B
-                side["default"].weight.copy_(torch.from_numpy(np.array(value.T)))
-                factors[i, name] = side["default"].weight
-    latents, states, sigma = inputs(config, (6, 10))
-    target = philox.normal(4, shape=latents.shape)
-    loss = ((theirs_for(reference, latents, states, sigma) - torch.from_numpy(target)) ** 2).mean()
-    loss.backward()
-    prompt, grads = refined(model, states), {}
-    context = model.context(mx.array(sigma), prompt, latents.shape[1:3], 1.0)
-    modulation = model.final_modulation(context)
-    (own_loss,) = sweep.backward(
-        model.stack,
-        model.reader,
-        [Batch(model.embed(mx.array(latents), prompt), context)],
-        model.stack.path,
-        trainable=tree,
-        loss=lambda i, t: mx.mean(mx.square(model.final_layer(t, context, modulation) - mx.array(target))),
-        on_grad=grads.__setitem__,
-    )
-    assert_parity("Z-Image loss", own_loss, loss.detach().numpy())
-    assert len(factors) == sum(map(len, grads.values()))
+    given = inputs(pipe.transformer.config, (6, 10))
+    prompt = refined(model, given[1])
+    grads = assert_gradients_equal("Z-Image", model, pipe.transformer, tree, given, theirs_for, prompt)
     assert min(grads) == -1, "and the refiner's"
-    for (i, name), factor in factors.items():
-        assert_parity("Z-Image gradients of LoRA", grads[i][name], factor.grad.T.numpy())
 
 
 def test_the_image_to_text_mask_cuts_image_from_text_only(tmp_path):

@@ -69,27 +69,24 @@ def load_adapter(model: DiffusionModel, path: Path) -> tuple[lora.Adapter, float
     one. Raises UserError.
     """
     file, config = located(path)
-    found, scale = _ours(model, file, config) if _is_ours(config) else (_theirs(model, file, config), 1.0)
-    family = family_named(read_config(model.path)["family"])
+    family, scale = family_named(read_config(model.path)["family"]), 1.0
+    if config is not None and PEFT_TYPE not in config:
+        found, scale = _ours(model, family.name, file, config), scale_of(config, file)
+    else:
+        found = _theirs(model, family.name, file, config)
     return lora.divided(found, model.stack, family.lora_targets), scale
 
 
-def _is_ours(config: Mapping[str, Any] | None) -> bool:
-    return config is not None and PEFT_TYPE not in config
-
-
-def _ours(model: DiffusionModel, file: Path, config: Mapping[str, Any] | None) -> tuple[dict[str, Added], float]:
-    """What an adapter of our own training adds, by layer, and its scale."""
-    config = config or {}
-    own = family_named(read_config(model.path)["family"])
-    if config.get("family", own.name) != own.name:
-        raise UserError(f"{file.parent}: is an adapter for {config['family']}, and the model is one of {own.name}")
+def _ours(model: DiffusionModel, family: str, file: Path, config: Mapping[str, Any]) -> dict[str, Added]:
+    """What an adapter of our own training adds, by layer."""
+    if config.get("family", family) != family:
+        raise UserError(f"{file.parent}: is an adapter for {config['family']}, and the model is one of {family}")
     warn_of_another_model(file.parent, config, model)
     check_sums(file, config)
     tensors = {name: value.astype(mx.float32) for name, value in read_tensors(file).items()}
     mx.eval(tensors)
     lora.check(tensors, model.reader, file)
-    return {name: Added(LowRank(*both)) for name, both in lora.paired(tensors).items()}, scale_of(config, file)
+    return {name: Added(LowRank(*both)) for name, both in lora.paired(tensors).items()}
 
 
 def warn_of_another_model(path: Path, recorded: Mapping[str, Any], model: DiffusionModel) -> None:
@@ -103,12 +100,12 @@ def warn_of_another_model(path: Path, recorded: Mapping[str, Any], model: Diffus
         emit(Warning(f"{path}: was trained on another model{told} than this one, or on another precision of it"))
 
 
-def _theirs(model: DiffusionModel, file: Path, config: Mapping[str, Any] | None) -> dict[str, Added]:
+def _theirs(model: DiffusionModel, family: str, file: Path, config: Mapping[str, Any] | None) -> dict[str, Added]:
     """What a file of another tool adds, by layer, with its strength."""
     if not file.is_file():
         raise UserError(f"{file}: no such adapter; give an adapter directory, a LoRA safetensors file, or owner/name")
     header = files.read_header(file)
-    table = _table_of(model)
+    table = _table_of(family)
     layers = Layers(model.reader.shards, getattr(table, "ADAPTER_RULES", ()))
     if config is None:
         strengths = lora_scales.from_metadata(header.metadata, file)
@@ -122,10 +119,10 @@ def _theirs(model: DiffusionModel, file: Path, config: Mapping[str, Any] | None)
     return {entry.module: entry.added for entry in entries}
 
 
-def _table_of(model: DiffusionModel) -> ModuleType | None:
+def _table_of(family: str) -> ModuleType | None:
     """The converter module of the family; None for one that comes without, whose files are in its own names."""
     try:
-        return load_table(read_config(model.path)["family"])
+        return load_table(family)
     except UserError:
         return None
 
