@@ -1,16 +1,17 @@
 """Gemma-2 against transformers: every branch of its config, padding, names, dtypes, budgets, and what is refused."""
 
+from functools import partial
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_blockskip.converters import run, write
 from mlx_blockskip.converters.encoders import gemma2_encoder
-from mlx_blockskip.converters.source import open_source
 from mlx_blockskip.engine.errors import UserError
 from mlx_blockskip.engine.reader import BlockReader
 from mlx_blockskip.engine.shards import Shards
 from mlx_blockskip.models.text import gemma2
+from support import decoders
 from support.compare import assert_parity, relative_error, same_bits
 from support.component import save_component
 
@@ -37,20 +38,8 @@ def reference(head=False, **changes):
     return model
 
 
-def converted(model, path, dtype="float32", **precision):
-    model.save_pretrained(path / "hf")
-    made = gemma2_encoder("hf", gemma2.Gemma2Config.read(path / "hf" / "config.json"))
-    source = open_source(path / "hf")
-    run.check_rows(made, source)
-    (path / "mlx").mkdir()
-    list(write.write_component(made, source, path / "mlx", write.Precision(dtype, **precision)))
-    return Shards(path / "mlx")
-
-
-def prompts(lengths=LENGTHS, padded=40):
-    ids = np.random.default_rng(0).integers(3, 99, (len(lengths), padded)).astype(np.int32)
-    mask = (np.arange(padded) < np.array(lengths)[:, None]).astype(np.int32)
-    return np.where(mask, ids, 0), mask
+converted = partial(decoders.converted, make=gemma2_encoder, config=gemma2.Gemma2Config)
+prompts = partial(decoders.prompts, lengths=LENGTHS, padded=40)
 
 
 def theirs_for(model, ids, mask):

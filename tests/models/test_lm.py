@@ -3,15 +3,14 @@
 import resource
 import subprocess
 import sys
+from functools import partial
 
 import mlx.core as mx
 import mlx_lm.models
 import numpy as np
 import pytest
 
-from mlx_blockskip.converters import run, write
 from mlx_blockskip.converters.encoders import gemma2_encoder, qwen3_decoder
-from mlx_blockskip.converters.source import open_source
 from mlx_blockskip.engine import files, planner
 from mlx_blockskip.engine.reader import BlockReader
 from mlx_blockskip.engine.shards import Shards
@@ -19,6 +18,7 @@ from mlx_blockskip.engine.sweep import Batch, forward
 from mlx_blockskip.models import cpu
 from mlx_blockskip.models.text import gemma2, lm
 from mlx_blockskip.models.text.lm import Qwen3Config
+from support import decoders
 from support.compare import assert_parity, relative_error, same_bits
 
 torch = pytest.importorskip("torch")
@@ -41,19 +41,8 @@ def reference(cls="Qwen3ForCausalLM", **changes):
     return model
 
 
-def converted(model, path, dtype="float32", make=qwen3_decoder, config=Qwen3Config, **precision):
-    model.save_pretrained(path / "hf")
-    made, source = make("hf", config.read(path / "hf" / "config.json")), open_source(path / "hf")
-    run.check_rows(made, source)
-    (path / "mlx").mkdir()
-    list(write.write_component(made, source, path / "mlx", write.Precision(dtype, **precision)))
-    return Shards(path / "mlx")
-
-
-def prompts(lengths=LENGTHS, padded=24):
-    ids = np.random.default_rng(0).integers(3, 99, (len(lengths), padded)).astype(np.int32)
-    mask = (np.arange(padded) < np.array(lengths)[:, None]).astype(np.int32)
-    return np.where(mask, ids, 0), mask
+converted = partial(decoders.converted, make=qwen3_decoder, config=Qwen3Config)
+prompts = partial(decoders.prompts, lengths=LENGTHS, padded=24)
 
 
 def theirs_for(model, ids, mask):
@@ -172,7 +161,7 @@ def test_a_folder_of_mlx_lm_s_own_is_read_as_it_is(tmp_path, bits):
     nn.quantize(theirs, 32, bits)
     save_model(tmp_path, theirs)
     files.write_json(tmp_path / "config.json", config)
-    ids, mask = prompts((24,))
+    ids, mask = prompts(lengths=(24,))
     ((last,),) = ours_for(Shards(tmp_path), [ids], [mask], (-1,))
     mx.disable_compile()
     wanted = theirs.model(mx.array(ids))
@@ -207,7 +196,7 @@ def test_gemma_goes_by_the_same_path(tmp_path):
     model = transformers.Gemma2Model(transformers.Gemma2Config(**small)).eval()
     shards = converted(model, tmp_path, make=gemma2_encoder, config=gemma2.Gemma2Config)
     config = gemma2.Gemma2Config.from_dict(shards.config)
-    ids, mask = prompts((17,))
+    ids, mask = prompts(lengths=(17,))
     (wanted,) = gemma2.hidden_states(shards, [ids], [mask], (3,))
     whole = lm.stack(config, prefix="")
     batch = Batch(lm.Hidden(gemma2.embedded(shards, ids, config.hidden_size)), mx.array(lm.causal(mask)))
@@ -217,7 +206,7 @@ def test_gemma_goes_by_the_same_path(tmp_path):
 
 def test_one_layer_is_in_memory_at_a_time(tmp_path):
     shards = converted(reference(hidden_size=256, intermediate_size=1024, num_hidden_layers=6), tmp_path)
-    ids, mask = prompts((8,), 8)
+    ids, mask = prompts(lengths=(8,), padded=8)
     whole = lm.stack(Qwen3Config.from_dict(shards.config))
     layer = BlockReader(shards, whole).nbytes(0)
     peak, _, _ = planner.traced(lambda: mx.eval(ours_for(shards, [ids], [mask], (6,), budget=0)))
