@@ -14,6 +14,7 @@ from mlx_blockskip.engine.errors import DamagedError, UserError
 from mlx_blockskip.engine.interrupt import deferred
 from mlx_blockskip.engine.stack import Stack
 from mlx_blockskip.tasks.checkpoint.adapters import read_tensors
+from mlx_blockskip.tasks.targets import free
 from mlx_blockskip.tasks.train.moments import BlockMoments, Moments
 
 KEPT = 2
@@ -91,11 +92,7 @@ def save(directory: Path, state: State, stack: Stack, settings: dict[str, Any]) 
 
 def set_apart(path: Path) -> Path:
     """Give a checkpoint that is damaged another name, under which no run looks for it; nothing of it is lost."""
-    target = path.with_name(f"{path.name}.damaged")
-    count = 2
-    while target.exists():
-        target, count = path.with_name(f"{path.name}.damaged-{count}"), count + 1
-    return path.rename(target)
+    return path.rename(free(path.with_name(f"{path.name}.damaged")))
 
 
 def remove(path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mlx_blockskip.engine import listing, owned
 from mlx_blockskip.engine.errors import UserError
-from mlx_blockskip.tasks.checkpoint.adapters import TENSORS
+from mlx_blockskip.tasks.checkpoint.adapter_names import TENSORS
 from mlx_blockskip.tasks.sampling.previews import SAMPLE_FILES, SAMPLES
 from mlx_blockskip.tasks.train import checkpoints
 
